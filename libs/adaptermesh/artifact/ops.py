@@ -1,0 +1,44 @@
+"""The op table: what an adapter can do at a site, and the tensors each op needs. Data, not code."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One row of the table.
+
+    `slots` names the tensors an op must have, `optional` those it may have. Only a `served` op may stand in
+    the modules of a servable manifest.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    served: bool = False
+
+
+LOWRANK = "lowrank"
+
+_ROWS = (
+    # y += scale * B A x; A: [rank, in], B: [out, rank].
+    Op(LOWRANK, ("A", "B"), ("bias_delta",), served=True),
+    # y = out_scale * W (in_scale * x); vectors of the site's width.
+    Op("affine", (), ("in_scale", "out_scale")),
+    # A kronecker product w1 (x) w2, or a block rotation R.
+    Op("structured", (), ("w1", "w2", "R", "row_scale")),
+    Op("bottleneck", ("down", "down_bias", "up", "up_bias"), ("scale", "gate")),
+    Op("reft", ("R", "W"), ("b",)),
+    # k and v: [kv_heads, length, head_dim].
+    Op("kv_prefix", ("k", "v")),
+    # E: [length, hidden].
+    Op("prompt", ("E",)),
+    Op("fusion", ("query", "key", "value"), ("query_bias", "key_bias", "value_bias")),
+    # ids: [n], rows: [n, hidden].
+    Op("token_rows", ("ids", "rows")),
+    Op("replace", ("tensor",)),
+)
+
+OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ROWS})
+"""Every op of the canonical form by its name."""

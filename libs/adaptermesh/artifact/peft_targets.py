@@ -1,0 +1,114 @@
+"""Which modules a peft LoRA config means, and with which rank and alpha, as peft itself decides it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher, suffix_matcher
+from adaptermesh.artifact.peft_config import LoraConfig
+from adaptermesh.artifact.problems import Problems
+from adaptermesh.artifact.sites import SiteMap
+
+_Value = TypeVar("_Value", int, float)
+
+ALL_LINEAR = "all-linear"
+
+
+class Targets:
+    """A config's choice among the modules of one base.
+
+    `modules` are the targeted modules that hold sites, in order; `others` the targeted real modules that are
+    no site. Patterns that can't be matched safely are noted as problems.
+    """
+
+    def __init__(self, config: LoraConfig, sites: SiteMap, problems: Problems) -> None:
+        self._config = config
+        budget = Budget()
+        self.modules: tuple[str, ...] = ()
+        self.others: tuple[str, ...] = ()
+        self._ranks: dict[str, int] = {}
+        self._alphas: dict[str, float] = {}
+        key = "target_modules"
+        try:
+            wanted = self._wanted(sites, budget)
+            self.modules = tuple(path for path in sites.module_paths() if wanted(path))
+            # peft's "all-linear" leaves out the output layer and the embedding.
+            if not _is_all_linear(config.target_modules):
+                self.others = tuple(path for path in sites.other_modules if wanted(path))
+            key = "rank_pattern"
+            self._ranks = _first_matches(config.rank_pattern, self.modules, budget)
+            key = "alpha_pattern"
+            self._alphas = _first_matches(config.alpha_pattern, self.modules, budget)
+        except PatternError as error:
+            problems.add(f"adapter_config.json: {key}: {error}; use plain module names or paths")
+
+    def rank(self, module: str) -> int:
+        """The rank of a module."""
+        return self._ranks.get(module, self._config.r)
+
+    def alpha(self, module: str) -> float:
+        """The alpha of a module."""
+        return self._alphas.get(module, self._config.lora_alpha)
+
+    def scale(self, module: str) -> float:
+        """What B A x is multiplied by: alpha/r, or alpha/sqrt(r) with rsLoRA."""
+        rank = self.rank(module)
+        return float(self.alpha(module) / (rank**0.5 if self._config.use_rslora else rank))
+
+    def _wanted(self, sites: SiteMap, budget: Budget) -> Matcher:
+        config = self._config
+        included = _choice(config.target_modules, budget)
+        excluded = _choice(config.exclude_modules, budget) if config.exclude_modules else None
+        layers = config.layers_to_transform
+        chosen = {layers} if isinstance(layers, int) else set(layers or ())
+        pattern_fits = self._layer_pattern_fits(sites, budget)
+
+        def wanted(path: str) -> bool:
+            if (excluded is not None and excluded(path)) or not included(path):
+                return False
+            if not chosen or isinstance(config.target_modules, str):
+                return True
+            found = sites.parts(path)
+            return found is not None and pattern_fits and found[1] in chosen
+
+        return wanted
+
+    def _layer_pattern_fits(self, sites: SiteMap, budget: Budget) -> bool:
+        """Whether the layers' own path, e.g. `model.layers`, is one that `layers_pattern` means."""
+        patterns = self._config.layers_pattern
+        if not patterns:
+            return True
+        stem = sites.layer_path.removesuffix(".{layer}")
+        named = [patterns] if isinstance(patterns, str) else patterns
+        return any(suffix_matcher(pattern, budget)(stem) for pattern in named)
+
+
+def _is_all_linear(names: str | Sequence[str]) -> bool:
+    return isinstance(names, str) and names.lower() == ALL_LINEAR
+
+
+def _choice(names: str | Sequence[str], budget: Budget) -> Matcher:
+    """As peft matches: a text is a pattern for the whole path, a list holds paths or their ends."""
+    if _is_all_linear(names):
+        return lambda _: True
+    if isinstance(names, str):
+        return full_matcher(names, budget)
+    exact = frozenset(names)
+
+    def matches(path: str) -> bool:
+        parts = path.split(".")
+        return any(".".join(parts[start:]) in exact for start in range(len(parts)))
+
+    return matches
+
+
+def _first_matches(
+    patterns: Mapping[str, _Value], modules: Iterable[str], budget: Budget
+) -> dict[str, _Value]:
+    matchers = [(suffix_matcher(pattern, budget), value) for pattern, value in patterns.items()]
+    result: dict[str, _Value] = {}
+    for module in modules:
+        for matcher, value in matchers:
+            if matcher(module):
+                result[module] = value
+                break
+    return result

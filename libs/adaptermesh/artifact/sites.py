@@ -1,0 +1,142 @@
+"""Sites: the places of one base model where an adapter acts, with their modules and widths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptermesh.artifact.architectures import ARCHITECTURES, Family
+from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place in every layer.
+
+    `module` is the transformers module's path with `{layer}` in it. In a fused module the site is the rows
+    [`out_offset`, `out_offset + out_features`) of its output. `transposed` says that the module keeps its
+    weight as (in, out).
+    """
+
+    name: str
+    module: str
+    in_features: int
+    out_features: int
+    out_offset: int = 0
+    fused: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SiteMap:
+    """All sites of one base model.
+
+    `sites` is in the order of the computation. `modules` has the sites of each module (several where it is
+    fused) by the module's path with `{layer}` in it. `other_modules` are real modules that are no site.
+    """
+
+    sites: tuple[Site, ...]
+    modules: Mapping[str, tuple[Site, ...]]
+    num_layers: int
+    other_modules: tuple[str, ...]
+    layer_path: str
+
+    def get(self, name: str) -> Site | None:
+        """The site of that name, e.g. `q`."""
+        return next((site for site in self.sites if site.name == name), None)
+
+    def match(self, module_path: str) -> tuple[Site, int] | None:
+        """The one site and the layer that a module path means; None for anything else, fused modules too."""
+        found = self.parts(module_path)
+        if found is None or len(found[0]) != 1 or found[1] >= self.num_layers:
+            return None
+        return found[0][0], found[1]
+
+    def parts(self, module_path: str) -> tuple[tuple[Site, ...], int] | None:
+        """Every site of a module and its layer, which may lie past the last one: the caller checks."""
+        head, _, tail = self.layer_path.partition("{layer}")
+        if not module_path.startswith(head):
+            return None
+        digits, _, rest = module_path[len(head) :].partition(".")
+        if not digits.isascii() or not digits.isdigit() or len(digits) > 9 or str(int(digits)) != digits:
+            return None
+        sites = self.modules.get(f"{head}{{layer}}{tail}.{rest}")
+        return None if sites is None else (sites, int(digits))
+
+    def module_paths(self) -> tuple[str, ...]:
+        """The path of every module of every layer that holds sites, layer by layer."""
+        return tuple(
+            module.replace("{layer}", str(layer))
+            for layer in range(self.num_layers)
+            for module in self.modules
+        )
+
+
+def site_map(facts: BaseFacts) -> SiteMap:
+    """The sites of a base model.
+
+    Raises:
+        MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for an architecture without a module map;
+            INVALID_ARGUMENT (INVALID_FIELD) for a config without the widths.
+    """
+    family = ARCHITECTURES.get(facts.architecture)
+    if family is None:
+        raise MeshError(
+            Code.FAILED_PRECONDITION,
+            Reason.ADAPTER_UNSUPPORTED,
+            f"base model '{facts.model_id}' is a {facts.architecture}, for which there is no module map "
+            f"(known: {', '.join(ARCHITECTURES)})",
+            metadata={"architecture": facts.architecture, "base_digest": facts.digest},
+        )
+    widths = _widths(facts, family)
+    modules: dict[str, tuple[Site, ...]] = {}
+    for row in family.modules:
+        path = f"{family.layer_path}.{row.path}"
+        sites: list[Site] = []
+        offset = 0
+        for name, dim in row.parts:
+            width = widths[dim]
+            fused = len(row.parts) > 1
+            sites.append(Site(name, path, widths[row.in_dim], width, offset, fused, family.conv1d))
+            offset += width
+        modules[path] = tuple(sites)
+    return SiteMap(
+        sites=tuple(site for sites in modules.values() for site in sites),
+        modules=modules,
+        num_layers=facts.num_layers,
+        other_modules=family.other_modules,
+        layer_path=family.layer_path,
+    )
+
+
+def _widths(facts: BaseFacts, family: Family) -> dict[str, int]:
+    config = {**family.defaults, **facts.config}
+    hidden = facts.hidden_size
+    heads = _size(config, "num_attention_heads", "n_head")
+    head_dim, kv_heads = hidden // heads, heads
+    if family.grouped_heads:
+        # An explicit null means "derive it", in every one of these classes.
+        head_dim = _optional_size(config, "head_dim") or head_dim
+        kv_heads = _optional_size(config, "num_key_value_heads") or kv_heads
+    if "n_inner" in config:
+        ffn = _optional_size(config, "n_inner") or 4 * hidden
+    else:
+        ffn = _size(config, "intermediate_size")
+    return {"hidden": hidden, "q": heads * head_dim, "kv": kv_heads * head_dim, "ffn": ffn}
+
+
+def _size(config: Mapping[str, Any], *keys: str) -> int:
+    for key in keys:
+        value = _optional_size(config, key)
+        if value is not None:
+            return value
+    raise invalid_field(f"config.{keys[0]}", "is missing")
+
+
+def _optional_size(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or not 0 < value < 2**31:
+        raise invalid_field(f"config.{key}", f"{value!r} is not a positive integer")
+    return value

@@ -1,0 +1,33 @@
+"""The `adaptermesh` command: which commands there are."""
+
+import typer
+
+from adaptermesh.cli.commands import adapters, aliases, models, routes, traces
+from adaptermesh.cli.commands.aliases import roll_back
+from adaptermesh.cli.commands.demo import demo
+from adaptermesh.cli.commands.generate import generate
+from adaptermesh.cli.commands.status import status
+from adaptermesh.cli.commands.up import up
+
+
+def build_app() -> typer.Typer:
+    """The whole command line."""
+    app = typer.Typer(
+        name="adaptermesh",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        help="One frozen base model, thousands of small adapters, the right one per request.",
+        epilog="Start with `adaptermesh up`. Every command takes --json and --help.",
+    )
+    app.command()(up)
+    app.command()(status)
+    app.command()(demo)
+    app.command()(generate)
+    app.command("rollback")(roll_back)
+    app.add_typer(models.app, name="models")
+    app.add_typer(adapters.app, name="adapters")
+    app.add_typer(aliases.app, name="alias")
+    app.add_typer(routes.app, name="routes")
+    app.add_typer(traces.app, name="trace")
+    return app

@@ -1,0 +1,246 @@
+"""`adaptermesh adapters`: upload, download, search, ls, show."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from adaptermesh.cli.execute import execute
+from adaptermesh.cli.options import JsonOption, StoreOption
+from adaptermesh.cli.output import Output
+from adaptermesh.cli.tables import facts, moment, short_digest, size, table
+from adaptermesh.client import Adapter, Publication, ResolvedRef, StoreClient, UploadResult, Version
+from adaptermesh.core.refs import AdapterName
+
+app = typer.Typer(no_args_is_help=True, help="Upload, find and fetch adapters.")
+
+TagsOption = Annotated[
+    list[str] | None, typer.Option("--tag", help="A label; give it several times for more.")
+]
+
+
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that save_pretrained wrote.")],
+    adapter: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="What to call it.")],
+    base: Annotated[str, typer.Option(help="Name or digest of the base model it was trained on.")],
+    task: Annotated[str, typer.Option(help="What it is for, e.g. financial-ner.")] = "",
+    description: Annotated[str, typer.Option(help="A sentence about it.")] = "",
+    tags: TagsOption = None,
+    spdx: Annotated[str, typer.Option("--license", help="SPDX identifier, e.g. apache-2.0.")] = "",
+    author: Annotated[str, typer.Option(help="Who made it.")] = "",
+    check: Annotated[bool, typer.Option("--check", help="Check everything, publish nothing.")] = False,
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Uploads a peft folder as the next version of an adapter.
+
+    The same content under the same name is the same version: uploading it again changes nothing.
+
+    Example: adaptermesh adapters upload ./out acme/ner --base smollm2-135m-instruct --task financial-ner
+    --license apache-2.0
+    """
+    publication = Publication(base, task, description, tuple(tags or ()), spdx, author)
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            with output.transfer("uploading") as progress:
+                result = await client.upload(
+                    folder, adapter, publication, validate_only=check, progress=progress
+                )
+        output.result(result, *_upload_report(result, adapter, check=check))
+
+    execute(as_json, work)
+
+
+@app.command()
+def download(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="E.g. acme/ner:v2 or acme/ner@prod.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that differ.")] = False,
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Fetches the files of a version, byte for byte as they were uploaded.
+
+    An interrupted download is continued where it stopped. Every file is checked against its sha256.
+
+    Example: adaptermesh adapters download acme/ner@prod ./ner
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            with output.transfer("fetching") as progress:
+                version = await client.download(ref, folder, force=force, progress=progress)
+        total = sum(file.size_bytes for file in version.source_files)
+        text = f"{version.ref}: {len(version.source_files)} files, {size(total)}, verified, in {folder}"
+        output.result({"folder": folder, "version": version}, Text(text))
+
+    execute(as_json, work)
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="A part of namespace/name. Empty finds all.")] = "",
+    task: Annotated[str, typer.Option(help="Exact task of the newest version.")] = "",
+    base: Annotated[str, typer.Option(help="Name or digest of the base model.")] = "",
+    tags: TagsOption = None,
+    namespace: Annotated[str, typer.Option(help="Exact namespace.")] = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Finds adapters by name, task, base model and tags; all that is given must hold.
+
+    Example: adaptermesh adapters search ner --task financial-ner --tag finance
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            found = await client.list_adapters(
+                query, namespace=namespace, task=task, base_model=base, tags=tags or ()
+            )
+        _print_adapters(output, found)
+
+    execute(as_json, work)
+
+
+@app.command("ls")
+def list_adapters(
+    namespace: Annotated[str, typer.Option(help="Exact namespace.")] = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Lists all adapters, with their newest version and their aliases.
+
+    Example: adaptermesh adapters ls
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            _print_adapters(output, await client.list_adapters(namespace=namespace))
+
+    execute(as_json, work)
+
+
+@app.command()
+def show(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="An adapter, or any ref of one version.")],
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Shows the versions of an adapter, or everything about one version.
+
+    Examples:
+    adaptermesh adapters show acme/ner
+
+    adaptermesh adapters show acme/ner@prod
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            if "@" in ref or ":" in ref:
+                resolved = await client.resolve(ref)
+                output.result(resolved, *_version_report(resolved))
+                return
+            name = AdapterName.parse(ref)
+            versions = await client.list_versions(ref)
+            summaries = await client.list_adapters(ref, namespace=name.namespace)
+        adapter = next((summary for summary in summaries if summary.name == ref), None)
+        aliases = adapter.aliases if adapter is not None else ()
+        _print_versions(output, versions, {alias.alias: alias.version_number for alias in aliases})
+
+    execute(as_json, work)
+
+
+def _upload_report(result: UploadResult, adapter: str, *, check: bool) -> list[Text]:
+    version = result.version
+    if check:
+        lines = [Text(f"{adapter}: every check passed, nothing was published", style="green")]
+    elif result.created:
+        lines = [Text(f"{version.ref} published", style="green")]
+    else:
+        lines = [Text(f"{version.ref} was there already: same content, same version")]
+    lines.append(
+        Text(f"  {version.digest}  {version.kind}, rank {version.max_rank}, {size(version.size_bytes)}")
+    )
+    if not version.servable:
+        lines.append(Text(f"  stored, but can't be served: {version.unservable_reason}", style="yellow"))
+    lines += [Text(f"  warning: {warning}", style="yellow") for warning in version.warnings]
+    if result.created and not check:
+        alias = f"adaptermesh alias set {version.adapter}@prod v{version.number}"
+        lines.append(Text(f"  next: {alias}", style="dim"))
+    return lines
+
+
+def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
+    rows = table(
+        "adapter", "newest", "task", "base", "kind", "rank", "size", "aliases", right=("rank", "size")
+    )
+    for adapter in adapters:
+        newest = adapter.newest
+        aliases = ", ".join(f"{alias.alias}=v{alias.version_number}" for alias in adapter.aliases)
+        rows.add_row(
+            adapter.name,
+            f"v{newest.number}",
+            newest.task,
+            newest.base_model_id,
+            newest.kind,
+            str(newest.max_rank or ""),
+            size(newest.size_bytes),
+            aliases,
+        )
+    output.result({"adapters": adapters}, rows if adapters else Text("no adapters"))
+
+
+def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:
+    rows = table(
+        "version",
+        "digest",
+        "published",
+        "kind",
+        "rank",
+        "size",
+        "aliases",
+        "description",
+        right=("rank", "size"),
+    )
+    for version in versions:
+        rows.add_row(
+            version.ref,
+            short_digest(version.digest),
+            moment(version.create_time),
+            version.kind,
+            str(version.max_rank or ""),
+            size(version.size_bytes),
+            ", ".join(alias for alias, number in aliases.items() if number == version.number),
+            version.description,
+        )
+    output.result({"versions": versions, "aliases": aliases}, rows)
+
+
+def _version_report(resolved: ResolvedRef) -> list[RenderableType]:
+    version = resolved.version
+    files = table("file", "size", "sha256", right=("size",))
+    for file in version.source_files:
+        files.add_row(file.path, size(file.size_bytes), short_digest(file.digest))
+    return [
+        facts(
+            version=version.ref,
+            digest=version.digest,
+            aliases=", ".join(resolved.aliases),
+            task=version.task,
+            description=version.description,
+            tags=", ".join(version.tags),
+            license=version.license,
+            base=f"{version.base_model_id} ({version.base_digest})",
+            kind=f"{version.kind} ({', '.join(version.op_kinds)}), rank {version.max_rank}",
+            size=size(version.size_bytes),
+            servable="yes" if version.servable else f"no: {version.unservable_reason}",
+            warnings="; ".join(version.warnings),
+            published=moment(version.create_time),
+        ),
+        "",
+        files,
+    ]

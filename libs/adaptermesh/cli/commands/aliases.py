@@ -1,0 +1,107 @@
+"""`adaptermesh alias set|history` and `adaptermesh rollback`."""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from adaptermesh.cli.execute import execute
+from adaptermesh.cli.options import JsonOption, StoreOption
+from adaptermesh.cli.output import Output
+from adaptermesh.cli.tables import moment, short_digest, table
+from adaptermesh.client import AliasMove, StoreClient
+
+app = typer.Typer(no_args_is_help=True, help="Point aliases at versions, and see where they pointed.")
+
+AliasArgument = Annotated[str, typer.Argument(metavar="REF@ALIAS", help="E.g. acme/ner@prod.")]
+GenerationOption = Annotated[
+    int | None,
+    typer.Option(
+        "--expect",
+        metavar="GENERATION",
+        min=0,
+        help="Move it only if this is its generation now; 0: only if it does not exist yet.",
+    ),
+]
+ActorOption = Annotated[str, typer.Option(help="Who does it, for the history.")]
+CommentOption = Annotated[str, typer.Option("--comment", "-m", help="Why, for the history.")]
+
+
+@app.command("set")
+def set_alias(
+    alias: AliasArgument,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="v2, or a ref of the same adapter.")],
+    expect: GenerationOption = None,
+    actor: ActorOption = "",
+    comment: CommentOption = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Points an alias at a version.
+
+    Requests that were resolved before finish on the version they have; later ones get the new one.
+
+    Example: adaptermesh alias set acme/ner@prod v2 --comment "better dates"
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            move = await client.set_alias(
+                alias, version, expected_generation=expect, actor=actor, comment=comment
+            )
+        output.result(move, _moved(move))
+
+    execute(as_json, work)
+
+
+@app.command()
+def history(alias: AliasArgument, store: StoreOption = "", as_json: JsonOption = False) -> None:
+    """Lists every move of an alias, newest first.
+
+    Example: adaptermesh alias history acme/ner@prod
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            moves = await client.alias_history(alias)
+        rows = table("move", "version", "digest", "when", "who", "why", right=("move",))
+        for move in moves:
+            rows.add_row(
+                str(move.generation),
+                f"v{move.version_number}",
+                short_digest(move.digest),
+                moment(move.update_time),
+                move.actor,
+                move.comment,
+            )
+        output.result({"moves": moves}, rows)
+
+    execute(as_json, work)
+
+
+def roll_back(
+    alias: AliasArgument,
+    expect: GenerationOption = None,
+    actor: ActorOption = "",
+    comment: CommentOption = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Points an alias at the version it pointed to before its last move.
+
+    Example: adaptermesh rollback acme/ner@prod
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            move = await client.roll_back(alias, expected_generation=expect, actor=actor, comment=comment)
+        output.result(move, _moved(move))
+
+    execute(as_json, work)
+
+
+def _moved(move: AliasMove) -> Text:
+    alias = move.alias
+    return Text(
+        f"{alias.ref} -> v{alias.version_number} ({short_digest(alias.digest)}), move {alias.generation}"
+    )

@@ -1,0 +1,119 @@
+"""`adaptermesh generate`."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from adaptermesh.cli.execute import execute
+from adaptermesh.cli.options import GatewayOption, JsonOption
+from adaptermesh.cli.output import Output
+from adaptermesh.cli.tables import facts, milliseconds, short_digest, size
+from adaptermesh.client import (
+    Ask,
+    Delta,
+    Event,
+    Finished,
+    Generation,
+    MeshClient,
+    Prompt,
+    SamplingParams,
+    Started,
+)
+
+
+def generate(
+    text: Annotated[str, typer.Argument(help="What to say; '-' reads standard input.")],
+    task: Annotated[str, typer.Option(help="The task, which selects a route.")] = "",
+    adapter: Annotated[
+        str, typer.Option(metavar="REF", help="An adapter, or 'base'; overrides the task.")
+    ] = "",
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="With the chat template, or as it is.")] = True,
+    system: Annotated[str, typer.Option(help="A system message before the text.")] = "",
+    base: Annotated[str, typer.Option(help="Refuse any other base model than this name or digest.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Upper bound on generated tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus, (0, 1].")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose request it is, where no keys are configured.")] = "",
+    cohort_key: Annotated[str, typer.Option(help="Keeps a user or session on one share of a route.")] = "",
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until all of it must be there.")] = 300.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what served the request.")] = False,
+    gateway: GatewayOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Generates text and prints it as it comes.
+
+    Name a task, an adapter, or neither for the bare base model. With --json each event is one line.
+
+    Examples:
+    adaptermesh generate --task financial-ner 'ACME buys Initech for $2bn.'
+
+    adaptermesh generate --adapter acme/ner:v2 -v 'ACME buys Initech.'
+    """
+    if system and not chat:
+        raise typer.BadParameter("--system needs --chat")
+    content = sys.stdin.read() if text == "-" else text
+    prompt = Prompt.chat(content, system=system) if chat else Prompt.raw(content)
+    sampling = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+
+    async def work(output: Output) -> None:
+        asked = Ask(tenant or output.settings.tenant, cohort_key, base)
+        async with MeshClient(gateway or output.settings.gateway) as client:
+            stream = client.generate(
+                prompt, task=task, adapter=adapter, sampling=sampling, ask=asked, timeout=timeout
+            )
+            async with stream:
+                answer = await stream.collect(lambda event: print_event(output, event))
+        if not output.as_json:
+            output.text("\n")
+        if verbose:
+            output.note(served_by(answer))
+
+    execute(as_json, work)
+
+
+def print_event(output: Output, event: Event) -> None:
+    """Text as it comes, or each event as one line of JSON."""
+    if not output.as_json:
+        if isinstance(event, Delta):
+            output.text(event.text)
+        return
+    kind = {Started: "started", Delta: "delta", Finished: "finished"}[type(event)]
+    output.line({"event": kind, **event_fields(event)})
+
+
+def event_fields(event: Event) -> dict[str, object]:
+    """An event's fields, by name."""
+    return {name: getattr(event, name) for name in event.__dataclass_fields__}
+
+
+def served_by(answer: Generation) -> Table:
+    """What served a request and what the switch took."""
+    started, timings = answer.started, answer.finished.timings
+    fetched = f"fetch {milliseconds(timings.fetch)} ({size(timings.fetched_bytes)})"
+    shared = ", shared with another request" if timings.shared_fetch else ""
+    steps = [f"queue {milliseconds(timings.queue)}"]
+    if timings.fetch:
+        steps.append(f"{fetched}, of it verify {milliseconds(timings.verify)}{shared}")
+    if timings.h2d:
+        steps.append(f"h2d {milliseconds(timings.h2d)}")
+    steps += [f"prefill {milliseconds(timings.prefill)}", f"decode {milliseconds(timings.decode)}"]
+    route = f"{started.cohort or started.ref} (route change {started.route_generation})"
+    return facts(
+        served_by=f"{started.adapter_version} {short_digest(started.adapter_digest)}".strip(),
+        ref=started.ref,
+        route=route if started.route_generation else "",
+        switch=f"{started.switch_kind.value}, from {started.tier}" if started.tier else "none",
+        worker=started.worker_id,
+        tokens=f"{answer.finished.prompt_tokens} in, {answer.finished.output_tokens} out, "
+        f"ended by {answer.finished.finish_reason}",
+        time_to_first_token=milliseconds(answer.ttft),
+        total=milliseconds(answer.duration),
+        steps=", ".join(steps),
+        request=answer.request_id,
+        trace=f"{answer.trace_id}  (adaptermesh trace show {answer.trace_id[:8]})" if answer.trace_id else "",
+    )

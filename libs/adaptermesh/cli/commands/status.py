@@ -1,0 +1,128 @@
+"""`adaptermesh status`."""
+
+import asyncio
+from dataclasses import dataclass
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from adaptermesh.cli.execute import FAILED, execute
+from adaptermesh.cli.options import GatewayOption, JsonOption, RouterOption, StoreOption
+from adaptermesh.cli.output import Output
+from adaptermesh.cli.tables import size, table
+from adaptermesh.client import (
+    GATEWAY_SERVICE,
+    ROUTER_SERVICE,
+    STORE_SERVICE,
+    WORKER_SERVICE,
+    HealthClient,
+    MeshError,
+    RouterClient,
+    RouterStatus,
+    Worker,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceHealth:
+    """One service as its health check describes it."""
+
+    service: str
+    address: str
+    serving: bool
+    problem: str = ""
+
+
+def status(
+    gateway: GatewayOption = "",
+    router: RouterOption = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Shows which services answer, and what each worker holds. Exit code 1 if one of them does not serve.
+
+    Example: adaptermesh status
+    """
+
+    async def work(output: Output) -> None:
+        settings = output.settings
+        router_address = router or settings.router
+        healths = list(
+            await asyncio.gather(
+                health_of("gateway", gateway or settings.gateway, GATEWAY_SERVICE),
+                health_of("router", router_address, ROUTER_SERVICE),
+                health_of("store", store or settings.store, STORE_SERVICE),
+            )
+        )
+        router_status, workers = await _router_view(router_address)
+        healths += await asyncio.gather(
+            *(health_of("worker", worker.address, WORKER_SERVICE) for worker in workers)
+        )
+        document = {"services": healths, "router": router_status, "workers": workers}
+        output.result(document, *_report(healths, router_status, workers))
+        if not workers or not all(health.serving for health in healths):
+            raise typer.Exit(FAILED)
+
+    execute(as_json, work)
+
+
+async def health_of(service: str, address: str, name: str) -> ServiceHealth:
+    """What one service's health check says; a service that does not answer is no error here."""
+    try:
+        async with HealthClient(address) as client:
+            serving = await client.is_serving(name)
+    except MeshError as error:
+        return ServiceHealth(service, address, serving=False, problem=error.message)
+    return ServiceHealth(service, address, serving, "" if serving else "answers, but does not serve")
+
+
+async def _router_view(address: str) -> tuple[RouterStatus | None, list[Worker]]:
+    try:
+        async with RouterClient(address) as client:
+            return await client.status(), await client.list_workers()
+    except MeshError:
+        # Its health check says so already.
+        return None, []
+
+
+def _report(
+    healths: list[ServiceHealth], router: RouterStatus | None, workers: list[Worker]
+) -> list[RenderableType]:
+    services = table("service", "address", "state")
+    for health in healths:
+        state = Text("serving", "green") if health.serving else Text(health.problem, "red")
+        services.add_row(health.service, health.address, state)
+    parts: list[RenderableType] = [services]
+    if not any(health.serving for health in healths):
+        parts.append(Text("\nno mesh here; start one with `adaptermesh up`"))
+        return parts
+    if router is not None:
+        behind = router.feed_head - router.feed_position
+        feed = f"{behind} behind" if behind else "up to date"
+        connected = feed if router.feed_connected else "not connected to the store"
+        parts.append(Text(f"\nrouter: {router.versions} versions, {router.routes} routes, {connected}"))
+    parts.append(_workers(workers) if workers else Text("no workers report to the router", "red"))
+    return parts
+
+
+def _workers(workers: list[Worker]) -> RenderableType:
+    rows = table(
+        *("worker", "device", "base", "state", "running", "waiting", "kv", "adapters: device/host/disk"),
+        right=("running", "waiting", "kv"),
+    )
+    for worker in workers:
+        load = worker.load
+        counts = [sum(r.tier == tier for r in worker.residencies) for tier in ("device", "host", "disk")]
+        held = sum(residency.size_bytes for residency in worker.residencies)
+        rows.add_row(
+            worker.worker_id,
+            worker.device,
+            worker.base_model_id,
+            worker.state,
+            str(load.running_requests),
+            str(load.waiting_requests + worker.booked_requests),
+            f"{load.kv_used_tokens}/{load.kv_total_tokens}",
+            f"{'/'.join(map(str, counts))} of {worker.device_slots} slots, {size(held)}",
+        )
+    return rows

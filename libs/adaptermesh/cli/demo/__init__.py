@@ -1,0 +1,1 @@
+"""The guided demonstration: a mesh of its own, real adapters, checked answers."""

@@ -1,0 +1,117 @@
+"""The Python SDK of adaptermesh: publish adapters, route tasks to them, generate.
+
+```python
+import asyncio
+from adaptermesh.client import MeshClient, Publication, StoreClient
+
+async def main() -> None:
+    async with StoreClient() as store, MeshClient() as mesh:
+        await store.upload("my-adapter", "acme/ner", Publication("smollm2-135m-instruct", task="ner"))
+        move = await store.set_alias("acme/ner@prod", "v1")
+        print((await mesh.complete("ACME buys Initech.", adapter="acme/ner@prod")).text)
+
+asyncio.run(main())
+```
+
+Every call has a deadline (`Deadlines`), every failure is a `MeshError` with a code, a reason and, where a
+retry makes sense, a delay. Nothing here needs torch.
+"""
+
+from adaptermesh.client.calls import DEFAULT_GATEWAY, DEFAULT_ROUTER, DEFAULT_STORE, Deadlines
+from adaptermesh.client.generation import (
+    Ask,
+    Delta,
+    Event,
+    Finished,
+    Generation,
+    Message,
+    Prompt,
+    Started,
+    SwitchKind,
+    Timings,
+)
+from adaptermesh.client.mesh import GenerationStream, MeshClient
+from adaptermesh.client.operations import (
+    GATEWAY_SERVICE,
+    ROUTER_SERVICE,
+    STORE_SERVICE,
+    WORKER_SERVICE,
+    HealthClient,
+    RouterClient,
+    WorkerClient,
+)
+from adaptermesh.client.records import (
+    Adapter,
+    Alias,
+    AliasMove,
+    BaseModel,
+    Load,
+    Model,
+    Publication,
+    Residency,
+    ResolvedRef,
+    Route,
+    RouteChange,
+    RouterStatus,
+    RouteTarget,
+    SourceFile,
+    UploadResult,
+    Version,
+    Worker,
+)
+from adaptermesh.client.store import StoreClient
+from adaptermesh.client.transfer import Progress, ProgressCallback
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.core.tiers import Tier
+
+__all__ = [
+    "DEFAULT_GATEWAY",
+    "DEFAULT_ROUTER",
+    "DEFAULT_STORE",
+    "GATEWAY_SERVICE",
+    "ROUTER_SERVICE",
+    "STORE_SERVICE",
+    "WORKER_SERVICE",
+    "Adapter",
+    "Alias",
+    "AliasMove",
+    "Ask",
+    "BaseModel",
+    "Code",
+    "Deadlines",
+    "Delta",
+    "Event",
+    "Finished",
+    "Generation",
+    "GenerationStream",
+    "HealthClient",
+    "Load",
+    "MeshClient",
+    "MeshError",
+    "Message",
+    "Model",
+    "Progress",
+    "ProgressCallback",
+    "Prompt",
+    "Publication",
+    "Reason",
+    "Residency",
+    "ResolvedRef",
+    "Route",
+    "RouteChange",
+    "RouteTarget",
+    "RouterClient",
+    "RouterStatus",
+    "SamplingParams",
+    "SourceFile",
+    "Started",
+    "StoreClient",
+    "SwitchKind",
+    "Tier",
+    "Timings",
+    "UploadResult",
+    "Version",
+    "Worker",
+    "WorkerClient",
+]

@@ -1,0 +1,222 @@
+"""What the store keeps, as the SDK shows it: plain frozen records, no protobuf."""
+
+import datetime
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of an upload, kept byte for byte."""
+
+    path: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable upload of an adapter; `digest` is its identity."""
+
+    namespace: str
+    name: str
+    number: int
+    digest: str
+    base_digest: str
+    base_model_id: str
+    task: str
+    description: str
+    tags: tuple[str, ...]
+    license: str
+    kind: str
+    op_kinds: tuple[str, ...]
+    max_rank: int
+    size_bytes: int
+    servable: bool
+    unservable_reason: str
+    warnings: tuple[str, ...]
+    create_time: datetime.datetime
+    source_files: tuple[SourceFile, ...]
+
+    @property
+    def adapter(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name:v3`."""
+        return f"{self.adapter}:v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A movable pointer to a version, as it was after its `generation`-th move."""
+
+    namespace: str
+    name: str
+    alias: str
+    version_number: int
+    digest: str
+    generation: int
+    update_time: datetime.datetime
+    actor: str
+    comment: str
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name@alias`."""
+        return f"{self.namespace}/{self.name}@{self.alias}"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter in a list: its newest version and its aliases."""
+
+    newest: Version
+    version_count: int
+    aliases: tuple[Alias, ...]
+
+    @property
+    def name(self) -> str:
+        """`namespace/name`."""
+        return self.newest.adapter
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTarget:
+    """One destination of a route; `weight` is relative to the other targets."""
+
+    ref: str
+    weight: int = 1
+    cohort: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A rule: requests of `tenant` ("*" for all) for `task` go to `targets`."""
+
+    tenant: str
+    task: str
+    targets: tuple[RouteTarget, ...]
+    generation: int
+    update_time: datetime.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A frozen base model; `digest` is its identity, `model_id` its human name."""
+
+    model_id: str
+    digest: str
+    config_digest: str
+    weights_digest: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRef:
+    """What a ref means now; `manifest` is the canonical manifest, whose sha256 is the version's digest."""
+
+    version: Version
+    aliases: tuple[str, ...]
+    manifest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What the publisher says about an upload. `base_model` is a base's name or digest."""
+
+    base_model: str
+    task: str = ""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    license: str = ""
+    author: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadResult:
+    """`created` is False if the same content was there before (or for a check without publishing)."""
+
+    version: Version
+    created: bool
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMove:
+    """An alias after a move; give `feed_position` to a request that must see it."""
+
+    alias: Alias
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteChange:
+    """A route after a change; give `feed_position` to a request that must see it."""
+
+    route: Route
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where one version is on a worker. `tier` is a name: "disk", "host" or "device"."""
+
+    digest: str
+    tier: str
+    pinned: bool
+    requests: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a worker is."""
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    waiting_tokens: int = 0
+    kv_used_tokens: int = 0
+    kv_total_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker, as a router or the worker itself describes it. `state` is "ready" or "draining"."""
+
+    worker_id: str
+    address: str
+    device: str
+    base_model_id: str
+    base_digest: str
+    device_slots: int
+    state: str
+    load: Load
+    residencies: tuple[Residency, ...] = field(default=())
+    booked_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """How far a router has followed the store's change feed."""
+
+    feed_position: int
+    feed_head: int
+    feed_connected: bool
+    versions: int
+    routes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Something that can be asked for: `id` is "base" or `namespace/name:v3`."""
+
+    id: str
+    digest: str
+    base_model_id: str
+    task: str
+    aliases: tuple[str, ...]

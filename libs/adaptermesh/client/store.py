@@ -1,0 +1,329 @@
+"""The adapter store's client: upload, download, find, point aliases, set routes."""
+
+import functools
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from adaptermesh.api.adapter.v1 import adapter_pb2
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.client import wire
+from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Connection, Deadlines, all_pages
+from adaptermesh.client.records import (
+    Adapter,
+    Alias,
+    AliasMove,
+    BaseModel,
+    Publication,
+    ResolvedRef,
+    Route,
+    RouteChange,
+    RouteTarget,
+    UploadResult,
+    Version,
+)
+from adaptermesh.client.source_folder import FolderFile, read_folder
+from adaptermesh.client.transfer import (
+    Progress,
+    ProgressCallback,
+    destination,
+    fetch_file,
+    is_there,
+    upload_header,
+    upload_messages,
+)
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.refs import AdapterName, Ref, parse_ref
+
+EVERY_TENANT = "*"
+
+_STATUS_LOST = "Internal error from Core"
+_UPLOAD_PAUSES = (0.0, 0.05, 0.5)
+
+
+class StoreClient(Connection):
+    """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
+
+    ```python
+    async with StoreClient() as store:
+        await store.upload("my-adapter", "acme/ner", Publication("smollm2-135m-instruct", task="ner"))
+        await store.set_alias("acme/ner@prod", "v1")
+        await store.set_route("ner", "acme/ner@prod")
+    ```
+    """
+
+    def __init__(self, target: str = DEFAULT_STORE, *, deadlines: Deadlines | None = None) -> None:
+        """Connects on the first call; `target` is host:port."""
+        super().__init__(target, deadlines or Deadlines(), Reason.STORE_UNREACHABLE)
+        self._stub = store_pb2_grpc.StoreServiceStub(self._channel)
+
+    async def upload(
+        self,
+        folder: Path | str,
+        adapter: str,
+        publication: Publication,
+        *,
+        validate_only: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> UploadResult:
+        """Uploads the folder that peft's `save_pretrained` wrote as the next version of `namespace/name`.
+
+        The same content again is the same version: then `created` is False. With `validate_only` the store
+        runs every check and publishes nothing.
+        """
+        name = AdapterName.parse(adapter)
+        files = await read_folder(Path(folder))
+        header = upload_header(name, publication, files, validate_only=validate_only)
+        response = await self._send(header, files, progress)
+        return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
+
+    async def download(
+        self,
+        ref: str,
+        folder: Path | str,
+        *,
+        force: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Version:
+        """Brings the uploaded files of a version into `folder`, byte for byte and verified.
+
+        Files that are there already are kept, partial ones continued. A file with other content is
+        overwritten only with `force`.
+        """
+        version = (await self.resolve(ref)).version
+        total = sum(file.size_bytes for file in version.source_files)
+        done = 0
+        for file in version.source_files:
+            place = destination(Path(folder), file.path)
+            before, path = done, file.path
+
+            def on_bytes(count: int, before: int = before, path: str = path) -> None:
+                if progress is not None:
+                    progress(Progress(path, before + count, total))
+
+            if await is_there(file, place, force=force):
+                on_bytes(file.size_bytes)
+            else:
+                stream = functools.partial(self._file_bytes, version.digest, file.path)
+                await fetch_file(file, place, stream, on_bytes)
+            done += file.size_bytes
+        return version
+
+    async def resolve(self, ref: str) -> ResolvedRef:
+        """The version that a ref means now, its aliases and its manifest."""
+        response = await self._call(self._stub.ResolveRef, store_pb2.ResolveRefRequest(ref=ref))
+        return ResolvedRef(wire.version_of(response.version), tuple(response.aliases), response.manifest)
+
+    async def list_versions(self, adapter: str) -> list[Version]:
+        """Every version of `namespace/name`, newest first."""
+        name = AdapterName.parse(adapter)
+
+        async def page(token: str) -> tuple[list[Version], str]:
+            request = store_pb2.ListVersionsRequest(
+                namespace=name.namespace, name=name.name, page_size=PAGE_SIZE, page_token=token
+            )
+            response = await self._call(self._stub.ListVersions, request)
+            return [wire.version_of(version) for version in response.versions], response.next_page_token
+
+        return await all_pages(page)
+
+    async def list_adapters(
+        self,
+        query: str = "",
+        *,
+        namespace: str = "",
+        task: str = "",
+        base_model: str = "",
+        tags: Sequence[str] = (),
+    ) -> list[Adapter]:
+        """Adapters by name; every given condition must hold. `query` is a part of `namespace/name`."""
+
+        async def page(token: str) -> tuple[list[Adapter], str]:
+            request = store_pb2.ListAdaptersRequest(
+                query=query,
+                namespace=namespace,
+                task=task,
+                base_model=base_model,
+                tags=tags,
+                page_size=PAGE_SIZE,
+                page_token=token,
+            )
+            response = await self._call(self._stub.ListAdapters, request)
+            return [wire.adapter_of(adapter) for adapter in response.adapters], response.next_page_token
+
+        return await all_pages(page)
+
+    async def set_alias(
+        self,
+        alias: str,
+        version: str | int,
+        *,
+        expected_generation: int | None = None,
+        actor: str = "",
+        comment: str = "",
+    ) -> AliasMove:
+        """Points `namespace/name@alias` at a version: a number, "v2", or a ref of the same adapter.
+
+        With `expected_generation` (0: it must not exist yet) it moves only if nobody moved it meanwhile;
+        otherwise ABORTED (ALIAS_CONFLICT).
+        """
+        ref, name = _alias(alias)
+        response = await self._call(
+            self._stub.SetAlias,
+            store_pb2.SetAliasRequest(
+                namespace=ref.adapter.namespace,
+                name=ref.adapter.name,
+                alias=name,
+                version_number=await self._version_number(ref.adapter, version),
+                expected_generation=expected_generation,
+                actor=actor,
+                comment=comment,
+            ),
+        )
+        return AliasMove(wire.alias_of(response.alias), response.feed_position)
+
+    async def roll_back(
+        self, alias: str, *, expected_generation: int | None = None, actor: str = "", comment: str = ""
+    ) -> AliasMove:
+        """Points `namespace/name@alias` at the version it pointed to before its last move."""
+        ref, name = _alias(alias)
+        response = await self._call(
+            self._stub.RollBackAlias,
+            store_pb2.RollBackAliasRequest(
+                namespace=ref.adapter.namespace,
+                name=ref.adapter.name,
+                alias=name,
+                expected_generation=expected_generation,
+                actor=actor,
+                comment=comment,
+            ),
+        )
+        return AliasMove(wire.alias_of(response.alias), response.feed_position)
+
+    async def alias_history(self, alias: str) -> list[Alias]:
+        """Every move of `namespace/name@alias`, newest first."""
+        ref, name = _alias(alias)
+
+        async def page(token: str) -> tuple[list[Alias], str]:
+            request = store_pb2.ListAliasHistoryRequest(
+                namespace=ref.adapter.namespace,
+                name=ref.adapter.name,
+                alias=name,
+                page_size=PAGE_SIZE,
+                page_token=token,
+            )
+            response = await self._call(self._stub.ListAliasHistory, request)
+            return [wire.alias_of(move) for move in response.moves], response.next_page_token
+
+        return await all_pages(page)
+
+    async def set_route(
+        self,
+        task: str,
+        targets: str | Sequence[RouteTarget],
+        *,
+        tenant: str = EVERY_TENANT,
+        expected_generation: int | None = None,
+    ) -> RouteChange:
+        """Sends a tenant's requests for a task to a ref, or to several by weight."""
+        chosen = (RouteTarget(targets),) if isinstance(targets, str) else targets
+        request = store_pb2.SetRouteRequest(
+            route=adapter_pb2.Route(
+                tenant=tenant,
+                task=task,
+                targets=[
+                    adapter_pb2.RouteTarget(ref=target.ref, weight=target.weight, cohort=target.cohort)
+                    for target in chosen
+                ],
+            ),
+            expected_generation=expected_generation,
+        )
+        response = await self._call(self._stub.SetRoute, request)
+        return RouteChange(wire.route_of(response.route), response.feed_position)
+
+    async def delete_route(self, task: str, *, tenant: str = EVERY_TENANT) -> int:
+        """Removes a route; returns the feed position of the change."""
+        request = store_pb2.DeleteRouteRequest(tenant=tenant, task=task)
+        return (await self._call(self._stub.DeleteRoute, request)).feed_position
+
+    async def list_routes(self, *, tenant: str = "") -> list[Route]:
+        """Routes by tenant and task; an empty tenant lists all of them."""
+
+        async def page(token: str) -> tuple[list[Route], str]:
+            request = store_pb2.ListRoutesRequest(tenant=tenant, page_size=PAGE_SIZE, page_token=token)
+            response = await self._call(self._stub.ListRoutes, request)
+            return [wire.route_of(route) for route in response.routes], response.next_page_token
+
+        return await all_pages(page)
+
+    async def list_base_models(self) -> list[BaseModel]:
+        """The base models that the store knows, by name."""
+
+        async def page(token: str) -> tuple[list[BaseModel], str]:
+            request = store_pb2.ListBaseModelsRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self._call(self._stub.ListBaseModels, request)
+            return [wire.base_model_of(base) for base in response.base_models], response.next_page_token
+
+        return await all_pages(page)
+
+    async def _send(
+        self,
+        header: store_pb2.UploadHeader,
+        files: Sequence[FolderFile],
+        progress: ProgressCallback | None,
+    ) -> store_pb2.UploadAdapterResponse:
+        """Sends an upload, once more with pauses if gRPC lost the store's refusal on the way.
+
+        A store may refuse before it has all bytes. grpc.aio then reports its own failed write instead of the
+        refusal when the two cross (grpc/grpc#36066); a pause after each message lets the refusal arrive. The
+        same content again is the same version, so sending it twice does no harm.
+        """
+        for pause_seconds in _UPLOAD_PAUSES[:-1]:
+            try:
+                return await self._send_once(header, files, progress, pause_seconds)
+            except MeshError as error:
+                if error.message != _STATUS_LOST:
+                    raise
+        return await self._send_once(header, files, progress, _UPLOAD_PAUSES[-1])
+
+    async def _send_once(
+        self,
+        header: store_pb2.UploadHeader,
+        files: Sequence[FolderFile],
+        progress: ProgressCallback | None,
+        pause_seconds: float,
+    ) -> store_pb2.UploadAdapterResponse:
+        messages = upload_messages(header, files, progress, pause_seconds)
+        return await self._call(self._stub.UploadAdapter, messages, self.deadlines.transfer_seconds)
+
+    async def _file_bytes(self, digest: str, path: str, offset: int) -> AsyncIterator[bytes]:
+        request = store_pb2.DownloadFileRequest(digest=digest, path=path, offset=offset)
+        try:
+            async for message in self._stub.DownloadFile(request, timeout=self.deadlines.transfer_seconds):
+                yield message.data
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def _version_number(self, adapter: AdapterName, version: str | int) -> int:
+        if isinstance(version, int):
+            return version
+        if version.startswith("v") and version[1:].isdecimal():
+            return int(version[1:])
+        ref = parse_ref(version)
+        if ref.adapter != adapter:
+            raise _invalid_ref(f"'{version}' is a version of another adapter than '{adapter}'", version)
+        return ref.version or (await self.resolve(version)).version.number
+
+
+def _alias(text: str) -> tuple[Ref, str]:
+    """A ref that spells an alias, and the alias."""
+    ref = parse_ref(text)
+    if ref.alias is None or "@" not in text:
+        raise _invalid_ref(f"'{text}' names no alias: use namespace/name@alias", text)
+    return ref, ref.alias
+
+
+def _invalid_ref(message: str, ref: str) -> MeshError:
+    return MeshError(Code.INVALID_ARGUMENT, Reason.INVALID_REF, message, metadata={"ref": ref})

@@ -1,0 +1,156 @@
+"""Protobuf messages to records. Protobuf stops here."""
+
+import datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from adaptermesh.api.adapter.v1 import adapter_pb2
+from adaptermesh.api.inference.v1 import inference_pb2
+from adaptermesh.api.router.v1 import router_pb2
+from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.api.worker.v1 import worker_pb2
+from adaptermesh.client.records import (
+    Adapter,
+    Alias,
+    BaseModel,
+    Load,
+    Model,
+    Residency,
+    Route,
+    RouterStatus,
+    RouteTarget,
+    SourceFile,
+    Version,
+    Worker,
+)
+from adaptermesh.core.tiers import Tier
+
+_STATES = {worker_pb2.WORKER_STATE_READY: "ready", worker_pb2.WORKER_STATE_DRAINING: "draining"}
+
+
+def time_of(message: Timestamp) -> datetime.datetime:
+    return message.ToDatetime(tzinfo=datetime.UTC)
+
+
+def tier_name(tier: int) -> str:
+    """`store`, `disk`, `host` or `device`; empty if it does not apply."""
+    return Tier(tier).name.lower() if tier else ""
+
+
+def version_of(message: adapter_pb2.Version) -> Version:
+    return Version(
+        namespace=message.namespace,
+        name=message.name,
+        number=message.number,
+        digest=message.digest,
+        base_digest=message.base_digest,
+        base_model_id=message.base_model_id,
+        task=message.task,
+        description=message.description,
+        tags=tuple(message.tags),
+        license=message.license,
+        kind=message.kind,
+        op_kinds=tuple(message.op_kinds),
+        max_rank=message.max_rank,
+        size_bytes=message.size_bytes,
+        servable=message.servable,
+        unservable_reason=message.unservable_reason,
+        warnings=tuple(message.warnings),
+        create_time=time_of(message.create_time),
+        source_files=tuple(SourceFile(f.path, f.size_bytes, f.digest) for f in message.source_files),
+    )
+
+
+def alias_of(message: adapter_pb2.Alias) -> Alias:
+    return Alias(
+        namespace=message.namespace,
+        name=message.name,
+        alias=message.alias,
+        version_number=message.version_number,
+        digest=message.digest,
+        generation=message.generation,
+        update_time=time_of(message.update_time),
+        actor=message.actor,
+        comment=message.comment,
+    )
+
+
+def adapter_of(message: store_pb2.AdapterSummary) -> Adapter:
+    return Adapter(
+        version_of(message.newest), message.version_count, tuple(alias_of(alias) for alias in message.aliases)
+    )
+
+
+def route_of(message: adapter_pb2.Route) -> Route:
+    return Route(
+        tenant=message.tenant,
+        task=message.task,
+        targets=tuple(RouteTarget(t.ref, t.weight, t.cohort) for t in message.targets),
+        generation=message.generation,
+        update_time=time_of(message.update_time),
+    )
+
+
+def base_model_of(message: adapter_pb2.BaseModel) -> BaseModel:
+    return BaseModel(
+        model_id=message.model_id,
+        digest=message.digest,
+        config_digest=message.config_digest,
+        weights_digest=message.weights_digest,
+        architecture=message.architecture,
+        hidden_size=message.hidden_size,
+        num_layers=message.num_layers,
+        vocab_size=message.vocab_size,
+    )
+
+
+def residency_of(message: worker_pb2.Residency) -> Residency:
+    return Residency(
+        digest=message.digest,
+        tier=tier_name(message.tier),
+        pinned=message.pinned,
+        requests=message.requests,
+        size_bytes=message.size_bytes,
+    )
+
+
+def worker_of(message: router_pb2.WorkerView | worker_pb2.GetStatusResponse) -> Worker:
+    load = message.load
+    return Worker(
+        worker_id=message.info.worker_id,
+        address=message.info.address,
+        device=message.info.device,
+        base_model_id=message.info.base_model.model_id,
+        base_digest=message.info.base_model.digest,
+        device_slots=message.info.device_slots,
+        state=_STATES.get(message.state, "unknown"),
+        load=Load(
+            running_requests=load.running_requests,
+            waiting_requests=load.waiting_requests,
+            waiting_tokens=load.waiting_tokens,
+            kv_used_tokens=load.kv_used_tokens,
+            kv_total_tokens=load.kv_total_tokens,
+        ),
+        residencies=tuple(residency_of(residency) for residency in message.residencies),
+        booked_requests=message.booked_requests if isinstance(message, router_pb2.WorkerView) else 0,
+    )
+
+
+def router_status_of(message: router_pb2.GetRouterStatusResponse) -> RouterStatus:
+    return RouterStatus(
+        feed_position=message.feed_position,
+        feed_head=message.feed_head,
+        feed_connected=message.feed_connected,
+        versions=message.versions,
+        routes=message.routes,
+    )
+
+
+def model_of(message: inference_pb2.Model) -> Model:
+    return Model(
+        id=message.id,
+        digest=message.digest,
+        base_model_id=message.base_model_id,
+        task=message.task,
+        aliases=tuple(message.aliases),
+    )

@@ -1,0 +1,1 @@
+"""Vocabulary of the mesh: refs, digests, errors, sampling. Standard library only."""

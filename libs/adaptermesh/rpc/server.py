@@ -1,0 +1,81 @@
+"""The gRPC server that every service runs: interceptors, health, reflection, channelz."""
+
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from adaptermesh.rpc.channel import MAX_MESSAGE_BYTES
+from adaptermesh.rpc.interceptors import ServerInterceptor
+from adaptermesh.telemetry.tracing import Tracing
+
+_CHANNELZ_NAME = "grpc.channelz.v1.Channelz"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where a server listens and what it accepts."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free one."""
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    grace_seconds: float = 5.0
+    """How long running calls may go on after stop()."""
+
+
+class MeshServer:
+    """One listening gRPC server. Register servicers on `grpc` before start()."""
+
+    def __init__(self, service_name: str, config: ServerConfig, tracing: Tracing) -> None:
+        self._name = service_name
+        self._config = config
+        self.grpc: grpc.aio.Server = grpc.aio.server(
+            interceptors=(ServerInterceptor(tracing),),
+            options=(
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                # Two processes on one port would share its connections and confuse every client.
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> int:
+        """Binds and starts; returns the port. The health check says NOT_SERVING until `set_serving`.
+
+        Raises:
+            OSError: the address can't be bound.
+        """
+        await self.set_serving(False)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        channelz.add_channelz_servicer(self.grpc)
+        reflection.enable_server_reflection(
+            (self._name, health.SERVICE_NAME, _CHANNELZ_NAME, reflection.SERVICE_NAME), self.grpc
+        )
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = self.grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {address}: {error}") from error
+        await self.grpc.start()
+        return port
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets what the health check answers."""
+        response = health_pb2.HealthCheckResponse
+        value = response.SERVING if serving else response.NOT_SERVING
+        await self._health.set("", value)
+        await self._health.set(self._name, value)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Stops taking calls and ends the running ones after `grace` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(self._config.grace_seconds if grace is None else grace)

@@ -1,0 +1,1 @@
+"""Logs, traces: what the services say about themselves."""
