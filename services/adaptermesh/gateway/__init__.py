@@ -1,0 +1,1 @@
+"""The gateway: the public edge of the mesh. No state, no tensors, no scheduling."""

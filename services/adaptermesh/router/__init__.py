@@ -1,0 +1,1 @@
+"""The router: ref to exact version, request to worker."""

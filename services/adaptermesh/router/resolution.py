@@ -1,0 +1,164 @@
+"""From (tenant, task or ref, cohort key) to a version. Pure: one image in, one answer out.
+
+The share of a route is drawn by weighted rendezvous hashing (Highest Random Weight: each target gets the
+score `-weight / ln(u)` with `u` from sha256 over tenant, task, cohort key and target). The same key always
+lands on the same share, shares are proportional to weights, and when one target's weight grows, keys move
+to that target only.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field, not_found
+from adaptermesh.core.refs import BASE, LATEST, AdapterName, Ref, parse_ref
+from adaptermesh.router.catalogue import CatalogueImage, Route, RouteTarget, Version
+
+ANY_TENANT = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a request asks for: a task, a ref, or neither (the bare base)."""
+
+    tenant: str
+    cohort_key: str
+    task: str | None = None
+    ref: str | None = None
+    base_model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What answers it.
+
+    `version` None is the bare base model. `base_digests` are the bases that may serve it; None is any.
+    """
+
+    ref: str
+    version: Version | None
+    base_digests: frozenset[str] | None
+    route: Route | None = None
+    cohort: str = ""
+
+
+def resolve(image: CatalogueImage, question: Question) -> Resolution:
+    """Finds the version that a request means.
+
+    Raises:
+        MeshError: NOT_FOUND with the name; FAILED_PRECONDITION if the adapter is of another base than the one
+            asked for or can't be served; INVALID_ARGUMENT for a malformed task or ref.
+    """
+    route: Route | None = None
+    cohort = ""
+    ref = question.ref if question.ref is not None else BASE
+    if question.task is not None:
+        route = find_route(image, question.tenant, question.task)
+        target = choose_target(route, question.tenant, question.cohort_key)
+        ref, cohort = target.ref, target.cohort
+    asked = _asked_bases(image, question.base_model)
+    if ref == BASE:
+        return Resolution(ref, None, asked, route, cohort)
+    version = find_version(image, ref)
+    if asked is not None and version.base_digest not in asked:
+        raise base_mismatch(ref, version.base_digest, ", ".join(sorted(asked)))
+    if not version.servable:
+        raise _unsupported(ref, version)
+    return Resolution(ref, version, frozenset((version.base_digest,)), route, cohort)
+
+
+def find_route(image: CatalogueImage, tenant: str, task: str) -> Route:
+    """The tenant's own rule for the task, else the one for every tenant."""
+    if not task:
+        raise invalid_field("task", "it is empty")
+    route = image.routes.get((tenant, task)) or image.routes.get((ANY_TENANT, task))
+    if route is None:
+        error = not_found(Reason.TASK_NOT_FOUND, "task", task)
+        error.metadata["tenant"] = tenant
+        raise error
+    return route
+
+
+def choose_target(route: Route, tenant: str, cohort_key: str) -> RouteTarget:
+    """The share of the route that the cohort key falls in."""
+    open_targets = [(label, target) for label, target in _labelled(route.targets) if target.weight > 0]
+    if not open_targets:
+        # The store refuses such a route; without this check a max() of nothing would hide the reason.
+        raise not_found(Reason.TASK_NOT_FOUND, "an open share of task", route.task)
+    if len(open_targets) == 1:
+        return open_targets[0][1]
+    return max(open_targets, key=lambda item: _score(tenant, route.task, cohort_key, *item))[1]
+
+
+def find_version(image: CatalogueImage, text: str) -> Version:
+    """The version that a ref means now."""
+    ref = parse_ref(text)
+    versions = image.versions.get(ref.adapter)
+    if versions is None:
+        raise not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(ref.adapter))
+    if ref.version is not None:
+        found = versions.get(ref.version)
+    elif ref.digest is not None:
+        found = image.by_digest.get(ref.digest)
+    else:
+        found = _aliased(image, ref, text)
+    if found is None or found.adapter != ref.adapter:
+        raise not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
+    return found
+
+
+def _aliased(image: CatalogueImage, ref: Ref, text: str) -> Version | None:
+    alias = image.aliases.get((ref.adapter, ref.alias or LATEST))
+    if alias is not None:
+        return image.by_digest.get(alias.digest)
+    if "@" in text:
+        raise not_found(Reason.ALIAS_NOT_FOUND, "alias", str(ref))
+    raise _latest_not_set(ref.adapter, text)
+
+
+def _latest_not_set(adapter: AdapterName, text: str) -> MeshError:
+    return MeshError(
+        Code.NOT_FOUND,
+        Reason.ALIAS_NOT_FOUND,
+        f"'{text}' stands for the alias '{adapter}@{LATEST}', which nobody has set; uploads do not move it: "
+        f"set it, or name a version such as '{adapter}:v1'",
+        metadata={"name": f"{adapter}@{LATEST}"},
+    )
+
+
+def _asked_bases(image: CatalogueImage, base_model: str) -> frozenset[str] | None:
+    if not base_model:
+        return None
+    digests = image.base_digests(base_model)
+    if not digests:
+        raise not_found(Reason.BASE_NOT_FOUND, "base model", base_model)
+    return digests
+
+
+def _unsupported(ref: str, version: Version) -> MeshError:
+    reason = version.unservable_reason or "its kind can't be served"
+    return MeshError(
+        Code.FAILED_PRECONDITION,
+        Reason.ADAPTER_UNSUPPORTED,
+        f"adapter '{ref}' ({version}) is stored but can't be served: {reason}",
+        metadata={"ref": ref, "version": str(version), "digest": version.digest, "why": reason},
+    )
+
+
+def _labelled(targets: tuple[RouteTarget, ...]) -> list[tuple[str, RouteTarget]]:
+    """Each target with a name that stays when another target is added, dropped or re-weighted."""
+    seen: Counter[str] = Counter()
+    labelled = []
+    for target in targets:
+        labelled.append((f"{target.cohort}\x00{seen[target.cohort]}", target))
+        seen[target.cohort] += 1
+    return labelled
+
+
+def _score(tenant: str, task: str, cohort_key: str, label: str, target: RouteTarget) -> float:
+    """`-weight / ln(u)`. Source: Schindelhauer, Schomaker, "Weighted distributed hash tables", SPAA 2005."""
+    text = "\x00".join((tenant, task, cohort_key, label))
+    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 12
+    # 52 bits and a half: strictly between 0 and 1, and exact in a float.
+    return -target.weight / math.log((point + 0.5) / 2**52)

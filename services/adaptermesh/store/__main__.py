@@ -1,0 +1,10 @@
+"""`python -m adaptermesh.store`."""
+
+import sys
+
+from adaptermesh.rpc.service import run
+from adaptermesh.store.service import GRPC_NAME, StoreService
+from adaptermesh.store.settings import StoreSettings
+
+if __name__ == "__main__":
+    sys.exit(run("store", GRPC_NAME, StoreSettings(), StoreService))

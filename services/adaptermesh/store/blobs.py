@@ -1,0 +1,189 @@
+"""Bytes by the digest of their content."""
+
+import asyncio
+import hashlib
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from adaptermesh.core.digests import is_digest
+from adaptermesh.core.errors import Code, MeshError, Reason
+
+_PIECE = 1024 * 1024
+_PREFIX = "sha256:"
+
+
+class BlobReader(Protocol):
+    """An open blob."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        ...
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; raises MeshError DATA_CORRUPT if they aren't there."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Blobs that never change. What `put` has returned for survives a crash."""
+
+    async def put(self, digest: str, source: Path) -> None:
+        """Keeps the content of a file; the same content again changes nothing.
+
+        Raises:
+            MeshError: DATA_CORRUPT if the file doesn't have that digest; nothing is kept then.
+        """
+        ...
+
+    def open(self, digest: str) -> AbstractAsyncContextManager[BlobReader]:
+        """Opens a blob; raises MeshError DATA_CORRUPT if there is none, since the catalogue says there is."""
+        ...
+
+    async def delete(self, digest: str) -> None:
+        """Removes a blob, if it is there."""
+        ...
+
+
+class FolderBlobStore:
+    """Blobs as files: `<folder>/sha256/<2 digits>/<62 digits>`.
+
+    A blob is written under a temporary name, synced and renamed, so a file that has a digest's name is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = folder / "sha256"
+        self._temporary = folder / "tmp"
+
+    async def recover(self) -> None:
+        """Makes the folders and removes what a crash left under temporary names."""
+        await asyncio.to_thread(self._recover)
+
+    async def put(self, digest: str, source: Path) -> None:
+        await asyncio.to_thread(self._put, digest, source)
+
+    @asynccontextmanager
+    async def open(self, digest: str) -> AsyncIterator[BlobReader]:
+        reader = await asyncio.to_thread(_FileReader, self._path(digest), digest)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    async def delete(self, digest: str) -> None:
+        await asyncio.to_thread(self._path(digest).unlink, missing_ok=True)
+
+    def _path(self, digest: str) -> Path:
+        if not is_digest(digest):
+            raise ValueError(f"not a digest: {digest!r}")
+        digits = digest.removeprefix(_PREFIX)
+        return self._blobs / digits[:2] / digits[2:]
+
+    def _recover(self) -> None:
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        for left in self._temporary.iterdir():
+            left.unlink(missing_ok=True)
+
+    def _put(self, digest: str, source: Path) -> None:
+        target = self._path(digest)
+        if not target.exists():
+            temporary = self._temporary / uuid.uuid4().hex
+            try:
+                if _copy(source, temporary) != digest:
+                    raise _corrupt(digest, "what was to be kept has another digest")
+                target.parent.mkdir(exist_ok=True)
+                temporary.rename(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        # Also if somebody else has put it: that call may not have come this far yet.
+        _sync_folder(target.parent)
+        _sync_folder(self._blobs)
+
+
+class _FileReader:
+    """A file that is read by position, each piece in a thread."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self._digest = digest
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise _corrupt(digest, "it is missing") from error
+        self._size = os.fstat(self._file).st_size
+        self._pending: set[asyncio.Future[bytes]] = set()
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    async def read(self, offset: int, size: int) -> bytes:
+        reading = asyncio.ensure_future(asyncio.to_thread(self._read, offset, size))
+        self._pending.add(reading)
+        reading.add_done_callback(self._read_done)
+        # A thread can't be interrupted; the file must stay open until it is done.
+        return await asyncio.shield(reading)
+
+    def close(self) -> None:
+        self._closed = True
+        if not self._pending:
+            os.close(self._file)
+
+    def _read_done(self, reading: asyncio.Future[bytes]) -> None:
+        self._pending.discard(reading)
+        if not reading.cancelled():
+            reading.exception()
+        if self._closed and not self._pending:
+            os.close(self._file)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._file, size, offset)
+        while len(data) < size:
+            more = os.pread(self._file, size - len(data), offset + len(data))
+            if not more:
+                raise _corrupt(self._digest, f"it ends before byte {offset + size}")
+            data += more
+        return data
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's content; blocks."""
+    with path.open("rb") as file:
+        return _PREFIX + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copies and syncs a file; returns the digest of what was written."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("xb") as writer:
+        for piece in _pieces(reader):
+            digest.update(piece)
+            writer.write(piece)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return _PREFIX + digest.hexdigest()
+
+
+def _pieces(reader: BinaryIO) -> Iterator[bytes]:
+    while piece := reader.read(_PIECE):
+        yield piece
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a crash."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _corrupt(digest: str, message: str) -> MeshError:
+    return MeshError(
+        Code.DATA_LOSS, Reason.DATA_CORRUPT, f"blob {digest}: {message}", metadata={"digest": digest}
+    )

@@ -1,0 +1,165 @@
+"""The change feed: every mutation takes the next position, watchers read the table by position."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import Row, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
+from adaptermesh.store.database import Database
+from adaptermesh.store.records import (
+    AliasRecord,
+    BaseModelRecord,
+    Change,
+    ChangeKind,
+    Record,
+    RouteRecord,
+    VersionRecord,
+)
+from adaptermesh.store.schema import changes, feed
+
+_BODIES: Mapping[ChangeKind, TypeAdapter[Any]] = {
+    ChangeKind.BASE_MODEL_REGISTERED: TypeAdapter(BaseModelRecord),
+    ChangeKind.VERSION_PUBLISHED: TypeAdapter(VersionRecord),
+    ChangeKind.ALIAS_SET: TypeAdapter(AliasRecord),
+    ChangeKind.ROUTE_SET: TypeAdapter(RouteRecord),
+    ChangeKind.ROUTE_DELETED: TypeAdapter(RouteRecord),
+}
+
+
+async def append_change(connection: AsyncConnection, kind: ChangeKind, record: Record, now_us: int) -> int:
+    """Writes a change inside the mutation's own transaction; returns its position.
+
+    The update of the one feed row makes positions follow the order of the commits, without gaps.
+    """
+    take = update(feed).values(head_position=feed.c.head_position + 1).returning(feed.c.head_position)
+    position = int((await connection.execute(take)).scalar_one())
+    body = _BODIES[kind].dump_json(record).decode()
+    row = {"position": position, "commit_time_us": now_us, "kind": kind.value, "body": body}
+    await connection.execute(insert(changes).values(row))
+    return position
+
+
+async def feed_head(connection: AsyncConnection) -> tuple[str, int]:
+    """The feed's identity and its last position, as of the connection's transaction."""
+    row = (await connection.execute(select(feed.c.feed_id, feed.c.head_position))).one()
+    return row.feed_id, row.head_position
+
+
+@dataclass(frozen=True, slots=True)
+class FeedConfig:
+    """How watchers are served."""
+
+    heartbeat_seconds: float = 5.0
+    """A watcher hears at least this often; changes of another process are found this late at most."""
+    page_size: int = 32
+    """How many changes a watcher has in memory at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedMessage:
+    """A change, or a heartbeat."""
+
+    head_position: int
+    change: Change | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    head_position: int
+    changes: tuple[Change, ...]
+
+
+class Feed:
+    """Watchers of the feed. Each keeps its own position; a wake-up carries no data, so none can be lost."""
+
+    def __init__(self, config: FeedConfig) -> None:
+        self._config = config
+        self._watchers: set[asyncio.Event] = set()
+        self._closed = False
+
+    @property
+    def watchers(self) -> int:
+        """How many watch."""
+        return len(self._watchers)
+
+    def announce(self) -> None:
+        """Wakes the watchers; called after each commit."""
+        for wake in self._watchers:
+            wake.set()
+
+    def close(self) -> None:
+        """Ends every watch: a watcher goes on from its position at another time or place."""
+        self._closed = True
+        self.announce()
+
+    async def watch(
+        self, database: Database, feed_id: str, after_position: int
+    ) -> AsyncGenerator[FeedMessage]:
+        """Yields every change after a position, in order, exactly once, then live, and heartbeats between.
+
+        The first heartbeat comes as soon as the watcher has caught up.
+
+        Raises:
+            MeshError: FEED_POSITION_EXPIRED if the position isn't one of this feed; DRAINING after close().
+        """
+        wake = asyncio.Event()
+        self._watchers.add(wake)
+        try:
+            position = after_position
+            beat = True
+            while True:
+                if self._closed:
+                    raise unavailable(Reason.DRAINING, "the store is shutting down", retry_after=1.0)
+                wake.clear()
+                page = await self._read(database, feed_id, position)
+                for change in page.changes:
+                    position = change.position
+                    yield FeedMessage(page.head_position, change)
+                if position < page.head_position:
+                    continue
+                if beat and not page.changes:
+                    yield FeedMessage(page.head_position, None)
+                beat = not await self._woken(wake)
+        finally:
+            self._watchers.discard(wake)
+
+    async def _woken(self, wake: asyncio.Event) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(wake.wait(), self._config.heartbeat_seconds)
+        return wake.is_set()
+
+    async def _read(self, database: Database, feed_id: str, after: int) -> _Page:
+        async with database.reading() as connection:
+            state = (await connection.execute(select(feed))).one()
+            _check_position(state, feed_id, after)
+            page = select(changes).where(changes.c.position > after).order_by(changes.c.position)
+            rows = (await connection.execute(page.limit(self._config.page_size))).all()
+        return _Page(state.head_position, tuple(_change(row) for row in rows))
+
+
+def _check_position(state: Row[Any], feed_id: str, after: int) -> None:
+    if after < 0:
+        raise invalid_field("after_position", "must not be negative")
+    if feed_id == state.feed_id and state.trimmed_position <= after <= state.head_position:
+        return
+    raise MeshError(
+        Code.OUT_OF_RANGE,
+        Reason.FEED_POSITION_EXPIRED,
+        f"position {after} of feed '{feed_id[:80]}' is not one of this feed: take a snapshot",
+        metadata={
+            "feed_id": state.feed_id,
+            "head_position": str(state.head_position),
+            "after_position": str(after),
+        },
+    )
+
+
+def _change(row: Row[Any]) -> Change:
+    kind = ChangeKind(row.kind)
+    return Change(row.position, row.commit_time_us, kind, _BODIES[kind].validate_json(row.body))

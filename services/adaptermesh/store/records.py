@@ -1,0 +1,126 @@
+"""What the catalogue holds, as values. Times are microseconds since the Unix epoch."""
+
+import enum
+from dataclasses import dataclass
+
+from adaptermesh.core.refs import AdapterName
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of an upload, kept byte for byte."""
+
+    path: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelRecord:
+    """A base model; its identity is the digest."""
+
+    model_id: str
+    digest: str
+    config_digest: str
+    weights_digest: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    config_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One immutable upload. Number 0 is one that was checked but not published."""
+
+    namespace: str
+    name: str
+    number: int
+    digest: str
+    base_digest: str
+    base_model_id: str
+    task: str
+    description: str
+    tags: tuple[str, ...]
+    license: str
+    kind: str
+    op_kinds: tuple[str, ...]
+    max_rank: int
+    size_bytes: int
+    servable: bool
+    unservable_reason: str
+    warnings: tuple[str, ...]
+    create_time_us: int
+    source_files: tuple[SourceFile, ...]
+
+    @property
+    def adapter(self) -> AdapterName:
+        return AdapterName(self.namespace, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class AliasRecord:
+    """An alias as it was after one move."""
+
+    namespace: str
+    name: str
+    alias: str
+    version_number: int
+    digest: str
+    generation: int
+    update_time_us: int
+    actor: str
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTarget:
+    """One destination of a route."""
+
+    ref: str
+    weight: int
+    cohort: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRecord:
+    """A rule: requests of a tenant for a task go to these refs."""
+
+    tenant: str
+    task: str
+    targets: tuple[RouteTarget, ...]
+    generation: int
+    update_time_us: int
+
+
+class ChangeKind(enum.StrEnum):
+    """What a mutation did."""
+
+    BASE_MODEL_REGISTERED = "base_model_registered"
+    VERSION_PUBLISHED = "version_published"
+    ALIAS_SET = "alias_set"
+    ROUTE_SET = "route_set"
+    ROUTE_DELETED = "route_deleted"
+
+
+Record = BaseModelRecord | VersionRecord | AliasRecord | RouteRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One mutation, at its place in the feed."""
+
+    position: int
+    commit_time_us: int
+    kind: ChangeKind
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """One adapter in a list."""
+
+    newest: VersionRecord
+    version_count: int
+    aliases: tuple[AliasRecord, ...]

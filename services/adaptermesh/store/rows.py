@@ -1,0 +1,109 @@
+"""Rows of the catalogue to records and back."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, select
+
+from adaptermesh.store.records import (
+    AliasRecord,
+    BaseModelRecord,
+    RouteRecord,
+    RouteTarget,
+    SourceFile,
+    VersionRecord,
+)
+from adaptermesh.store.schema import adapters, alias_moves, aliases, versions
+
+SELECT_VERSIONS = select(versions, adapters.c.namespace, adapters.c.name).join(
+    adapters, adapters.c.id == versions.c.adapter_id
+)
+"""Versions with their adapter's name."""
+
+_SAME_MOVE = (
+    (aliases.c.adapter_id == alias_moves.c.adapter_id)
+    & (aliases.c.alias == alias_moves.c.alias)
+    & (aliases.c.generation == alias_moves.c.generation)
+)
+_SAME_VERSION = (versions.c.adapter_id == alias_moves.c.adapter_id) & (
+    versions.c.number == alias_moves.c.version_number
+)
+
+SELECT_MOVES = (
+    select(alias_moves, adapters.c.namespace, adapters.c.name, versions.c.digest)
+    .join(adapters, adapters.c.id == alias_moves.c.adapter_id)
+    .join(versions, _SAME_VERSION)
+)
+"""Moves of aliases, with the adapter's name and the version's digest."""
+
+SELECT_ALIASES = SELECT_MOVES.join(aliases, _SAME_MOVE)
+"""Of each alias the move that holds now."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A version and what only the store knows of it."""
+
+    record: VersionRecord
+    tensor_digest: str
+    feed_position: int
+
+
+def stored_version(row: Row[Any]) -> StoredVersion:
+    return StoredVersion(version_record(row), row.tensor_digest, row.feed_position)
+
+
+def version_record(row: Row[Any]) -> VersionRecord:
+    return VersionRecord(
+        namespace=row.namespace,
+        name=row.name,
+        number=row.number,
+        digest=row.digest,
+        base_digest=row.base_digest,
+        base_model_id=row.base_model_id,
+        task=row.task,
+        description=row.description,
+        tags=tuple(row.tags),
+        license=row.license,
+        kind=row.kind,
+        op_kinds=tuple(row.op_kinds),
+        max_rank=row.max_rank,
+        size_bytes=row.size_bytes,
+        servable=row.servable,
+        unservable_reason=row.unservable_reason,
+        warnings=tuple(row.warnings),
+        create_time_us=row.create_time_us,
+        source_files=tuple(SourceFile(**file) for file in row.source_files),
+    )
+
+
+def version_values(record: VersionRecord) -> dict[str, Any]:
+    """The columns of `versions` that a record fills."""
+    values = dataclasses.asdict(record)
+    del values["namespace"], values["name"]
+    return values
+
+
+def alias_record(row: Row[Any]) -> AliasRecord:
+    return AliasRecord(
+        namespace=row.namespace,
+        name=row.name,
+        alias=row.alias,
+        version_number=row.version_number,
+        digest=row.digest,
+        generation=row.generation,
+        update_time_us=row.update_time_us,
+        actor=row.actor,
+        comment=row.comment,
+    )
+
+
+def base_model_record(row: Row[Any]) -> BaseModelRecord:
+    fields = (field.name for field in dataclasses.fields(BaseModelRecord))
+    return BaseModelRecord(**{name: getattr(row, name) for name in fields})
+
+
+def route_record(row: Row[Any]) -> RouteRecord:
+    targets = tuple(RouteTarget(**target) for target in row.targets)
+    return RouteRecord(row.tenant, row.task, targets, row.generation, row.update_time_us)

@@ -1,0 +1,150 @@
+"""The catalogue's tables. A change here needs a revision in `migrations/versions`."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+# Pages go by these columns, so their order must be that of the bytes on every database.
+_KEY = String(200).with_variant(String(200, collation="C"), "postgresql")
+_DIGEST = String(71)
+
+feed = Table(
+    "feed",
+    metadata,
+    # One row. A mutation takes the next position by updating it, which also lets one writer in at a time.
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("feed_id", String(36), nullable=False),
+    Column("head_position", BigInteger, nullable=False),
+    # Changes up to here are gone.
+    Column("trimmed_position", BigInteger, nullable=False),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("commit_time_us", BigInteger, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+)
+
+base_models = Table(
+    "base_models",
+    metadata,
+    Column("digest", _DIGEST, primary_key=True),
+    Column("model_id", _KEY, nullable=False),
+    Column("config_digest", _DIGEST, nullable=False),
+    Column("weights_digest", _DIGEST, nullable=False),
+    Column("architecture", String(200), nullable=False),
+    Column("hidden_size", Integer, nullable=False),
+    Column("num_layers", Integer, nullable=False),
+    Column("vocab_size", Integer, nullable=False),
+    Column("config_json", Text, nullable=False),
+    Column("feed_position", BigInteger, nullable=False),
+    Index(None, "model_id", "digest"),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("namespace", _KEY, nullable=False),
+    Column("name", _KEY, nullable=False),
+    # Also the number of the newest version.
+    Column("version_count", Integer, nullable=False),
+    UniqueConstraint("namespace", "name"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", ForeignKey("adapters.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", _DIGEST, nullable=False, unique=True),
+    Column("tensor_digest", _DIGEST, nullable=False),
+    Column("base_digest", ForeignKey("base_models.digest"), nullable=False),
+    Column("base_model_id", _KEY, nullable=False),
+    Column("task", String(200), nullable=False),
+    Column("description", Text, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("license", Text, nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("op_kinds", JSON, nullable=False),
+    Column("max_rank", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("servable", Boolean, nullable=False),
+    Column("unservable_reason", Text, nullable=False),
+    Column("warnings", JSON, nullable=False),
+    Column("create_time_us", BigInteger, nullable=False),
+    Column("source_files", JSON, nullable=False),
+    Column("feed_position", BigInteger, nullable=False),
+    UniqueConstraint("adapter_id", "number"),
+)
+
+version_tags = Table(
+    "version_tags",
+    metadata,
+    Column("version_id", ForeignKey("versions.id"), primary_key=True),
+    Column("tag", String(200), primary_key=True),
+    Index(None, "tag"),
+)
+
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("adapter_id", Integer, primary_key=True),
+    Column("alias", _KEY, primary_key=True),
+    Column("generation", BigInteger, primary_key=True, autoincrement=False),
+    Column("version_number", Integer, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("comment", Text, nullable=False),
+    ForeignKeyConstraint(["adapter_id", "version_number"], ["versions.adapter_id", "versions.number"]),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("adapter_id", Integer, primary_key=True),
+    Column("alias", _KEY, primary_key=True),
+    # The move that holds now.
+    Column("generation", BigInteger, nullable=False),
+    ForeignKeyConstraint(
+        ["adapter_id", "alias", "generation"],
+        ["alias_moves.adapter_id", "alias_moves.alias", "alias_moves.generation"],
+    ),
+)
+
+routes = Table(
+    "routes",
+    metadata,
+    Column("tenant", _KEY, primary_key=True),
+    Column("task", _KEY, primary_key=True),
+    Column("targets", JSON, nullable=False),
+    # Goes on counting over a deletion, so that a generation never stands for two different routes.
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("deleted", Boolean, nullable=False),
+)

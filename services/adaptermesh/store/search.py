@@ -1,0 +1,101 @@
+"""Lists of adapters, by name, with conditions."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.digests import is_digest
+from adaptermesh.core.errors import invalid_field
+from adaptermesh.store.database import Database
+from adaptermesh.store.fields import check_text
+from adaptermesh.store.pages import Key, Page, Pager, PageRequest
+from adaptermesh.store.records import AdapterSummary, AliasRecord
+from adaptermesh.store.rows import SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
+from adaptermesh.store.schema import adapters, alias_moves, version_tags, versions
+
+MAX_CONDITION = 256
+MAX_TAGS = 32
+# SQLite takes a bounded number of parameters in one statement.
+_IDS_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterQuery:
+    """Conditions that must all hold; an empty one matches all."""
+
+    text: str = ""
+    """Substring of namespace/name, without regard to case."""
+    namespace: str = ""
+    task: str = ""
+    base_model: str = ""
+    """Name or digest."""
+    tags: tuple[str, ...] = ()
+
+
+class Search:
+    """Finds adapters. Task, base and tags are those of the newest version."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def list(self, query: AdapterQuery, request: PageRequest) -> Page[AdapterSummary]:
+        """Adapters in order of namespace and name."""
+        for field in ("text", "namespace", "task", "base_model"):
+            check_text("query" if field == "text" else field, getattr(query, field), MAX_CONDITION)
+        if len(query.tags) > MAX_TAGS:
+            raise invalid_field("tags", f"at most {MAX_TAGS} are allowed")
+
+        def key(summary: AdapterSummary) -> Key:
+            return summary.newest.namespace, summary.newest.name
+
+        tags = sorted(set(query.tags))
+        scope = ["adapters", query.text, query.namespace, query.task, query.base_model, tags]
+        pager = Pager(request, scope, key, (str, str))
+        statement = (
+            SELECT_VERSIONS.where(versions.c.number == adapters.c.version_count)
+            .where(*_conditions(query))
+            .order_by(adapters.c.namespace, adapters.c.name)
+            .limit(pager.limit)
+        )
+        if pager.after is not None:
+            namespace, name = pager.after
+            same = (adapters.c.namespace == namespace) & (adapters.c.name > name)
+            statement = statement.where((adapters.c.namespace > namespace) | same)
+        async with self._database.reading() as connection:
+            rows = (await connection.execute(statement)).all()
+            found = await _aliases(connection, [row.adapter_id for row in rows])
+        summaries = []
+        for row in rows:
+            newest = version_record(row)
+            summaries.append(AdapterSummary(newest, newest.number, tuple(found.get(row.adapter_id, ()))))
+        return pager.page(summaries)
+
+
+def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if query.text:
+        # Names have lower-case letters only.
+        full = adapters.c.namespace + "/" + adapters.c.name
+        conditions.append(full.contains(query.text.lower(), autoescape=True))
+    if query.namespace:
+        conditions.append(adapters.c.namespace == query.namespace)
+    if query.task:
+        conditions.append(versions.c.task == query.task)
+    if query.base_model:
+        column = versions.c.base_digest if is_digest(query.base_model) else versions.c.base_model_id
+        conditions.append(column == query.base_model)
+    for tag in sorted(set(query.tags)):
+        same = (version_tags.c.version_id == versions.c.id) & (version_tags.c.tag == tag)
+        conditions.append(exists(select(version_tags.c.tag).where(same)))
+    return conditions
+
+
+async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
+    found: dict[int, list[AliasRecord]] = {}
+    for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
+        batch = adapter_ids[start : start + _IDS_AT_ONCE]
+        query = SELECT_ALIASES.where(alias_moves.c.adapter_id.in_(batch)).order_by(alias_moves.c.alias)
+        for row in await connection.execute(query):
+            found.setdefault(row.adapter_id, []).append(alias_record(row))
+    return found

@@ -1,0 +1,68 @@
+"""The store as a process: its parts, opened once the port is bound."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+from adaptermesh.api.store.v1 import store_pb2_grpc
+from adaptermesh.rpc.server import MeshServer
+from adaptermesh.rpc.service import ServiceContext
+from adaptermesh.store.database import DatabaseConfig
+from adaptermesh.store.feed import FeedConfig
+from adaptermesh.store.servicer import StoreServicer
+from adaptermesh.store.settings import StoreSettings
+from adaptermesh.store.snapshot import SnapshotConfig
+from adaptermesh.store.stores import StoreConfig, Stores
+from adaptermesh.store.uploads import UploadConfig
+
+GRPC_NAME = "adaptermesh.api.store.v1.StoreService"
+
+
+class StoreService:
+    """What `python -m adaptermesh.store` runs."""
+
+    def __init__(self, context: ServiceContext[StoreSettings]) -> None:
+        self._drain_seconds = context.settings.drain_seconds
+        self._stores = Stores(store_config(context.settings), context.clock)
+
+    def register(self, server: MeshServer) -> None:
+        """Adds the servicer."""
+        store_pb2_grpc.add_StoreServiceServicer_to_server(StoreServicer(self._stores), server.grpc)
+
+    async def start(self) -> None:
+        """Opens the catalogue and the blobs."""
+        await self._stores.open()
+
+    async def drain(self) -> None:
+        """Ends the watches and waits for the uploads; what else runs has the server's grace."""
+        self._stores.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                await self._stores.uploads.drained()
+
+    async def stop(self) -> None:
+        """Closes everything."""
+        await self._stores.close()
+
+
+def store_config(settings: StoreSettings) -> StoreConfig:
+    """The parts' configuration from the settings."""
+    folder = Path(settings.blobs) if settings.blobs else settings.home / "store"
+    catalogue = settings.home.absolute() / "store" / "catalogue.db"
+    return StoreConfig(
+        folder=folder.absolute(),
+        database=DatabaseConfig(
+            url=settings.database_url or f"sqlite+aiosqlite:///{catalogue}",
+            connections=settings.database_connections,
+            busy_seconds=settings.database_busy_seconds,
+        ),
+        uploads=UploadConfig(
+            max_bytes=settings.max_upload_bytes,
+            max_files=settings.max_upload_files,
+            concurrent=settings.concurrent_uploads,
+            idle_seconds=settings.upload_idle_seconds,
+            ingest_threads=settings.ingest_threads,
+        ),
+        feed=FeedConfig(heartbeat_seconds=settings.heartbeat_seconds),
+        snapshots=SnapshotConfig(concurrent=settings.concurrent_snapshots, seconds=settings.snapshot_seconds),
+    )

@@ -1,0 +1,211 @@
+"""The gRPC face of the store: messages in, the store's own nouns, messages out."""
+# Names and signatures are those of the generated base class.
+# ruff: noqa: ARG002, N802
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.core.refs import AdapterName, check_name, parse_ref
+from adaptermesh.store import wire
+from adaptermesh.store.aliases import AliasName, MoveRequest
+from adaptermesh.store.headers import invalid_upload
+from adaptermesh.store.pages import PageRequest
+from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
+from adaptermesh.store.search import AdapterQuery
+from adaptermesh.store.stores import Stores
+
+Context = Any
+
+# Well below the largest message that clients take.
+_PART_BYTES = 512 * 1024
+_PART_ITEMS = 500
+
+
+class StoreServicer(store_pb2_grpc.StoreServiceServicer):
+    """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._all = stores
+
+    @property
+    def _stores(self) -> Stores:
+        # The port is bound before the catalogue is open.
+        self._all.check_open()
+        return self._all
+
+    async def UploadAdapter(self, request_iterator: Any, context: Context) -> store_pb2.UploadAdapterResponse:
+        # Closed here, also after a refusal in the middle: it must not outlive the call.
+        async with aclosing(aiter(request_iterator)) as messages:
+            first = await self._stores.uploads.first(messages)
+            if first is None or first.WhichOneof("part") != "header":
+                raise invalid_upload("the first message must be the header")
+            async with aclosing(_data(messages)) as pieces:
+                outcome = await self._stores.uploads.receive(wire.header_from(first.header), pieces)
+        return store_pb2.UploadAdapterResponse(
+            version=wire.version_to(outcome.version),
+            created=outcome.created,
+            feed_position=outcome.feed_position,
+        )
+
+    async def DownloadFile(
+        self, request: store_pb2.DownloadFileRequest, context: Context
+    ) -> AsyncIterator[store_pb2.DownloadFileResponse]:
+        version = await self._stores.catalogue.get_digest(request.digest)
+        file = find_file(version.record, request.path)
+        async with aclosing(read_file(self._stores.blobs, file, request.offset)) as pieces:
+            async for piece in pieces:
+                yield store_pb2.DownloadFileResponse(data=piece)
+
+    async def FetchAdapter(
+        self, request: store_pb2.FetchAdapterRequest, context: Context
+    ) -> AsyncIterator[store_pb2.FetchAdapterResponse]:
+        version = await self._stores.catalogue.get_digest(request.digest)
+        check_offset(request.offset, version.record.size_bytes)
+        manifest = await read_manifest(self._stores.blobs, version.record.digest)
+        yield store_pb2.FetchAdapterResponse(manifest=manifest)
+        async with aclosing(read_tensors(self._stores.blobs, version, manifest, request.offset)) as pieces:
+            async for piece in pieces:
+                yield store_pb2.FetchAdapterResponse(data=piece)
+
+    async def ResolveRef(
+        self, request: store_pb2.ResolveRefRequest, context: Context
+    ) -> store_pb2.ResolveRefResponse:
+        version, aliases = await self._stores.catalogue.resolve(parse_ref(request.ref))
+        manifest = await read_manifest(self._stores.blobs, version.record.digest)
+        return store_pb2.ResolveRefResponse(
+            version=wire.version_to(version.record), aliases=aliases, manifest=manifest
+        )
+
+    async def ListVersions(
+        self, request: store_pb2.ListVersionsRequest, context: Context
+    ) -> store_pb2.ListVersionsResponse:
+        adapter = _adapter(request.namespace, request.name)
+        page = await self._stores.catalogue.list_versions(adapter, _page(request))
+        return store_pb2.ListVersionsResponse(
+            versions=[wire.version_to(version) for version in page.items], next_page_token=page.next_token
+        )
+
+    async def ListAdapters(
+        self, request: store_pb2.ListAdaptersRequest, context: Context
+    ) -> store_pb2.ListAdaptersResponse:
+        query = AdapterQuery(
+            text=request.query,
+            namespace=request.namespace,
+            task=request.task,
+            base_model=request.base_model,
+            tags=tuple(request.tags),
+        )
+        page = await self._stores.search.list(query, _page(request))
+        return store_pb2.ListAdaptersResponse(
+            adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
+        )
+
+    async def SetAlias(
+        self, request: store_pb2.SetAliasRequest, context: Context
+    ) -> store_pb2.SetAliasResponse:
+        alias, position = await self._stores.aliases.point(_move(request), request.version_number)
+        return store_pb2.SetAliasResponse(alias=wire.alias_to(alias), feed_position=position)
+
+    async def RollBackAlias(
+        self, request: store_pb2.RollBackAliasRequest, context: Context
+    ) -> store_pb2.RollBackAliasResponse:
+        alias, position = await self._stores.aliases.roll_back(_move(request))
+        return store_pb2.RollBackAliasResponse(alias=wire.alias_to(alias), feed_position=position)
+
+    async def ListAliasHistory(
+        self, request: store_pb2.ListAliasHistoryRequest, context: Context
+    ) -> store_pb2.ListAliasHistoryResponse:
+        name = AliasName(_adapter(request.namespace, request.name), request.alias)
+        page = await self._stores.aliases.history(name, _page(request))
+        return store_pb2.ListAliasHistoryResponse(
+            moves=[wire.alias_to(move) for move in page.items], next_page_token=page.next_token
+        )
+
+    async def SetRoute(
+        self, request: store_pb2.SetRouteRequest, context: Context
+    ) -> store_pb2.SetRouteResponse:
+        expected = request.expected_generation if request.HasField("expected_generation") else None
+        route, position = await self._stores.routes.set(wire.route_from(request.route), expected)
+        return store_pb2.SetRouteResponse(route=wire.route_to(route), feed_position=position)
+
+    async def DeleteRoute(
+        self, request: store_pb2.DeleteRouteRequest, context: Context
+    ) -> store_pb2.DeleteRouteResponse:
+        position = await self._stores.routes.delete(request.tenant, request.task)
+        return store_pb2.DeleteRouteResponse(feed_position=position)
+
+    async def ListRoutes(
+        self, request: store_pb2.ListRoutesRequest, context: Context
+    ) -> store_pb2.ListRoutesResponse:
+        page = await self._stores.routes.list(request.tenant, _page(request))
+        return store_pb2.ListRoutesResponse(
+            routes=[wire.route_to(route) for route in page.items], next_page_token=page.next_token
+        )
+
+    async def RegisterBaseModel(
+        self, request: store_pb2.RegisterBaseModelRequest, context: Context
+    ) -> store_pb2.RegisterBaseModelResponse:
+        base = wire.base_model_from(request.base_model)
+        created, position = await self._stores.catalogue.register_base_model(base)
+        return store_pb2.RegisterBaseModelResponse(created=created, feed_position=position)
+
+    async def ListBaseModels(
+        self, request: store_pb2.ListBaseModelsRequest, context: Context
+    ) -> store_pb2.ListBaseModelsResponse:
+        page = await self._stores.catalogue.list_base_models(_page(request))
+        return store_pb2.ListBaseModelsResponse(
+            base_models=[wire.base_model_to(base) for base in page.items], next_page_token=page.next_token
+        )
+
+    async def GetSnapshot(
+        self, request: store_pb2.GetSnapshotRequest, context: Context
+    ) -> AsyncIterator[store_pb2.GetSnapshotResponse]:
+        part, size, count = store_pb2.GetSnapshotResponse(), 0, 0
+        async with aclosing(self._stores.snapshots.read()) as items:
+            async for item in items:
+                if size >= _PART_BYTES or count >= _PART_ITEMS:
+                    yield part
+                    part, size, count = store_pb2.GetSnapshotResponse(), 0, 0
+                size += wire.add_to_part(part, item)
+                count += 1
+        yield part
+
+    async def WatchChanges(
+        self, request: store_pb2.WatchChangesRequest, context: Context
+    ) -> AsyncIterator[store_pb2.WatchChangesResponse]:
+        watch = self._stores.feed.watch(self._stores.database, request.feed_id, request.after_position)
+        async with aclosing(watch) as messages:
+            async for message in messages:
+                yield wire.watch_response(message)
+
+
+async def _data(messages: AsyncIterator[store_pb2.UploadAdapterRequest]) -> AsyncGenerator[bytes]:
+    async for message in messages:
+        if message.WhichOneof("part") != "data":
+            raise invalid_upload("after the header there must be data only")
+        yield message.data
+
+
+def _adapter(namespace: str, name: str) -> AdapterName:
+    return AdapterName(check_name(namespace, "namespace"), check_name(name, "name"))
+
+
+def _page(
+    request: store_pb2.ListVersionsRequest
+    | store_pb2.ListAdaptersRequest
+    | store_pb2.ListAliasHistoryRequest
+    | store_pb2.ListRoutesRequest
+    | store_pb2.ListBaseModelsRequest,
+) -> PageRequest:
+    return PageRequest(request.page_size, request.page_token)
+
+
+def _move(request: store_pb2.SetAliasRequest | store_pb2.RollBackAliasRequest) -> MoveRequest:
+    return MoveRequest(
+        alias=AliasName(_adapter(request.namespace, request.name), request.alias),
+        expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
+        actor=request.actor,
+        comment=request.comment,
+    )

@@ -1,0 +1,53 @@
+"""The store's settings: `ADAPTERMESH_STORE_*`."""
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from adaptermesh.rpc.settings import ServiceSettings
+
+
+class StoreSettings(ServiceSettings):
+    """Read from the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="ADAPTERMESH_STORE_")
+
+    port: int = Field(default=7702, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
+    database_url: str = Field(
+        default="",
+        description="SQLAlchemy URL of the catalogue, sqlite+aiosqlite:///<path>. "
+        "Empty: <home>/store/catalogue.db.",
+    )
+    blobs: str = Field(
+        default="", description="Folder for the bytes and for uploads in progress. Empty: <home>/store."
+    )
+    max_upload_bytes: int = Field(
+        default=512 * 2**20, gt=0, description="Largest upload, all its files together, in bytes."
+    )
+    max_upload_files: int = Field(default=64, gt=0, description="Most files of one upload.")
+    concurrent_uploads: int = Field(
+        default=8, gt=0, description="Uploads at the same time; one more is refused and told when to retry."
+    )
+    upload_idle_seconds: float = Field(
+        default=60.0, gt=0, description="An upload that sends nothing for so long is given up, in seconds."
+    )
+    ingest_threads: int = Field(default=2, gt=0, description="Uploads that are checked at the same time.")
+    database_connections: int = Field(
+        default=16, ge=4, description="Database transactions at the same time; more wait."
+    )
+    database_busy_seconds: float = Field(
+        default=10.0, gt=0, description="How long a transaction waits for its turn, in seconds."
+    )
+    heartbeat_seconds: float = Field(
+        default=5.0, gt=0, description="A watcher of the change feed hears at least this often, in seconds."
+    )
+    concurrent_snapshots: int = Field(default=4, gt=0, description="Snapshots at the same time; more wait.")
+    snapshot_seconds: float = Field(
+        default=60.0, gt=0, description="How long one snapshot may take, the wait included, in seconds."
+    )
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if url and not url.startswith("sqlite+aiosqlite:///"):
+            raise ValueError("must be sqlite+aiosqlite:///<path>")
+        return url

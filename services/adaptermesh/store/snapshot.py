@@ -1,0 +1,101 @@
+"""The whole catalogue as of one feed position."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.store.database import Database
+from adaptermesh.store.feed import feed_head
+from adaptermesh.store.records import Record
+from adaptermesh.store.rows import (
+    SELECT_ALIASES,
+    SELECT_VERSIONS,
+    alias_record,
+    base_model_record,
+    route_record,
+    version_record,
+)
+from adaptermesh.store.schema import base_models, routes, versions
+
+_ITEMS_AHEAD = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotConfig:
+    """How many snapshots are read and for how long: each keeps a read transaction open."""
+
+    concurrent: int = 4
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotItem:
+    """One record of a snapshot; `record` is None in the first item, which only says which snapshot it is."""
+
+    feed_id: str
+    feed_position: int
+    record: Record | None
+
+
+class Snapshots:
+    """Reads snapshots; no more than a few at a time, the others wait."""
+
+    def __init__(self, database: Database, config: SnapshotConfig) -> None:
+        self._database = database
+        self._config = config
+        self._places = asyncio.Semaphore(config.concurrent)
+
+    async def read(self) -> AsyncGenerator[SnapshotItem]:
+        """Yields base models, versions, aliases and routes, all from one read transaction.
+
+        Raises:
+            MeshError: DEADLINE_EXCEEDED if the reader is too slow.
+        """
+        # The transaction belongs to a task of its own, which can be stopped while the reader is stuck.
+        items: asyncio.Queue[SnapshotItem | None] = asyncio.Queue()
+        room = asyncio.Semaphore(_ITEMS_AHEAD)
+        producer = asyncio.create_task(self._produce(items, room))
+        try:
+            while (item := await items.get()) is not None:
+                room.release()
+                yield item
+            await producer
+        finally:
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
+
+    async def _produce(self, items: asyncio.Queue[SnapshotItem | None], room: asyncio.Semaphore) -> None:
+        try:
+            async with (
+                asyncio.timeout(self._config.seconds),
+                self._places,
+                self._database.reading() as connection,
+            ):
+                feed_id, position = await feed_head(connection)
+                items.put_nowait(SnapshotItem(feed_id, position, None))
+                async for record in _records(connection):
+                    await room.acquire()
+                    items.put_nowait(SnapshotItem(feed_id, position, record))
+        except TimeoutError as error:
+            raise MeshError(
+                Code.DEADLINE_EXCEEDED,
+                Reason.DEADLINE_EXCEEDED,
+                f"the snapshot was not read within {self._config.seconds:g} s",
+            ) from error
+        finally:
+            items.put_nowait(None)
+
+
+async def _records(connection: AsyncConnection) -> AsyncGenerator[Record]:
+    async for row in await connection.stream(select(base_models)):
+        yield base_model_record(row)
+    async for row in await connection.stream(SELECT_VERSIONS.order_by(versions.c.id)):
+        yield version_record(row)
+    async for row in await connection.stream(SELECT_ALIASES):
+        yield alias_record(row)
+    async for row in await connection.stream(select(routes).where(routes.c.deleted.is_(False))):
+        yield route_record(row)

@@ -1,0 +1,123 @@
+"""The store's parts, put together over one database and one blob store."""
+
+import asyncio
+import fcntl
+import logging
+import os
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adaptermesh.core.clock import Clock
+from adaptermesh.core.errors import Reason, unavailable
+from adaptermesh.store.aliases import Aliases
+from adaptermesh.store.blobs import FolderBlobStore
+from adaptermesh.store.catalogue import Catalogue
+from adaptermesh.store.database import Database, DatabaseConfig
+from adaptermesh.store.feed import Feed, FeedConfig
+from adaptermesh.store.routes import Routes
+from adaptermesh.store.search import Search
+from adaptermesh.store.snapshot import SnapshotConfig, Snapshots
+from adaptermesh.store.staging import Staging
+from adaptermesh.store.uploads import UploadConfig, Uploads, sweep
+
+log = logging.getLogger(__name__)
+
+_LOCK_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Everything that can be set."""
+
+    folder: Path
+    """For bytes: `blobs` and `staging`."""
+    database: DatabaseConfig
+    uploads: UploadConfig = field(default_factory=UploadConfig)
+    feed: FeedConfig = field(default_factory=FeedConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    lock_seconds: float = 10.0
+    """How long to wait for another process to let go of the folder."""
+
+
+class Stores:
+    """Owns the parts and their order of opening and closing."""
+
+    def __init__(self, config: StoreConfig, clock: Clock) -> None:
+        self._config = config
+        self._open = False
+        self._lock = FolderLock(config.folder / "lock")
+        self.staging = Staging(config.folder / "staging")
+        self.feed = Feed(config.feed)
+        self.database = Database(config.database, self.feed.announce)
+        self.blobs = FolderBlobStore(config.folder / "blobs")
+        self.catalogue = Catalogue(self.database, clock)
+        self.aliases = Aliases(self.database, clock)
+        self.routes = Routes(self.database, clock)
+        self.search = Search(self.database)
+        self.snapshots = Snapshots(self.database, config.snapshots)
+        self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
+
+    async def open(self) -> None:
+        """Takes the folder, brings the database up to date, and removes what a crash has left.
+
+        Raises:
+            MeshError: UNAVAILABLE if another process has the folder.
+        """
+        await self._lock.take(self._config.lock_seconds)
+        await self.database.open(str(uuid.uuid4()))
+        await self.blobs.recover()
+        await sweep(self.catalogue, self.blobs, await self.staging.left_blobs())
+        await self.staging.recover()
+        self._open = True
+
+    def check_open(self) -> None:
+        """Raises MeshError UNAVAILABLE before `open` has returned."""
+        if not self._open:
+            raise unavailable(Reason.STORE_UNREACHABLE, "the store is starting", retry_after=0.5)
+
+    def drain(self) -> None:
+        """Ends the watches and refuses new uploads."""
+        self.uploads.drain()
+        self.feed.close()
+
+    async def close(self) -> None:
+        """Finishes what was received and closes everything."""
+        self.drain()
+        await self.uploads.close()
+        await self.database.close()
+        self._lock.release()
+
+
+class FolderLock:
+    """One process for a folder. The kernel lets go of it when the process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+
+    async def take(self, seconds: float) -> None:
+        """Waits up to `seconds` for the lock; raises MeshError UNAVAILABLE after that."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not _try_lock(self._file):
+            if asyncio.get_running_loop().time() >= deadline:
+                self.release()
+                message = f"another store runs on the folder {self._path.parent}"
+                raise unavailable(Reason.STORE_UNREACHABLE, message, retry_after=seconds)
+            await asyncio.sleep(_LOCK_POLL_SECONDS)
+
+    def release(self) -> None:
+        """Lets go of the lock, if it was taken."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,182 @@
+"""Protocol buffers to the store's values and back."""
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from adaptermesh.api.adapter.v1 import adapter_pb2
+from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.core.refs import AdapterName
+from adaptermesh.store.feed import FeedMessage
+from adaptermesh.store.headers import UploadHeader
+from adaptermesh.store.records import (
+    AdapterSummary,
+    AliasRecord,
+    BaseModelRecord,
+    Change,
+    Record,
+    RouteRecord,
+    RouteTarget,
+    SourceFile,
+    VersionRecord,
+)
+from adaptermesh.store.snapshot import SnapshotItem
+
+
+def header_from(message: store_pb2.UploadHeader) -> UploadHeader:
+    return UploadHeader(
+        adapter=AdapterName(message.namespace, message.name),
+        base_model=message.base_model,
+        task=message.task,
+        description=message.description,
+        tags=tuple(message.tags),
+        license=message.license,
+        author=message.author,
+        files=tuple(SourceFile(file.path, file.size_bytes, file.digest) for file in message.files),
+        validate_only=message.validate_only,
+    )
+
+
+def base_model_from(message: adapter_pb2.BaseModel) -> BaseModelRecord:
+    return BaseModelRecord(
+        model_id=message.model_id,
+        digest=message.digest,
+        config_digest=message.config_digest,
+        weights_digest=message.weights_digest,
+        architecture=message.architecture,
+        hidden_size=message.hidden_size,
+        num_layers=message.num_layers,
+        vocab_size=message.vocab_size,
+        config_json=message.config_json,
+    )
+
+
+def base_model_to(record: BaseModelRecord) -> adapter_pb2.BaseModel:
+    return adapter_pb2.BaseModel(
+        model_id=record.model_id,
+        digest=record.digest,
+        config_digest=record.config_digest,
+        weights_digest=record.weights_digest,
+        architecture=record.architecture,
+        hidden_size=record.hidden_size,
+        num_layers=record.num_layers,
+        vocab_size=record.vocab_size,
+        config_json=record.config_json,
+    )
+
+
+def version_to(record: VersionRecord) -> adapter_pb2.Version:
+    files = (
+        adapter_pb2.SourceFile(path=file.path, size_bytes=file.size_bytes, digest=file.digest)
+        for file in record.source_files
+    )
+    return adapter_pb2.Version(
+        namespace=record.namespace,
+        name=record.name,
+        number=record.number,
+        digest=record.digest,
+        base_digest=record.base_digest,
+        base_model_id=record.base_model_id,
+        task=record.task,
+        description=record.description,
+        tags=record.tags,
+        license=record.license,
+        kind=record.kind,
+        op_kinds=record.op_kinds,
+        max_rank=record.max_rank,
+        size_bytes=record.size_bytes,
+        servable=record.servable,
+        unservable_reason=record.unservable_reason,
+        warnings=record.warnings,
+        create_time=_time(record.create_time_us) if record.number else None,
+        source_files=files,
+    )
+
+
+def alias_to(record: AliasRecord) -> adapter_pb2.Alias:
+    return adapter_pb2.Alias(
+        namespace=record.namespace,
+        name=record.name,
+        alias=record.alias,
+        version_number=record.version_number,
+        digest=record.digest,
+        generation=record.generation,
+        update_time=_time(record.update_time_us),
+        actor=record.actor,
+        comment=record.comment,
+    )
+
+
+def route_from(message: adapter_pb2.Route) -> RouteRecord:
+    targets = tuple(RouteTarget(target.ref, target.weight, target.cohort) for target in message.targets)
+    return RouteRecord(message.tenant, message.task, targets, generation=0, update_time_us=0)
+
+
+def route_to(record: RouteRecord) -> adapter_pb2.Route:
+    targets = (
+        adapter_pb2.RouteTarget(ref=target.ref, weight=target.weight, cohort=target.cohort)
+        for target in record.targets
+    )
+    return adapter_pb2.Route(
+        tenant=record.tenant,
+        task=record.task,
+        targets=targets,
+        generation=record.generation,
+        update_time=_time(record.update_time_us),
+    )
+
+
+def summary_to(summary: AdapterSummary) -> store_pb2.AdapterSummary:
+    return store_pb2.AdapterSummary(
+        newest=version_to(summary.newest),
+        version_count=summary.version_count,
+        aliases=[alias_to(alias) for alias in summary.aliases],
+    )
+
+
+def watch_response(message: FeedMessage) -> store_pb2.WatchChangesResponse:
+    change = None if message.change is None else _change_to(message.change)
+    return store_pb2.WatchChangesResponse(head_position=message.head_position, change=change)
+
+
+def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
+    """Adds one record to a part of a snapshot; returns its size in bytes."""
+    part.feed_id = item.feed_id
+    part.feed_position = item.feed_position
+    record = item.record
+    if isinstance(record, BaseModelRecord):
+        part.base_models.append(base_model_to(record))
+        return part.base_models[-1].ByteSize()
+    if isinstance(record, VersionRecord):
+        part.versions.append(version_to(record))
+        return part.versions[-1].ByteSize()
+    if isinstance(record, AliasRecord):
+        part.aliases.append(alias_to(record))
+        return part.aliases[-1].ByteSize()
+    if isinstance(record, RouteRecord):
+        part.routes.append(route_to(record))
+        return part.routes[-1].ByteSize()
+    return 0
+
+
+def _change_to(change: Change) -> store_pb2.Change:
+    message = store_pb2.Change(position=change.position, commit_time=_time(change.commit_time_us))
+    # The kinds are named as the fields of the oneof.
+    getattr(message, change.kind.value).CopyFrom(_record_to(change.record))
+    return message
+
+
+def _record_to(
+    record: Record,
+) -> adapter_pb2.BaseModel | adapter_pb2.Version | adapter_pb2.Alias | adapter_pb2.Route:
+    if isinstance(record, BaseModelRecord):
+        return base_model_to(record)
+    if isinstance(record, VersionRecord):
+        return version_to(record)
+    if isinstance(record, AliasRecord):
+        return alias_to(record)
+    return route_to(record)
+
+
+def _time(microseconds: int) -> Timestamp:
+    time = Timestamp()
+    time.FromMicroseconds(microseconds)
+    return time

@@ -1,0 +1,50 @@
+"""What a request and an adapter must be before this engine takes them."""
+
+from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
+from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.host_arena import corrupt
+from adaptermesh.worker.engine.ops.registry import OP_KINDS
+from adaptermesh.worker.engine.request import Request
+from adaptermesh.worker.engine.slots import check_servable
+
+
+def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
+    """Checks a manifest against the base model.
+
+    Raises:
+        MeshError: FAILED_PRECONDITION (BASE_MISMATCH, ADAPTER_UNSUPPORTED); DATA_LOSS (DATA_CORRUPT) if a
+            module doesn't fit the base, which no store should have let in.
+    """
+    if manifest.base.digest != base.facts.digest:
+        raise base_mismatch(f"{manifest.namespace}/{manifest.name}", manifest.base.digest, base.facts.digest)
+    check_servable(digest, manifest, OP_KINDS)
+    entries = {entry.name: entry for entry in manifest.tensors}
+    for module in manifest.modules:
+        site = base.sites.get(module.site)
+        if site is None or not 0 <= module.layer < base.sites.num_layers:
+            raise corrupt(digest, f"the base has no site {module.site} in layer {module.layer}")
+        if module.op == "lowrank":
+            shapes = {"A": (module.rank, site.in_features), "B": (site.out_features, module.rank)}
+            for slot, shape in shapes.items():
+                entry = entries.get(module.tensors.get(slot, ""))
+                if entry is None or entry.shape != shape:
+                    raise corrupt(digest, f"{slot} of {module.site} in layer {module.layer} is not {shape}")
+
+
+def check_request(request: Request, vocab_size: int, max_context_tokens: int) -> None:
+    """Checks a request's own values; raises MeshError INVALID_ARGUMENT (INVALID_FIELD, PROMPT_TOO_LONG)."""
+    request.sampling.check()
+    count = len(request.prompt_ids)
+    if not count:
+        raise invalid_field("input", "the prompt is empty")
+    if not all(0 <= token < vocab_size for token in request.prompt_ids):
+        raise invalid_field("input.token_ids", f"ids must be in [0, {vocab_size})")
+    if count >= max_context_tokens:
+        raise MeshError(
+            Code.INVALID_ARGUMENT,
+            Reason.PROMPT_TOO_LONG,
+            f"the prompt has {count} tokens; with at least one token of output it must fit into "
+            f"{max_context_tokens}",
+            metadata={"prompt_tokens": str(count), "max_context_tokens": str(max_context_tokens)},
+        )

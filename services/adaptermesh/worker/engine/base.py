@@ -1,0 +1,110 @@
+"""The frozen base model: its weights, its tokenizer and what the engine needs to know about it."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.sites import SiteMap, site_map
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.worker.engine.config import EngineConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """One base model on one device.
+
+    `eos_ids` end a generation. `max_context_tokens` is the model's own limit.
+    """
+
+    facts: BaseFacts
+    sites: SiteMap
+    tokenizer: Any
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    eos_ids: frozenset[int]
+    max_context_tokens: int
+    kv_heads: int
+    head_dim: int
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens, special ones left out; nothing is tidied, so that pieces add up."""
+        return str(
+            self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+
+def load_base(folder: Path, config: EngineConfig) -> Base:
+    """Loads a model of the model cache: config.json, model.safetensors, the tokenizer and base_model.json.
+
+    Raises:
+        MeshError: NOT_FOUND (BASE_NOT_FOUND) if the folder holds no model; FAILED_PRECONDITION for an
+            architecture without a module map.
+    """
+    try:
+        facts = BaseFacts.from_json(json.loads((folder / "base_model.json").read_text()))
+    except FileNotFoundError:
+        raise MeshError(
+            Code.NOT_FOUND,
+            Reason.BASE_NOT_FOUND,
+            f"{folder} holds no base model",
+            metadata={"name": folder.name},
+        ) from None
+    # Its progress bar is for terminals; this goes to a log.
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=compute_dtype(config), attn_implementation="eager", local_files_only=True
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return make_base(facts, model, tokenizer, config)
+
+
+def make_base(facts: BaseFacts, model: Any, tokenizer: Any, config: EngineConfig) -> Base:
+    """A base from a transformers model that is already in memory; moves it to the device."""
+    device = torch.device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    dtype = compute_dtype(config)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(requires_grad=False)
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    return Base(
+        facts=facts,
+        sites=site_map(facts),
+        tokenizer=tokenizer,
+        model=model,
+        device=device,
+        dtype=dtype,
+        eos_ids=_eos_ids(model, tokenizer),
+        max_context_tokens=text.max_position_embeddings,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
+def compute_dtype(config: EngineConfig) -> torch.dtype:
+    """The dtype of the weights and of the computation."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return torch.bfloat16 if torch.device(config.device).type == "cuda" else torch.float32
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """All ids that any of generation config, model config and tokenizer names as the end."""
+    found: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        if isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, list | tuple):
+            found.update(value)
+    return frozenset(found)

@@ -1,0 +1,67 @@
+"""What an engine is built with. Every limit is here and has a unit in its name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptermesh.core.errors import invalid_field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The limits of one engine on one device.
+
+    Attributes:
+        disk_dir: Folder of the disk cache; made when absent.
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: "float32", "bfloat16", "float16", or "auto" (float32 on a CPU, bfloat16 on CUDA).
+        threads: CPU threads of a tensor operation; 0 means the cores that this process may use.
+        forward: "auto" takes the lean forward where the architecture has one, "plain" always goes through
+            the modules of transformers.
+        pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
+            small batches faster. No effect on CUDA.
+        max_batch_rows: Requests in one step.
+        max_context_tokens: Longest prompt and output together; the model's own limit wins when it is smaller.
+        step_tokens: Tokens of one step; longer prompts are computed in chunks.
+        block_tokens: Tokens of one KV block.
+        kv_tokens: Tokens that the KV cache holds in all.
+        device_slots: Adapters on the device at once.
+        host_bytes: Bytes of adapters in host memory; page-locked when the device is CUDA.
+        disk_bytes: Bytes of adapters in the disk cache.
+        max_waiting: Requests that may wait; more are refused.
+        max_overtakes: Requests that may pass one that waits for a device slot; then a slot is drained for it.
+        io_threads: Threads that read adapters from the disk cache.
+        unhealthy_after: Steps that fail one after the other before the engine says that it is unhealthy.
+    """
+
+    disk_dir: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int = 0
+    forward: str = "auto"
+    pack_weights: bool = True
+    max_batch_rows: int = 32
+    max_context_tokens: int = 2048
+    step_tokens: int = 512
+    block_tokens: int = 16
+    kv_tokens: int = 32768
+    device_slots: int = 16
+    host_bytes: int = 2**30
+    disk_bytes: int = 8 * 2**30
+    max_waiting: int = 1024
+    max_overtakes: int = 64
+    io_threads: int = 2
+    unhealthy_after: int = 3
+
+    def __post_init__(self) -> None:
+        if self.forward not in ("auto", "plain"):
+            raise invalid_field("forward", f"{self.forward!r} is neither 'auto' nor 'plain'")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise invalid_field("dtype", f"{self.dtype!r} is not a dtype the engine computes in")
+        for name in ("max_batch_rows", "max_context_tokens", "block_tokens", "device_slots", "io_threads"):
+            if getattr(self, name) < 1:
+                raise invalid_field(name, "needs to be at least 1")
+        if self.step_tokens < self.max_batch_rows:
+            # Each running row decodes in each step: a smaller budget would leave rows behind.
+            raise invalid_field("step_tokens", f"{self.step_tokens} is less than max_batch_rows")
+        if self.kv_tokens < self.block_tokens:
+            raise invalid_field("kv_tokens", f"{self.kv_tokens} is less than one block")

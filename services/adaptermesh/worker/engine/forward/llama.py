@@ -1,0 +1,123 @@
+"""A lean path for the Llama family: the same weights and formulas with few Python steps a layer.
+
+q, k and v are one product, gate and up are one product; the rotation is in place; keys and values of a layer
+are stored by one write. The sites' outputs are column ranges of the joint products, so adapters add in place.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import rms_norm, silu
+
+from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.batch import StepBatch
+from adaptermesh.worker.engine.forward.linear import PackedLinear, join_linears
+from adaptermesh.worker.engine.kv import KvCache
+from adaptermesh.worker.engine.slots import AdapterPlan
+
+LEAN_ARCHITECTURES = frozenset({"LlamaForCausalLM"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The weights of one layer."""
+
+    norm_in: torch.Tensor
+    qkv: PackedLinear
+    o: PackedLinear
+    norm_mid: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+class LlamaForward:
+    """The lean path. `base.model`'s own weights become views of the joint ones: it stays usable."""
+
+    def __init__(self, base: Base, *, pack: bool) -> None:
+        config = base.model.config
+        if config.hidden_act != "silu":
+            raise ValueError(f"the lean path computes silu, the model wants {config.hidden_act}")
+        decoder = base.model.model
+        self._layers = [_read_layer(layer, pack=pack) for layer in decoder.layers]
+        self._embeddings = decoder.embed_tokens.weight
+        self._norm = decoder.norm.weight
+        self._head = PackedLinear(base.model.lm_head.weight, base.model.lm_head.bias, pack=pack)
+        self._rotary = decoder.rotary_emb
+        self._eps = config.rms_norm_eps
+        self._hidden = (config.hidden_size,)
+        self._heads = config.num_attention_heads
+        self._kv_heads = base.kv_heads
+        self._dim = base.head_dim
+        self._scaling = self._dim**-0.5
+
+    def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
+        hidden = self._embeddings[batch.token_ids]
+        cos, sin = self._rotation(hidden, batch.positions)
+        for index, layer in enumerate(self._layers):
+            x = rms_norm(hidden, self._hidden, layer.norm_in, self._eps)
+            hidden = hidden + self._attention(index, layer, x, cos, sin, batch, cache)
+            x = rms_norm(hidden, self._hidden, layer.norm_mid, self._eps)
+            hidden += _feed_forward(index, layer, x, batch.adapters)
+        hidden = rms_norm(hidden.index_select(0, batch.outputs), self._hidden, self._norm, self._eps)
+        return self._head(hidden).float()
+
+    def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, 1, d] each; the sine's first half is negated, so that a roll does for `rotate_half`."""
+        cos, sin = self._rotary(hidden, positions[None])
+        sin = sin[0].clone()
+        sin[:, : self._dim // 2].neg_()
+        return cos[0].unsqueeze(1), sin.unsqueeze(1)
+
+    def _attention(
+        self,
+        index: int,
+        layer: _Layer,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: StepBatch,
+        cache: KvCache,
+    ) -> torch.Tensor:
+        """x: [tokens, hidden] -> [tokens, hidden]."""
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
+        qkv = layer.qkv(x)
+        adapters = batch.adapters
+        if adapters.sites:
+            q_end, k_end = heads * dim, (heads + kv_heads) * dim
+            adapters.apply("q", index, x, qkv[:, :q_end])
+            adapters.apply("k", index, x, qkv[:, q_end:k_end])
+            adapters.apply("v", index, x, qkv[:, k_end:])
+        by_head = qkv.view(-1, heads + 2 * kv_heads, dim)
+        rotated = by_head[:, : heads + kv_heads]
+        half = rotated.roll(dim // 2, -1)
+        rotated.mul_(cos).addcmul_(half, sin)
+        mixed = batch.attention.attend(cache, index, by_head[:, :heads], by_head[:, heads:], self._scaling)
+        out = layer.o(mixed)
+        adapters.apply("o", index, mixed, out)
+        return out
+
+
+def _feed_forward(index: int, layer: _Layer, x: torch.Tensor, adapters: AdapterPlan) -> torch.Tensor:
+    """x: [tokens, hidden] -> [tokens, hidden]."""
+    gate_up = layer.gate_up(x)
+    width = gate_up.shape[1] // 2
+    if adapters.sites:
+        adapters.apply("gate", index, x, gate_up[:, :width])
+        adapters.apply("up", index, x, gate_up[:, width:])
+    inner = silu(gate_up[:, :width]).mul_(gate_up[:, width:])
+    out = layer.down(inner)
+    adapters.apply("down", index, inner, out)
+    return out
+
+
+def _read_layer(layer: Any, *, pack: bool) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        norm_in=layer.input_layernorm.weight,
+        qkv=join_linears([attention.q_proj, attention.k_proj, attention.v_proj], pack=pack),
+        o=PackedLinear(attention.o_proj.weight, attention.o_proj.bias, pack=pack),
+        norm_mid=layer.post_attention_layernorm.weight,
+        gate_up=join_linears([mlp.gate_proj, mlp.up_proj], pack=pack),
+        down=PackedLinear(mlp.down_proj.weight, mlp.down_proj.bias, pack=pack),
+    )

@@ -1,0 +1,114 @@
+"""The paged KV cache: which blocks a sequence owns, and the tensor they live in.
+
+Block 0 is never given out. It stays zero and pads the block tables of short rows. A block is zeroed when it
+is given out: what another sequence left there (an infinity, say) is masked by adding minus infinity, which
+would make NaN of it, so it must be gone.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+PADDING_BLOCK = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """The geometry of the cache."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    blocks: int
+    block_tokens: int
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """The blocks of one sequence, in the order of its tokens."""
+
+    blocks: list[int] = field(default_factory=list)
+
+
+class BlockAllocator:
+    """Counts and hands out blocks; lowest number first, so that a small load touches little memory."""
+
+    def __init__(self, blocks: int, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.total = blocks
+        self._free = list(range(blocks, PADDING_BLOCK, -1))
+        self._dirty: list[int] = []
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.total - len(self._free)
+
+    def missing(self, table: BlockTable, tokens: int) -> int:
+        """Blocks that the table lacks to hold that many tokens."""
+        return max(0, -(-tokens // self.block_tokens) - len(table.blocks))
+
+    def grow(self, table: BlockTable, tokens: int) -> bool:
+        """Makes the table hold that many tokens; False, and nothing changed, if blocks are short."""
+        need = self.missing(table, tokens)
+        if need > len(self._free):
+            return False
+        for _ in range(need):
+            block = self._free.pop()
+            table.blocks.append(block)
+            self._dirty.append(block)
+        return True
+
+    def release(self, table: BlockTable) -> None:
+        """Takes all blocks of the table back."""
+        self._free.extend(reversed(table.blocks))
+        table.blocks.clear()
+
+    def take_dirty(self) -> list[int]:
+        """Blocks given out since the last call: they must be zeroed before they are used."""
+        dirty, self._dirty = self._dirty, []
+        return dirty
+
+
+class KvCache:
+    """The keys and values of all layers.
+
+    `data`: [layers, 1 + blocks, block_tokens, 2 * kv_heads, head_dim]; the keys' heads come first. Keys and
+    values of a token lie together, so that one write and one gather a layer move both.
+    """
+
+    def __init__(self, shape: KvShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        # zeros: the operating system gives the pages when they are first touched.
+        self.data = torch.zeros(
+            (shape.layers, shape.blocks + 1, shape.block_tokens, 2 * shape.kv_heads, shape.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self._by_block = self.data.flatten(3).flatten(2).unbind(0)
+        self._by_token = self.data.flatten(1, 2).unbind(0)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def zero(self, blocks: list[int]) -> None:
+        """Zeroes blocks in every layer."""
+        if blocks:
+            self.data.index_fill_(1, torch.tensor(blocks, device=self.data.device), 0.0)
+
+    def write(self, layer: int, places: torch.Tensor, kv: torch.Tensor) -> None:
+        """Stores tokens.
+
+        places: [tokens] int64, block * block_tokens + offset. kv: [tokens, 2 * kv_heads, head_dim].
+        """
+        self._by_token[layer].index_copy_(0, places, kv)
+
+    def read(self, layer: int, blocks: torch.Tensor, rows: int) -> torch.Tensor:
+        """Gathers rows of blocks: [rows * n] int64 -> [rows, n * block_tokens, 2 * kv_heads, head_dim]."""
+        shape = self.shape
+        found = self._by_block[layer].index_select(0, blocks)
+        return found.view(rows, -1, 2 * shape.kv_heads, shape.head_dim)

@@ -1,0 +1,23 @@
+"""The ops that the engine knows. A new op is its own module and one line here."""
+
+from collections.abc import Mapping
+
+import torch
+
+from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.worker.engine.ops.lowrank import LowRank
+from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
+from adaptermesh.worker.engine.ops.op import Op
+
+OP_KINDS = frozenset({"lowrank"})
+"""The kinds that an adapter may consist of to be served here."""
+
+
+def fast_ops(sites: SiteMap, dtype: torch.dtype, device: torch.device) -> Mapping[str, Op]:
+    """The ops that serve, by the kind's name in a manifest."""
+    return {"lowrank": LowRank(sites.sites, sites.num_layers, dtype, device)}
+
+
+def plain_ops(dtype: torch.dtype, device: torch.device) -> Mapping[str, Op]:
+    """The same, straight from the formulas: what the fast ones are checked against."""
+    return {"lowrank": PlainLowRank(dtype, device)}

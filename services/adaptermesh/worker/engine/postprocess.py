@@ -1,0 +1,29 @@
+"""What becomes of a token that was drawn."""
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from adaptermesh.worker.engine.request import FinishReason
+from adaptermesh.worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A generation that has come to its end."""
+
+    reason: FinishReason
+
+
+def take_token(sequence: Sequence, token: int, eos_ids: AbstractSet[int]) -> Ending | None:
+    """Appends a token, tells the listener, and says whether it was the last one."""
+    sequence.tokens.append(token)
+    ended = token in eos_ids and not sequence.request.sampling.ignore_eos
+    # The end token is no text, even where the tokenizer doesn't know it as special.
+    text, stopped = ("", False) if ended else sequence.text.push(token)
+    full = len(sequence.tokens) >= sequence.limit
+    if (ended or full) and not stopped:
+        text += sequence.text.flush()
+    sequence.listener.on_tokens(text, [token])
+    if ended or stopped:
+        return Ending(FinishReason.STOP)
+    return Ending(FinishReason.LENGTH) if full else None

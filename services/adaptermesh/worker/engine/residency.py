@@ -1,0 +1,225 @@
+"""Which adapters are where: holds them for requests, brings them into device slots, lets them go.
+
+As the tier table decides. Everything here runs under the engine's lock and is short, but `stage`, which fills
+device slots on the engine's own thread between two steps.
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adaptermesh.core.clock import Clock
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.holders import Holder, Holders, OnDone, OnFailed
+from adaptermesh.worker.engine.host_arena import HostCopy
+from adaptermesh.worker.engine.request import Timeline
+from adaptermesh.worker.engine.slots import DeviceSlots
+from adaptermesh.worker.engine.source import AdapterSource
+from adaptermesh.worker.engine.status import ResidencyView
+from adaptermesh.worker.engine.tiers import Entry, TierTable
+from adaptermesh.worker.engine.transfers import Transfers, no_room
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A slot to fill. The host copy is held here, whatever becomes of it in the arena."""
+
+    slot: int
+    digest: str
+    copy: HostCopy
+
+
+class Residency:
+    """The adapters of one engine, in all tiers."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        base: Base,
+        slots: DeviceSlots,
+        source: AdapterSource,
+        clock: Clock,
+        lock: threading.Condition,
+        on_failed: OnFailed,
+    ) -> None:
+        self._slots = slots
+        self._clock = clock
+        self._lock = lock
+        self._table = TierTable(clock, config.device_slots, config.host_bytes, config.disk_bytes)
+        self._holders = Holders(on_failed)
+        self._transfers = Transfers(
+            config, base, self._table, self._holders, source, clock, lock, self._settle_loads
+        )
+        self._staging: list[Staging] = []
+        self._unloads: list[int] = []
+        self._load_ids = itertools.count()
+
+    def close(self, error: MeshError) -> None:
+        """Ends the loads that are under way and the threads. Without the lock."""
+        with self._lock:
+            for holder in self._holders.loads:
+                self.drop(holder.holder_id)
+                _tell(holder, error)
+        self._transfers.close()
+
+    # Wanting and letting go. Under the lock.
+
+    def want(self, holder: Holder) -> Tier:
+        """Registers a holder and starts what its adapter lacks; gives the tier where it is now."""
+        self._holders.add(holder)
+        tier = self._table.want(holder.holder_id, holder.digest).tier
+        self._transfers.ensure(holder.digest)
+        return tier
+
+    def drop(self, holder_id: str) -> None:
+        """A holder is done; a transfer that nobody waits for any more is called off."""
+        self._holders.remove(holder_id)
+        orphan = self._table.drop(holder_id)
+        if orphan is not None:
+            self._transfers.call_off(orphan.digest)
+        self._transfers.resume()
+
+    def load(self, digest: str, tier: Tier, pin: bool, on_done: OnDone, context: object | None) -> None:
+        """Brings an adapter to a tier; `on_done` is called once, on any thread."""
+        holder_id = f"load:{next(self._load_ids)}"
+        self.want(Holder(holder_id, digest, context, Timeline(), tier, pin, on_done))
+        self._settle_loads(digest)
+
+    def evict(self, digest: str) -> None:
+        """Drops an adapter from every tier; raises MeshError FAILED_PRECONDITION if something uses it."""
+        entry = self._table.get(digest)
+        if entry is None:
+            return
+        if entry.holders or entry.uses:
+            raise MeshError(
+                Code.FAILED_PRECONDITION,
+                Reason.ADAPTER_IN_USE,
+                f"adapter {digest} is used by {len(entry.holders)} requests",
+                metadata={"digest": digest},
+                retry_after=1.0,
+            )
+        self._table.unpin(digest)
+        self._transfers.drop_copies(digest)
+        if entry.slot is not None:
+            self._unloads.append(entry.slot)
+            self._table.drop_slot(digest)
+        self._transfers.resume()
+
+    # The scheduler's `Placer`. Under the lock.
+
+    def place(self, digest: str) -> int | None:
+        entry = self._table.get(digest)
+        if entry is None or not self._take_slot(entry):
+            return None
+        self._table.use(digest)
+        return entry.slot
+
+    def waits_for_slot(self, digest: str) -> bool:
+        entry = self._table.get(digest)
+        return entry is not None and entry.on_host and entry.slot is None
+
+    def unplace(self, digest: str) -> None:
+        self._table.unuse(digest)
+
+    # Filling slots.
+
+    def take_staging(self) -> tuple[list[int], list[Staging]]:
+        """The slots to empty, then the slots to fill before the next step. Under the lock."""
+        for holder in self._holders.loads:
+            if holder.tier is Tier.DEVICE:
+                self._place_load(holder)
+        unloads, self._unloads = self._unloads, []
+        staging, self._staging = self._staging, []
+        return unloads, staging
+
+    def stage(self, unloads: Sequence[int], staging: Sequence[Staging]) -> list[tuple[str, MeshError]]:
+        """Empties and fills slots; gives the adapters that failed. The engine's thread, without the lock."""
+        failed: list[tuple[str, MeshError]] = []
+        for slot in unloads:
+            self._slots.unload(slot)
+        for job in staging:
+            self._slots.unload(job.slot)
+            start_ns = self._now_ns()
+            try:
+                self._slots.load(job.slot, job.digest, job.copy.manifest, job.copy.data)
+            except MeshError as error:
+                failed.append((job.digest, error))
+                continue
+            except Exception as error:
+                # Foreign code at the top of a task: one adapter's trouble must not end the engine's thread.
+                log.exception("staging failed", extra={"digest": job.digest})
+                failed.append((job.digest, MeshError(Code.INTERNAL, Reason.INTERNAL, f"staging: {error}")))
+                continue
+            self._staged(job.digest, start_ns, self._now_ns())
+        return failed
+
+    def stage_failed(self, digest: str, error: MeshError) -> None:
+        """Frees the slot that could not be filled. Its rows have left it. Under the lock."""
+        holder_ids = self._table.end_flight(digest)
+        self._table.drop_slot(digest)
+        self._holders.fail(holder_ids, error)
+
+    def views(self) -> tuple[ResidencyView, ...]:
+        return tuple(
+            ResidencyView(entry.digest, entry.tier, entry.pinned, len(entry.holders), entry.size_bytes)
+            for entry in self._table
+            if entry.tier > Tier.STORE
+        )
+
+    def _take_slot(self, entry: Entry) -> bool:
+        """Whether the adapter has a slot, taking one if it is on the host."""
+        if entry.slot is not None:
+            return True
+        copy = self._transfers.host_copy(entry.digest) if entry.on_host else None
+        grant = None if copy is None else self._table.take_slot(entry.digest)
+        if copy is None or grant is None:
+            return False
+        self._staging.append(Staging(grant.slot, entry.digest, copy))
+        if grant.evicted is not None and self._table.get(grant.evicted) is not None:
+            self._transfers.ensure(grant.evicted)
+        return True
+
+    def _place_load(self, holder: Holder) -> None:
+        entry = self._table.get(holder.digest)
+        if entry is not None and entry.on_host and not self._take_slot(entry):
+            self.drop(holder.holder_id)
+            _tell(holder, no_room(holder.digest, "finds every device slot in use", 1.0))
+
+    def _staged(self, digest: str, start_ns: int, end_ns: int) -> None:
+        with self._lock:
+            entry = self._table.get(digest)
+            for holder_id in entry.holders if entry is not None else ():
+                timeline = self._holders[holder_id].timeline
+                timeline.h2d_start_ns, timeline.h2d_end_ns = start_ns, end_ns
+            self._settle_loads(digest)
+            self._transfers.resume()
+
+    def _settle_loads(self, digest: str) -> None:
+        """Ends the loads whose tier is reached."""
+        entry = self._table.get(digest)
+        if entry is None:
+            return
+        in_slot = entry.slot is not None and self._slots.digest(entry.slot) == digest
+        reached = Tier.DEVICE if in_slot else Tier.HOST if entry.on_host else Tier.NONE
+        for holder_id in list(entry.holders):
+            holder = self._holders[holder_id]
+            if holder.on_done is not None and holder.tier <= reached:
+                if holder.pin:
+                    self._table.pin(digest)
+                self.drop(holder_id)
+                _tell(holder, None)
+
+    def _now_ns(self) -> int:
+        return int(self._clock.wall() * 1e9)
+
+
+def _tell(holder: Holder, error: MeshError | None) -> None:
+    if holder.on_done is not None:
+        holder.on_done(error)

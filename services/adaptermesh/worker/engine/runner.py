@@ -1,0 +1,81 @@
+"""Runs a plan: packs its rows into tensors, goes through the model once, draws the tokens."""
+
+import torch
+
+from adaptermesh.worker.engine.attention import Span, plan_attention
+from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.batch import StepBatch
+from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.forward.forward import make_forward
+from adaptermesh.worker.engine.kv import KvCache, KvShape
+from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from adaptermesh.worker.engine.sampling import Draw, sample
+from adaptermesh.worker.engine.scheduler import Row, StepPlan
+from adaptermesh.worker.engine.slots import DeviceSlots
+
+
+class Runner:
+    """The model, the cache's tensor and the slots, seen as one function of a plan."""
+
+    def __init__(self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int) -> None:
+        self._base = base
+        self._slots = slots
+        shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
+        self._cache = KvCache(shape, base.dtype, base.device)
+        self._forward = make_forward(base, config)
+
+    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> list[int]:
+        """The tokens drawn for the rows that sample, in their order.
+
+        Raises:
+            MeshError: INTERNAL if a row's slot doesn't hold the digest that the request asks for.
+        """
+        with torch.inference_mode():
+            self._cache.zero(fresh_blocks)
+            logits = self._forward.run(self.pack(plan), self._cache)
+            return sample(logits, [_draw(row) for row in plan.rows if row.samples])
+
+    def pack(self, plan: StepPlan) -> StepBatch:
+        """The batch of a plan; checks every row's slot."""
+        rows, device = plan.rows, self._base.device
+        self._slots.check((row.sequence.slot, row.sequence.digest) for row in rows)
+        spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
+        ids: list[int] = []
+        positions: list[int] = []
+        outputs: list[int] = []
+        for row, span in zip(rows, spans, strict=True):
+            end = span.past + span.count
+            ids.extend(row.sequence.tokens[span.past : end])
+            positions.extend(range(span.past, end))
+            if row.samples:
+                outputs.append(len(ids) - 1)
+        return StepBatch(
+            token_ids=torch.tensor(ids, device=device),
+            positions=torch.tensor(positions, device=device),
+            outputs=torch.tensor(outputs, dtype=torch.int64, device=device),
+            attention=plan_attention(
+                spans, len(plan.decodes), self._cache.shape.block_tokens, self._base.dtype, device
+            ),
+            adapters=self._slots.plan(StepTokens(_segments(plan))),
+        )
+
+
+def _segments(plan: StepPlan) -> tuple[Segment, ...]:
+    """Tokens of the same slot that follow one another, decodes and prefills apart."""
+    segments: list[Segment] = []
+    start = 0
+    for part in (plan.decodes, plan.prefills):
+        first = len(segments)
+        for row in part:
+            end, slot = start + row.count, row.sequence.slot
+            if len(segments) > first and segments[-1].slot == slot:
+                segments[-1] = Segment(slot, segments[-1].start, end)
+            else:
+                segments.append(Segment(slot, start, end))
+            start = end
+    return tuple(segments)
+
+
+def _draw(row: Row) -> Draw:
+    sequence = row.sequence
+    return Draw(sequence.request.sampling, sequence.seed, len(sequence.tokens))

@@ -1,0 +1,111 @@
+"""Drawing tokens for all rows of a step at once.
+
+Each draw needs one uniform number, a function of the row's seed and of the token's position alone. So a row
+draws the same tokens whatever else is in the batch, and again after it was preempted and computed anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adaptermesh.core.sampling import SamplingParams
+
+_MASK = 2**64 - 1
+_CANDIDATES = 1024
+"""Tokens sorted for top-p before all of them are: enough for nearly every distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row needs: its parameters, its seed and the position of the token to draw."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits. Source: SplitMix64 (Steele, Lea, Flood 2014), two rounds."""
+    value = _mix((seed + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK)
+    value = _mix((value + 0x9E3779B97F4A7C15 * (seed + 1)) & _MASK)
+    return (value >> 11) * 2.0**-53
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Draws one token a row. logits: [rows, vocabulary] float32."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    random = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    if not random:
+        return tokens
+    chosen = [draws[row] for row in random]
+    part = logits if len(random) == len(draws) else logits[random]
+    for row, token in zip(random, _sample_random(part, chosen), strict=True):
+        tokens[row] = token
+    return tokens
+
+
+def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    device = logits.device
+    # float64: a cumulated sum over a vocabulary in float32 moves its borders by more than rows may notice.
+    scaled = logits.double()
+    scaled = scaled - scaled.amax(-1, keepdim=True)
+    scaled /= torch.tensor([draw.params.temperature for draw in draws], device=device, dtype=torch.float64)[
+        :, None
+    ]
+    weights = scaled.exp_()
+    points = torch.tensor(
+        [uniform(draw.seed, draw.position) for draw in draws], device=device, dtype=torch.float64
+    )
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=device)
+    whole = [row for row, draw in enumerate(draws) if not _is_cut(draw.params)]
+    cut = [row for row, draw in enumerate(draws) if _is_cut(draw.params)]
+    if whole:
+        tokens[whole] = _pick(weights[whole], points[whole])
+    if cut:
+        tokens[cut] = _sample_cut(weights[cut], points[cut], [draws[row].params for row in cut])
+    found: list[int] = tokens.tolist()
+    return found
+
+
+def _is_cut(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0
+
+
+def _sample_cut(
+    weights: torch.Tensor, points: torch.Tensor, params: Sequence[SamplingParams]
+) -> torch.Tensor:
+    """Top-k, then top-p of what is left. weights: [rows, vocabulary], not normalised."""
+    size = weights.shape[1]
+    top_k = torch.tensor([p.top_k if 0 < p.top_k < size else size for p in params], device=weights.device)
+    top_p = torch.tensor([p.top_p for p in params], device=weights.device, dtype=weights.dtype)
+    total = weights.sum(-1)
+    count = min(size, _CANDIDATES)
+    kept, ids = weights.topk(count, -1)
+    # A row needs all tokens sorted if neither its k nor its mass lies within the candidates.
+    enough = (top_k <= count) | (kept.sum(-1) >= top_p * total)
+    if count < size and not bool(enough.all()):
+        count = size
+        kept, ids = weights.sort(-1, descending=True)
+    kept = kept.masked_fill(torch.arange(count, device=weights.device) >= top_k[:, None], 0.0)
+    mass = torch.where(top_k < size, kept.sum(-1), total)
+    before = kept.cumsum(-1) - kept
+    # The first token stays whatever its weight; then as long as the mass before it is short of top_p.
+    kept = kept.masked_fill(before >= (top_p * mass)[:, None], 0.0)
+    return ids.gather(-1, _pick(kept, points)[:, None])[:, 0]
+
+
+def _pick(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """The token in whose share of the mass the point lies. weights: [rows, n]; points: [rows] in [0, 1)."""
+    cumulated = weights.cumsum(-1)
+    targets = (points * cumulated[:, -1])[:, None]
+    # right=True: a token of no weight has no share, not even its border.
+    found = torch.searchsorted(cumulated, targets, right=True)[:, 0]
+    last = (weights > 0).to(torch.int8).cumsum(-1, dtype=torch.int64).argmax(-1)
+    return torch.minimum(found, last)

@@ -1,0 +1,68 @@
+"""One request on its way through the engine."""
+
+import enum
+from dataclasses import dataclass, field
+
+from adaptermesh.worker.engine.kv import BlockTable
+from adaptermesh.worker.engine.request import FinishReason, Listener, Outcome, Request, Timeline
+from adaptermesh.worker.engine.slots import BASE_SLOT
+from adaptermesh.worker.engine.text import TextStream
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request with its tokens, its place in the cache and in the batch.
+
+    Attributes:
+        tokens: The prompt, then what was generated.
+        computed: Tokens whose keys and values are in the cache.
+        limit: Length at which the sequence ends: `max_tokens` or the context, whichever comes first.
+        slot: The adapter's device slot while running; BASE_SLOT for the base.
+        overtaken: Requests that were admitted before this one though they came later.
+        seed: Of the request, or drawn when it was submitted.
+    """
+
+    request: Request
+    listener: Listener
+    tokens: list[int]
+    limit: int
+    seed: int
+    text: TextStream
+    timeline: Timeline
+    arrival: int
+    table: BlockTable = field(default_factory=BlockTable)
+    state: SequenceState = SequenceState.WAITING
+    computed: int = 0
+    slot: int = BASE_SLOT
+    overtaken: int = 0
+
+    @property
+    def digest(self) -> str | None:
+        return self.request.digest
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be computed or generated; what draining a slot weighs."""
+        return self.limit - self.computed
+
+    def outcome(self, reason: FinishReason) -> Outcome:
+        return Outcome(reason, self.prompt_tokens, self.output_tokens, self.timeline)

@@ -1,0 +1,223 @@
+"""Brings adapters into host memory, from the store or from the disk cache.
+
+The tier table decides what comes and what goes; here its decisions are carried out. The bytes move outside of
+the engine's lock: the source's threads write through a sink, the input/output threads read the disk cache.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.core.clock import Clock
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.worker.engine.admission import check_adapter
+from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.disk_cache import DiskCache
+from adaptermesh.worker.engine.fetch import FetchSink, Transfer
+from adaptermesh.worker.engine.holders import Holders
+from adaptermesh.worker.engine.host_arena import HostArena, HostCopy, Landing
+from adaptermesh.worker.engine.source import AdapterSource
+from adaptermesh.worker.engine.tiers import Flight, TierTable
+
+log = logging.getLogger(__name__)
+
+
+class Transfers:
+    """The transfers of one engine, at most one for each adapter."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        base: Base,
+        table: TierTable,
+        holders: Holders,
+        source: AdapterSource,
+        clock: Clock,
+        lock: threading.Condition,
+        on_landed: Callable[[str], None],
+    ) -> None:
+        self._base = base
+        self._table = table
+        self._holders = holders
+        self._source = source
+        self._clock = clock
+        self._lock = lock
+        self._on_landed = on_landed
+        self._arena = HostArena(base.device)
+        self._disk = DiskCache(config.disk_dir)
+        self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="adapter-disk")
+        self._transfers: dict[str, Transfer] = {}
+        for entry in self._disk.scan():
+            self._delete_disk(self._table.add_disk(entry.digest, entry.size_bytes))
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    def close(self) -> None:
+        self._io.shutdown(wait=True, cancel_futures=True)
+
+    # Under the lock.
+
+    def host_copy(self, digest: str) -> HostCopy | None:
+        return self._arena.get(digest)
+
+    def drop_copies(self, digest: str) -> None:
+        """Drops an idle adapter from host and disk."""
+        entry = self._table.get(digest)
+        if entry is not None and entry.on_disk:
+            self._table.drop_disk(digest)
+            self._disk.delete(digest)
+        if entry is not None and entry.on_host:
+            self._table.drop_host(digest)
+            self._arena.drop(digest)
+
+    def ensure(self, digest: str) -> None:
+        """Starts the transfer that a wanted adapter lacks, if any."""
+        flight = self._table.start_flight(digest)
+        entry = self._table.get(digest)
+        if flight is Flight.NONE or entry is None:
+            return
+        starter = self._holders[next(iter(entry.holders))]
+        transfer = Transfer(digest, starter.holder_id, flight is Flight.FETCH, self._now_ns())
+        self._transfers[digest] = transfer
+        if flight is Flight.DISK:
+            self._io.submit(self._read_disk, transfer)
+        else:
+            self._source.fetch(digest, FetchSink(self, transfer), starter.context)
+
+    def call_off(self, digest: str) -> None:
+        """Ends a transfer that nobody waits for any more."""
+        transfer = self._transfers.pop(digest, None)
+        self._table.end_flight(digest)
+        if transfer is not None:
+            if transfer.writer is not None:
+                transfer.writer.abort()
+            if transfer.from_store:
+                self._source.cancel(digest)
+
+    def resume(self) -> None:
+        """Starts what was postponed for want of room, now that something has changed."""
+        for digest in self._table.resume():
+            self.ensure(digest)
+
+    # Called by sinks and input/output threads, which take the lock here.
+
+    def open_landing(self, transfer: Transfer, manifest: Manifest, raw: bytes | None) -> Landing:
+        check_adapter(transfer.digest, manifest, self._base)
+        with self._lock:
+            if not self.is_current(transfer):
+                raise MeshError(Code.CANCELLED, Reason.CANCELLED, "nobody waits for this adapter any more")
+            if not self._table.fits_host(manifest.size_bytes):
+                raise no_room(transfer.digest, "is larger than all of the host memory for adapters", None)
+            victims = self._table.reserve_host(transfer.digest, manifest.size_bytes)
+            if victims is None:
+                del self._transfers[transfer.digest]
+                self._table.postpone(transfer.digest)
+                raise no_room(transfer.digest, "finds no room in host memory now", 0.1)
+            self._drop_host(victims)
+        landing = Landing(transfer.digest, manifest, self._arena.allocate(manifest.size_bytes))
+        if raw is not None:
+            writer = self._disk.writer(transfer.digest, raw)
+            with self._lock:
+                transfer.writer = writer
+                if not self.is_current(transfer):
+                    writer.abort()
+        return landing
+
+    def landed(self, transfer: Transfer) -> None:
+        landing = transfer.landing
+        stored = transfer.writer is not None and transfer.writer.commit()
+        with self._lock:
+            digest = transfer.digest
+            if stored and landing is not None:
+                self._delete_disk(self._table.add_disk(digest, landing.manifest.size_bytes))
+            if landing is None or not self.is_current(transfer):
+                return
+            del self._transfers[digest]
+            self._arena.put(digest, landing.finish())
+            self._table.land(digest)
+            if transfer.from_store:
+                self._note_fetch(transfer, landing)
+            self._on_landed(digest)
+            self.resume()
+            self._lock.notify_all()
+
+    def transfer_failed(self, transfer: Transfer, error: MeshError) -> None:
+        if transfer.writer is not None:
+            transfer.writer.abort()
+        with self._lock:
+            if not self.is_current(transfer):
+                return
+            del self._transfers[transfer.digest]
+            self._holders.fail(self._table.end_flight(transfer.digest), error)
+            self.resume()
+            self._lock.notify_all()
+
+    def is_current(self, transfer: Transfer) -> bool:
+        return self._transfers.get(transfer.digest) is transfer
+
+    def _read_disk(self, transfer: Transfer) -> None:
+        """Reads an entry of the disk cache, or fetches it anew if it is damaged. On its own thread."""
+        try:
+            landing = transfer.landing = self.open_landing(
+                transfer, self._disk.manifest(transfer.digest), None
+            )
+            with self._disk.open(transfer.digest) as file:
+                landing.read_from(file.readinto)  # type: ignore[attr-defined]
+            self.landed(transfer)
+        except MeshError as error:
+            if error.reason is Reason.DATA_CORRUPT:
+                self._refetch(transfer)
+            else:
+                self.transfer_failed(transfer, error)
+        except Exception as error:
+            # The top of the thread's task: the holders must not hang.
+            log.exception("reading the disk cache failed", extra={"digest": transfer.digest})
+            self.transfer_failed(transfer, MeshError(Code.INTERNAL, Reason.INTERNAL, f"disk cache: {error}"))
+
+    def _refetch(self, transfer: Transfer) -> None:
+        """The disk copy is damaged: away with it, the store has another one."""
+        log.warning("dropping a damaged adapter from disk", extra={"digest": transfer.digest})
+        self._disk.delete(transfer.digest)
+        with self._lock:
+            if not self.is_current(transfer):
+                self._table.drop_disk(transfer.digest)
+                return
+            del self._transfers[transfer.digest]
+            self._table.restart_flight(transfer.digest)
+            self._table.drop_disk(transfer.digest)
+            self.ensure(transfer.digest)
+
+    def _note_fetch(self, transfer: Transfer, landing: Landing) -> None:
+        entry = self._table.get(transfer.digest)
+        for holder_id in entry.holders if entry is not None else ():
+            timeline = self._holders[holder_id].timeline
+            timeline.fetch_start_ns, timeline.fetch_end_ns = transfer.start_ns, self._now_ns()
+            timeline.verify_ns = landing.verify_ns
+            timeline.fetched_bytes = landing.position
+            timeline.shared_fetch = holder_id != transfer.starter
+
+    def _drop_host(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            self._arena.drop(digest)
+
+    def _delete_disk(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            self._disk.delete(digest)
+
+    def _now_ns(self) -> int:
+        return int(self._clock.wall() * 1e9)
+
+
+def no_room(digest: str, problem: str, retry_after: float | None) -> MeshError:
+    """A tier is full."""
+    return MeshError(
+        Code.RESOURCE_EXHAUSTED,
+        Reason.OVERLOADED,
+        f"adapter {digest} {problem}",
+        metadata={"digest": digest},
+        retry_after=retry_after,
+    )

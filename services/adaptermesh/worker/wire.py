@@ -1,0 +1,198 @@
+"""The worker's nouns as protobuf messages, and back."""
+
+from google.protobuf import duration_pb2
+
+from adaptermesh.api.adapter.v1 import adapter_pb2
+from adaptermesh.api.inference.v1 import inference_pb2
+from adaptermesh.api.router.v1 import router_pb2
+from adaptermesh.api.worker.v1 import worker_pb2
+from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.core.digests import canonical_json
+from adaptermesh.core.errors import invalid_field
+from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.request import FinishReason, Outcome, Timeline
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
+from adaptermesh.worker.generation import GenerationRequest
+from adaptermesh.worker.prompts import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from adaptermesh.worker.residency import Delta, Snapshot
+
+_TIERS = {
+    Tier.NONE: adapter_pb2.TIER_UNSPECIFIED,
+    Tier.STORE: adapter_pb2.TIER_STORE,
+    Tier.DISK: adapter_pb2.TIER_DISK,
+    Tier.HOST: adapter_pb2.TIER_HOST,
+    Tier.DEVICE: adapter_pb2.TIER_DEVICE,
+}
+_SWITCH_KINDS = {
+    Tier.NONE: adapter_pb2.SWITCH_KIND_UNSPECIFIED,
+    Tier.STORE: adapter_pb2.SWITCH_KIND_COLD,
+    Tier.DISK: adapter_pb2.SWITCH_KIND_COOL,
+    Tier.HOST: adapter_pb2.SWITCH_KIND_COOL,
+    Tier.DEVICE: adapter_pb2.SWITCH_KIND_WARM,
+}
+_FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def base_model_message(base: BaseFacts) -> adapter_pb2.BaseModel:
+    return adapter_pb2.BaseModel(
+        model_id=base.model_id,
+        digest=base.digest,
+        config_digest=base.config_digest,
+        weights_digest=base.weights_digest,
+        architecture=base.architecture,
+        hidden_size=base.hidden_size,
+        num_layers=base.num_layers,
+        vocab_size=base.vocab_size,
+        config_json=canonical_json(dict(base.config)).decode(),
+    )
+
+
+def generation_request(message: worker_pb2.GenerateRequest) -> GenerationRequest:
+    """The request's fields; raises MeshError INVALID_ARGUMENT if it has no input."""
+    return GenerationRequest(
+        request_id=message.request_id,
+        tenant=message.tenant,
+        adapter_digest=message.adapter_digest,
+        adapter_version=message.adapter_version,
+        base_digest=message.base_digest,
+        prompt=_prompt(message),
+        sampling=_sampling(message.sampling),
+    )
+
+
+def _prompt(message: worker_pb2.GenerateRequest) -> Prompt:
+    match message.WhichOneof("input"):
+        case "text":
+            return TextPrompt(message.text)
+        case "chat":
+            return ChatPrompt(tuple(ChatMessage(m.role, m.content) for m in message.chat.messages))
+        case "token_ids":
+            return TokenPrompt(tuple(message.token_ids.ids))
+    raise invalid_field("input", "needs one of text, chat and token_ids")
+
+
+def _sampling(message: inference_pb2.SamplingParams) -> SamplingParams:
+    defaults = SamplingParams()
+    return SamplingParams(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else defaults.max_tokens,
+        temperature=message.temperature if message.HasField("temperature") else defaults.temperature,
+        top_p=message.top_p if message.HasField("top_p") else defaults.top_p,
+        top_k=message.top_k if message.HasField("top_k") else defaults.top_k,
+        seed=message.seed if message.HasField("seed") else None,
+        stop=tuple(message.stop),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def wanted_tier(tier: adapter_pb2.Tier.ValueType) -> Tier:
+    """The tier that a load asks for; raises MeshError INVALID_ARGUMENT."""
+    wanted = next((key for key, value in _TIERS.items() if value == tier), None)
+    if wanted is Tier.NONE:
+        return Tier.DEVICE
+    if wanted is None or wanted is Tier.STORE:
+        raise invalid_field("tier", "is not one of TIER_DISK, TIER_HOST and TIER_DEVICE")
+    return wanted
+
+
+def started_message(worker_id: str, tier: Tier, prompt_tokens: int) -> worker_pb2.GenerateResponse:
+    return worker_pb2.GenerateResponse(
+        started=worker_pb2.GenerateStarted(
+            worker_id=worker_id,
+            tier=_TIERS[tier],
+            switch_kind=_SWITCH_KINDS[tier],
+            prompt_tokens=prompt_tokens,
+        )
+    )
+
+
+def delta_message(text: str, token_ids: tuple[int, ...]) -> worker_pb2.GenerateResponse:
+    return worker_pb2.GenerateResponse(delta=inference_pb2.GenerateDelta(text=text, token_ids=token_ids))
+
+
+def finished_message(outcome: Outcome) -> worker_pb2.GenerateResponse:
+    return worker_pb2.GenerateResponse(
+        finished=inference_pb2.GenerateFinished(
+            finish_reason=_FINISH_REASONS[outcome.finish_reason],
+            prompt_tokens=outcome.prompt_tokens,
+            output_tokens=outcome.output_tokens,
+            timings=_timings(outcome.timeline),
+        )
+    )
+
+
+def _timings(timeline: Timeline) -> inference_pb2.Timings:
+    timings = inference_pb2.Timings(shared_fetch=timeline.shared_fetch, fetched_bytes=timeline.fetched_bytes)
+    steps = (
+        (timings.time_to_first_token, timeline.submitted_ns, timeline.first_token_ns),
+        (timings.queue, timeline.submitted_ns, timeline.scheduled_ns),
+        (timings.fetch, timeline.fetch_start_ns, timeline.fetch_end_ns),
+        (timings.h2d, timeline.h2d_start_ns, timeline.h2d_end_ns),
+        (timings.prefill, timeline.scheduled_ns, timeline.first_token_ns),
+        (timings.decode, timeline.first_token_ns, timeline.finished_ns),
+    )
+    for duration, start_ns, end_ns in steps:
+        if start_ns and end_ns:
+            _set(duration, max(0, end_ns - start_ns))
+    if timeline.fetch_start_ns:
+        _set(timings.verify, timeline.verify_ns)
+    return timings
+
+
+def _set(duration: duration_pb2.Duration, nanoseconds: int) -> None:
+    # An explicit presence: a step of zero length did happen.
+    duration.SetInParent()
+    duration.FromNanoseconds(nanoseconds)
+
+
+def state_message(draining: bool) -> worker_pb2.WorkerState.ValueType:
+    return worker_pb2.WORKER_STATE_DRAINING if draining else worker_pb2.WORKER_STATE_READY
+
+
+def load_message(status: EngineStatus) -> worker_pb2.Load:
+    return worker_pb2.Load(
+        running_requests=status.running,
+        waiting_requests=status.waiting,
+        waiting_tokens=status.waiting_tokens,
+        kv_used_tokens=status.kv_used_tokens,
+        kv_total_tokens=status.kv_total_tokens,
+    )
+
+
+def residency_message(view: ResidencyView) -> worker_pb2.Residency:
+    return worker_pb2.Residency(
+        digest=view.digest,
+        tier=_TIERS[view.tier],
+        pinned=view.pinned,
+        requests=view.requests,
+        size_bytes=view.size_bytes,
+    )
+
+
+def status_message(info: worker_pb2.WorkerInfo, snapshot: Snapshot) -> worker_pb2.GetStatusResponse:
+    return worker_pb2.GetStatusResponse(
+        info=info,
+        state=state_message(snapshot.draining),
+        load=load_message(snapshot.status),
+        residencies=[residency_message(view) for view in snapshot.residencies],
+    )
+
+
+def report_message(
+    info: worker_pb2.WorkerInfo, sequence: int, report: Snapshot | Delta
+) -> router_pb2.ReportWorkerRequest:
+    state = state_message(report.draining)
+    load = load_message(report.status)
+    residencies = [residency_message(view) for view in report.residencies]
+    if isinstance(report, Snapshot):
+        snapshot = router_pb2.WorkerSnapshot(
+            info=info, state=state, load=load, residencies=residencies, request_ids=report.request_ids
+        )
+        return router_pb2.ReportWorkerRequest(sequence=sequence, snapshot=snapshot)
+    delta = router_pb2.WorkerDelta(
+        state=state, load=load, residencies=residencies, admitted_request_ids=report.admitted
+    )
+    return router_pb2.ReportWorkerRequest(sequence=sequence, delta=delta)
