@@ -1,0 +1,37 @@
+"""A gRPC server with nothing behind it: streams the bytes of one file from memory. Prints its port."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+PIECE_BYTES = 512 * 1024
+METHOD = "Stream"
+SERVICE = "adaptermesh.bench.Raw"
+
+
+async def run(file: Path) -> None:
+    """Serves until stdin ends, which is when the parent has gone."""
+    data = await asyncio.to_thread(file.read_bytes)
+    pieces = [data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)]
+
+    async def stream(request: bytes, context: object) -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    server = grpc.aio.server()
+    handler: Any = grpc.unary_stream_rpc_method_handler(stream)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+
+
+if __name__ == "__main__":
+    asyncio.run(run(Path(sys.argv[1])))

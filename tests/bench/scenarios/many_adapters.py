@@ -1,0 +1,37 @@
+"""A stream of requests over 1,000 registered adapters by Zipf's law, against the same stream over 8."""
+
+from tests.bench.bench import Bench, Runner, rates
+from tests.bench.figures import ratio
+from tests.bench.result import Lane, Result
+from tests.bench.workload import Workload, cycled, zipf
+
+# A server under load has a queue; what the engine prefetches, it finds there.
+_QUEUE_FACTOR = 2
+
+
+def run(bench: Bench) -> Result:
+    scale = bench.scale
+    few = f"{scale.adapters} adapters"
+    many = f"{scale.registered} registered adapters, Zipf(1.0), {scale.slots} slots"
+    in_flight = _QUEUE_FACTOR * scale.rows
+
+    def of_few(number: int) -> Workload:
+        names = cycled(scale.stream, scale.adapters)
+        return Workload(bench.prompts.draw("few", number, names), scale.output_tokens, in_flight)
+
+    def of_many(number: int) -> Workload:
+        names = zipf(scale.stream, scale.registered, scale.files, number)
+        return Workload(bench.prompts.draw("many", number, names), scale.output_tokens, in_flight)
+
+    with bench.peers() as peers:
+        engine = peers.need("engine", "adaptermesh", max_batch_rows=scale.rows, device_slots=scale.slots)
+        answers = bench.measure([Runner(few, engine, of_few), Runner(many, engine, of_many)])
+        last = bench.settings.rounds - 1
+        check = bench.check_with_peft(peers, many, of_many(last).items, answers[many][last]["tokens"])
+        return Result(
+            figures=(ratio(f"{many} / {few}", rates(answers[many]), rates(answers[few]), 0.95),),
+            lanes=tuple(Lane(name, "tok/s", rates(found)) for name, found in answers.items()),
+            checks=(check,) if check else (),
+            versions=peers.versions(),
+            left_out=tuple(peers.left_out),
+        )

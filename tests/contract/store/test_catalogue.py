@@ -1,0 +1,162 @@
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.core.digests import digest_bytes
+from adaptermesh.core.errors import MeshError, Reason
+from adaptermesh.core.refs import AdapterName, parse_ref
+from adaptermesh.store.aliases import AliasName, MoveRequest
+from adaptermesh.store.pages import PageRequest
+from adaptermesh.store.records import (
+    BaseModelRecord,
+    Change,
+    Record,
+    RouteRecord,
+    RouteTarget,
+    SourceFile,
+    VersionRecord,
+)
+from adaptermesh.store.search import AdapterQuery
+from adaptermesh.store.stores import Stores
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 16,
+}
+FACTS = BaseFacts.from_config("tiny", CONFIG, digest_bytes(b"weights"))
+BASE = BaseModelRecord(
+    model_id="tiny",
+    digest=FACTS.digest,
+    config_digest=FACTS.config_digest,
+    weights_digest=FACTS.weights_digest,
+    architecture=FACTS.architecture,
+    hidden_size=8,
+    num_layers=2,
+    vocab_size=16,
+    config_json=json.dumps(CONFIG),
+)
+VERSION = VersionRecord(
+    namespace="acme",
+    name="ner",
+    number=0,
+    digest=digest_bytes(b"0"),
+    base_digest=BASE.digest,
+    base_model_id="tiny",
+    task="financial-ner",
+    description="Names, sums; ünïcode",
+    tags=("b", "a", "b"),
+    license="mit",
+    kind="lora",
+    op_kinds=("lowrank",),
+    max_rank=4,
+    size_bytes=2**40,
+    servable=False,
+    unservable_reason="because",
+    warnings=("one", "two"),
+    create_time_us=0,
+    source_files=(SourceFile("adapter_config.json", 3, digest_bytes(b"file")),),
+)
+TENSORS = digest_bytes(b"tensors")
+PROD = AliasName(AdapterName("acme", "ner"), "prod")
+
+
+def version(seed: int, **fields: str) -> VersionRecord:
+    return replace(VERSION, digest=digest_bytes(str((seed, fields)).encode()), **fields)  # type: ignore[arg-type]
+
+
+async def changes(stores: Stores, feed_id: str, after: int = 0) -> list[Change]:
+    found = []
+    watch = stores.feed.watch(stores.database, feed_id, after)
+    async for message in watch:
+        if message.change is None:
+            break
+        found.append(message.change)
+        if message.change.position == message.head_position:
+            break
+    await watch.aclose()
+    return found
+
+
+async def snapshot(stores: Stores) -> tuple[str, int, list[Record]]:
+    items = [item async for item in stores.snapshots.read()]
+    records = [item.record for item in items if item.record is not None]
+    return items[0].feed_id, items[0].feed_position, records
+
+
+@pytest.fixture
+async def with_base(stores: Stores) -> Stores:
+    await stores.catalogue.register_base_model(BASE)
+    return stores
+
+
+async def test_every_record_comes_back_as_it_was_written(with_base: Stores) -> None:
+    published = await with_base.catalogue.publish(VERSION, TENSORS)
+    alias, _ = await with_base.aliases.point(MoveRequest(PROD, 0, "ada", "why"), 1)
+    targets = (RouteTarget("acme/ner@prod", 90, "stable"), RouteTarget("base", 10, ""))
+    route, position = await with_base.routes.set(RouteRecord("*", "ner", targets, 0, 0), 0)
+    record = published.version.record
+    assert record == replace(VERSION, number=1, create_time_us=record.create_time_us)
+    assert record.create_time_us > 0
+    feed_id, head, records = await snapshot(with_base)
+    assert (head, position) == (4, 4)
+    assert records == [BASE, record, alias, route]
+    assert [change.record for change in await changes(with_base, feed_id)] == records
+    found, aliases = await with_base.catalogue.resolve(parse_ref("acme/ner@prod"))
+    assert (found.record, found.tensor_digest, aliases) == (record, TENSORS, ("prod",))
+
+
+async def test_numbers_and_positions_have_no_gaps_under_concurrency(with_base: Stores) -> None:
+    wanted = [version(seed, name=name) for seed in range(10) for name in ("ner", "sql")]
+    done = await asyncio.gather(*(with_base.catalogue.publish(each, TENSORS) for each in wanted))
+    for name in ("ner", "sql"):
+        numbers = [p.version.record.number for p in done if p.version.record.name == name]
+        assert sorted(numbers) == list(range(1, 11))
+    feed_id, head, _ = await snapshot(with_base)
+    positions = [change.position for change in await changes(with_base, feed_id)]
+    assert positions == list(range(1, head + 1)) == list(range(1, 22))
+
+
+async def test_one_digest_is_published_once(with_base: Stores) -> None:
+    done = await asyncio.gather(*(with_base.catalogue.publish(VERSION, TENSORS) for _ in range(6)))
+    assert sum(each.created for each in done) == 1
+    assert len({each.version.record for each in done}) == 1
+
+
+async def test_a_mutation_that_is_refused_leaves_no_change(with_base: Stores) -> None:
+    route = RouteRecord("*", "ner", (RouteTarget("acme/ner:v1", 1, ""),), 0, 0)
+    for refused in (
+        with_base.routes.set(route, None),
+        with_base.aliases.point(MoveRequest(PROD), 1),
+        with_base.aliases.roll_back(MoveRequest(PROD)),
+        with_base.routes.delete("*", "ner"),
+    ):
+        with pytest.raises(MeshError):
+            await refused
+    assert (await snapshot(with_base))[1] == 1
+
+
+async def test_exactly_one_compare_and_set_of_a_generation_wins(with_base: Stores) -> None:
+    await with_base.catalogue.publish(VERSION, TENSORS)
+    moves = (with_base.aliases.point(MoveRequest(PROD, 0, str(n)), 1) for n in range(8))
+    outcomes = await asyncio.gather(*moves, return_exceptions=True)
+    losers = [outcome for outcome in outcomes if isinstance(outcome, MeshError)]
+    assert len(losers) == 7
+    assert {error.reason for error in losers} == {Reason.ALIAS_CONFLICT}
+
+
+async def test_names_are_listed_in_the_order_of_their_bytes(with_base: Stores) -> None:
+    names = ["a", "a-", "a-b", "a0", "ab", "b", "0", "z9"]
+    for name in reversed(names):
+        await with_base.catalogue.publish(version(0, name=name), TENSORS)
+    listed: list[str] = []
+    token = ""
+    while not listed or token:
+        page = await with_base.search.list(AdapterQuery(), PageRequest(3, token))
+        listed += [summary.newest.name for summary in page.items]
+        token = page.next_token
+    assert listed == sorted(names)

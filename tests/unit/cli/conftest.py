@@ -1,0 +1,93 @@
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from adaptermesh.cli.app import build_app
+from tests.unit.client.fake_services import (
+    FakeGateway,
+    FakeStore,
+    FakeWorker,
+    fake_router,
+    fake_store,
+    fake_worker,
+    serve,
+)
+
+
+@dataclass
+class FakeMesh:
+    """The four services on another thread's event loop; commands run their own."""
+
+    store: FakeStore
+    gateway: FakeGateway
+    worker: FakeWorker
+    addresses: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMesh]:
+    """A mesh that the environment points at."""
+    ready = threading.Event()
+    found: list[FakeMesh] = []
+    loop = asyncio.new_event_loop()
+    stopping = asyncio.Event()
+
+    async def run() -> None:
+        mesh = FakeMesh(fake_store(), FakeGateway(), fake_worker())
+        async with AsyncExitStack() as stack:
+            for name, servicer in (("store", mesh.store), ("gateway", mesh.gateway), ("worker", mesh.worker)):
+                mesh.addresses[name] = await stack.enter_async_context(serve(servicer))
+            router = fake_router([mesh.addresses["worker"]])
+            mesh.addresses["router"] = await stack.enter_async_context(serve(router))
+            found.append(mesh)
+            ready.set()
+            await stopping.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    assert ready.wait(30)
+    for name in ("store", "gateway", "router"):
+        monkeypatch.setenv(f"ADAPTERMESH_{name.upper()}", found[0].addresses[name])
+    yield found[0]
+    loop.call_soon_threadsafe(stopping.set)
+    thread.join(30)
+    loop.close()
+
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
+    """Runs a command; nothing but the test's own home is looked at."""
+    monkeypatch.setenv("ADAPTERMESH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str, **options: Any) -> Result:
+        return CliRunner().invoke(build_app(), arguments, **options)
+
+    return run
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def document(result: Result) -> Any:
+    """The one JSON document that a command printed."""
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)

@@ -1,0 +1,30 @@
+from tests.unit.cli.conftest import FakeMesh, Invoke, document
+
+
+def test_status_shows_every_service_and_what_the_workers_hold(fakes: FakeMesh, invoke: Invoke) -> None:
+    result = invoke("status")
+    assert result.exit_code == 0, result.output
+    for name in ("gateway", "router", "store", "worker"):
+        assert fakes.addresses[name] in result.stdout
+    assert "4 versions, 3 routes, up to date" in result.stdout
+    assert "1/0/0 of 4 slots" in result.stdout
+
+
+def test_status_as_json_is_one_document(fakes: FakeMesh, invoke: Invoke) -> None:
+    printed = document(invoke("status", "--json"))
+    assert [service["serving"] for service in printed["services"]] == [True] * 4
+    assert printed["workers"][0]["load"]["running_requests"] == 2
+    assert printed["router"]["feed_connected"] is True
+
+
+def test_a_service_that_does_not_answer_fails_the_status(fakes: FakeMesh, invoke: Invoke) -> None:
+    result = invoke("status", "--store", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "nothing answers at 127.0.0.1:1" in result.stdout
+
+
+def test_without_a_mesh_the_status_says_how_to_start_one(invoke: Invoke) -> None:
+    nowhere = ("--gateway", "127.0.0.1:1", "--router", "127.0.0.1:1", "--store", "127.0.0.1:1")
+    result = invoke("status", *nowhere)
+    assert result.exit_code == 1
+    assert "start one with `adaptermesh up`" in result.stdout

@@ -1,0 +1,35 @@
+import pytest
+
+from adaptermesh.core.errors import Code, MeshError
+from adaptermesh.core.sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "params"),
+    [
+        ("max_tokens", SamplingParams(max_tokens=0)),
+        ("max_tokens", SamplingParams(max_tokens=131073)),
+        ("temperature", SamplingParams(temperature=-0.1)),
+        ("temperature", SamplingParams(temperature=float("nan"))),
+        ("temperature", SamplingParams(temperature=float("inf"))),
+        ("top_p", SamplingParams(top_p=0.0)),
+        ("top_p", SamplingParams(top_p=1.01)),
+        ("top_p", SamplingParams(top_p=float("nan"))),
+        ("top_k", SamplingParams(top_k=-1)),
+        ("seed", SamplingParams(seed=-1)),
+        ("seed", SamplingParams(seed=2**63)),
+        ("stop", SamplingParams(stop=("",))),
+        ("stop", SamplingParams(stop=("x" * 257,))),
+        ("stop", SamplingParams(stop=("x",) * 17)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_field(field: str, params: SamplingParams) -> None:
+    with pytest.raises(MeshError) as raised:
+        params.check()
+    assert raised.value.code is Code.INVALID_ARGUMENT
+    assert raised.value.metadata["field"] == f"sampling.{field}"
+
+
+def test_the_edges_of_every_range_are_legal() -> None:
+    SamplingParams(max_tokens=1, temperature=0.0, top_p=1.0, top_k=0, seed=0, stop=("x" * 256,) * 16).check()
+    SamplingParams(max_tokens=131072, temperature=2.0, top_p=1e-9, top_k=1_000_000, seed=2**63 - 1).check()

@@ -1,0 +1,224 @@
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.router.catalogue import Event, RouteTarget
+from adaptermesh.router.resolution import Question, Resolution, choose_target, resolve
+from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, version
+
+V1, V2 = version(number=1), version(number=2)
+ELSEWHERE = version("acme/sql", base=OTHER_BASE)
+STORED_ONLY = version("acme/odd", servable=False, unservable_reason="its kind is x-lora")
+KNOWN: tuple[Event, ...] = (
+    BASE,
+    OTHER_BASE,
+    V1,
+    V2,
+    ELSEWHERE,
+    STORED_ONLY,
+    alias(V1),
+    route("ner", ("acme/ner@prod", 1, "stable"), tenant="*", generation=4),
+    route("ner", ("acme/ner:v2", 1, "own"), tenant="bank", generation=9),
+    route("chat", ("base", 1, "base")),
+)
+
+KEYS = [f"user-{number}" for number in range(2000)]
+
+
+def ask(
+    ref: str | None = None,
+    task: str | None = None,
+    tenant: str = "default",
+    base_model: str = "",
+    cohort_key: str = "k",
+    entries: tuple[Event, ...] = KNOWN,
+) -> Resolution:
+    return resolve(image(*entries), Question(tenant, cohort_key, task, ref, base_model))
+
+
+def refusal(**question: str) -> MeshError:
+    with pytest.raises(MeshError) as caught:
+        ask(**question)  # type: ignore[arg-type]
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("ref", "wanted"),
+    [("acme/ner:v1", V1), ("acme/ner:v2", V2), ("acme/ner@prod", V1), (f"acme/ner@{V2.digest}", V2)],
+)
+def test_each_spelling_of_a_ref_finds_its_version(ref: str, wanted: object) -> None:
+    found = ask(ref=ref)
+    assert found.version == wanted
+    assert found.ref == ref
+    assert found.route is None
+    assert found.cohort == ""
+
+
+def test_a_bare_name_is_the_alias_latest_once_somebody_set_it() -> None:
+    assert ask(ref="acme/ner", entries=(*KNOWN, alias(V2, "latest"))).version == V2
+
+
+def test_a_bare_name_without_that_alias_is_refused_with_the_way_out() -> None:
+    error = refusal(ref="acme/ner")
+    assert (error.code, error.reason) == (Code.NOT_FOUND, Reason.ALIAS_NOT_FOUND)
+    assert error.metadata["name"] == "acme/ner@latest"
+    assert "nobody has set" in error.message
+
+
+def test_neither_task_nor_ref_and_the_ref_base_are_the_bare_base() -> None:
+    for found in (ask(), ask(ref="base"), ask(task="chat")):
+        assert found.version is None
+        assert found.ref == "base"
+        assert found.base_digests is None
+
+
+def test_a_tenants_own_route_wins_over_the_route_for_every_tenant() -> None:
+    own, common = ask(task="ner", tenant="bank"), ask(task="ner", tenant="shop")
+    assert own.version == V2
+    assert own.cohort == "own"
+    assert own.route is not None
+    assert own.route.generation == 9
+    assert common.version == V1
+    assert common.ref == "acme/ner@prod"
+    assert common.cohort == "stable"
+
+
+@pytest.mark.parametrize(
+    ("question", "reason", "name"),
+    [
+        ({"task": "nothing"}, Reason.TASK_NOT_FOUND, "nothing"),
+        ({"ref": "acme/none:v1"}, Reason.ADAPTER_NOT_FOUND, "acme/none"),
+        ({"ref": "acme/ner:v9"}, Reason.VERSION_NOT_FOUND, "acme/ner:v9"),
+        ({"ref": "acme/ner@canary"}, Reason.ALIAS_NOT_FOUND, "acme/ner@canary"),
+        ({"ref": f"acme/sql@{V1.digest}"}, Reason.VERSION_NOT_FOUND, f"acme/sql@{V1.digest}"),
+        ({"base_model": "huge"}, Reason.BASE_NOT_FOUND, "huge"),
+        ({"ref": "acme/ner:v1", "base_model": "huge"}, Reason.BASE_NOT_FOUND, "huge"),
+    ],
+)
+def test_what_is_unknown_is_not_found_by_its_name(
+    question: dict[str, str], reason: Reason, name: str
+) -> None:
+    error = refusal(**question)
+    assert (error.code, error.reason, error.metadata["name"]) == (Code.NOT_FOUND, reason, name)
+
+
+def test_an_adapter_of_another_base_than_the_one_asked_for_is_refused_with_both_digests() -> None:
+    error = refusal(ref="acme/sql:v1", base_model="tiny")
+    assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.BASE_MISMATCH)
+    assert error.metadata["adapter_base_digest"] == OTHER_BASE.digest
+    assert error.metadata["base_digest"] == BASE.digest
+
+
+def test_an_adapter_of_the_base_asked_for_by_name_or_digest_is_served() -> None:
+    assert ask(ref="acme/sql:v1", base_model="other").base_digests == frozenset((OTHER_BASE.digest,))
+    assert ask(ref="acme/sql:v1", base_model=OTHER_BASE.digest).version == ELSEWHERE
+    assert ask(base_model="tiny").base_digests == frozenset((BASE.digest,))
+
+
+def test_what_can_not_be_served_is_refused_with_the_reason_that_was_recorded() -> None:
+    error = refusal(ref="acme/odd:v1")
+    assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.ADAPTER_UNSUPPORTED)
+    assert "x-lora" in error.message
+
+
+@pytest.mark.parametrize(
+    "question", [{"task": ""}, {"ref": ""}, {"ref": "no slash"}, {"ref": "a/b@sha256:1"}]
+)
+def test_what_is_malformed_is_an_invalid_argument(question: dict[str, str]) -> None:
+    assert refusal(**question).code is Code.INVALID_ARGUMENT
+
+
+def shares(weights: dict[str, int], tenant: str = "default") -> dict[str, str]:
+    """The share of each key."""
+    rule = route("ner", *((f"acme/ner@{name}", weight, name) for name, weight in weights.items()))
+    return {key: choose_target(rule, tenant, key).cohort for key in KEYS}
+
+
+NAMES = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5, unique=True)
+WEIGHTS = NAMES.flatmap(
+    lambda names: st.fixed_dictionaries({name: st.integers(0, 1000) for name in names}).filter(
+        lambda weights: sum(weights.values()) > 0
+    )
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(WEIGHTS)
+def test_shares_follow_the_weights(weights: dict[str, int]) -> None:
+    counts = Counter(shares(weights).values())
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        share = weight / total
+        # Five standard deviations of a binomial: the keys are fixed, so this never turns red by itself.
+        bound = 5 * (share * (1 - share) / len(KEYS)) ** 0.5
+        assert abs(counts[name] / len(KEYS) - share) <= bound
+        assert weight > 0 or counts[name] == 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(WEIGHTS, st.data())
+def test_growing_one_share_moves_keys_to_that_share_only(
+    weights: dict[str, int], data: st.DataObject
+) -> None:
+    grown = data.draw(st.sampled_from(sorted(weights)))
+    before = shares(weights)
+    after = shares({**weights, grown: weights[grown] + data.draw(st.integers(1, 1000))})
+    assert all(after[key] in (before[key], grown) for key in KEYS)
+
+
+def test_a_canary_that_grows_step_by_step_never_gives_a_key_back() -> None:
+    steps = [shares({"stable": 100 - part, "canary": part}) for part in (0, 1, 5, 25, 50, 75, 100)]
+    for before, after in pairwise(steps):
+        assert all(after[key] == "canary" for key in KEYS if before[key] == "canary")
+    assert set(steps[0].values()) == {"stable"}
+    assert set(steps[-1].values()) == {"canary"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(WEIGHTS, st.randoms())
+def test_a_share_depends_on_neither_the_order_of_targets_nor_the_run(
+    weights: dict[str, int], random: object
+) -> None:
+    reordered = dict(reversed(weights.items()))
+    assert shares(weights) == shares(weights) == shares(reordered)
+
+
+def test_the_shares_of_some_keys_are_these_on_every_machine_and_in_every_release() -> None:
+    rule = route("financial-ner", ("acme/ner@prod", 90, "stable"), ("acme/ner@next", 10, "canary"))
+    found = [choose_target(rule, "bank", f"user-{number}").cohort[0] for number in range(40)]
+    assert "".join(found) == "sssssssssscssssssscsssssssssssscssssssss"
+
+
+def test_the_same_key_of_another_tenant_or_task_is_drawn_anew() -> None:
+    weights = {"a": 1, "b": 1}
+    ours, theirs = shares(weights), shares(weights, tenant="bank")
+    same = sum(ours[key] == theirs[key] for key in KEYS) / len(KEYS)
+    assert 0.45 < same < 0.55
+
+
+def test_two_targets_of_one_cohort_each_get_their_share() -> None:
+    rule = route("ner", ("acme/ner:v1", 1, "same"), ("acme/ner:v2", 1, "same"))
+    counts = Counter(choose_target(rule, "default", key).ref for key in KEYS)
+    assert 0.45 < counts["acme/ner:v1"] / len(KEYS) < 0.55
+
+
+def test_the_ref_behind_a_cohort_may_change_without_moving_a_key() -> None:
+    old = route("ner", ("acme/ner:v1", 3, "stable"), ("acme/ner:v2", 1, "canary"))
+    new = route("ner", ("acme/ner:v1", 3, "stable"), ("acme/ner:v3", 1, "canary"))
+    for key in KEYS:
+        assert choose_target(old, "default", key).cohort == choose_target(new, "default", key).cohort
+
+
+def test_a_route_without_an_open_share_is_not_found() -> None:
+    with pytest.raises(MeshError) as caught:
+        choose_target(route("ner", ("base", 0, "none")), "default", "k")
+    assert caught.value.reason is Reason.TASK_NOT_FOUND
+
+
+def test_a_target_says_what_it_is() -> None:
+    rule = route("ner", ("acme/ner:v1", 1, "stable"))
+    assert choose_target(rule, "default", "") == RouteTarget("acme/ner:v1", 1, "stable")

@@ -1,0 +1,98 @@
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.core.clock import SystemClock
+from adaptermesh.rpc.channel import open_channel
+from adaptermesh.rpc.server import MeshServer, ServerConfig
+from adaptermesh.rpc.service import ServiceContext
+from adaptermesh.store.service import GRPC_NAME, StoreService, store_config
+from adaptermesh.store.settings import StoreSettings
+from adaptermesh.telemetry.tracing import no_tracing
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> StoreSettings:
+    return StoreSettings(home=tmp_path, port=0, traces="", drain_seconds=20)
+
+
+def test_everything_is_in_the_home_folder_unless_it_is_set(settings: StoreSettings, tmp_path: Path) -> None:
+    config = store_config(settings)
+    assert config.folder == tmp_path / "store"
+    assert config.database.url == f"sqlite+aiosqlite:///{tmp_path}/store/catalogue.db"
+
+
+def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "DATABASE_URL": "sqlite+aiosqlite:////data/c.db",
+        "BLOBS": str(tmp_path / "bytes"),
+        "MAX_UPLOAD_BYTES": "1",
+        "MAX_UPLOAD_FILES": "2",
+        "CONCURRENT_UPLOADS": "3",
+        "UPLOAD_IDLE_SECONDS": "4",
+        "INGEST_THREADS": "5",
+        "DATABASE_CONNECTIONS": "6",
+        "DATABASE_BUSY_SECONDS": "7",
+        "HEARTBEAT_SECONDS": "8",
+        "CONCURRENT_SNAPSHOTS": "9",
+        "SNAPSHOT_SECONDS": "10",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"ADAPTERMESH_STORE_{name}", value)
+    config = store_config(StoreSettings())
+    assert (config.database.url, config.folder) == (values["DATABASE_URL"], tmp_path / "bytes")
+    uploads = config.uploads
+    assert (uploads.max_bytes, uploads.max_files, uploads.concurrent) == (1, 2, 3)
+    assert (uploads.idle_seconds, uploads.ingest_threads) == (4, 5)
+    assert (config.database.connections, config.database.busy_seconds) == (6, 7)
+    assert config.feed.heartbeat_seconds == 8
+    assert (config.snapshots.concurrent, config.snapshots.seconds) == (9, 10)
+
+
+@pytest.mark.parametrize("url", ["postgresql+asyncpg://h/d", "sqlite:///x", "catalogue.db"])
+def test_a_database_that_the_store_can_not_use_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ValidationError, match="sqlite"):
+        StoreSettings(database_url=url)
+
+
+async def test_a_draining_service_finishes_the_upload_that_has_begun(
+    settings: StoreSettings, kit: Any
+) -> None:
+    server = MeshServer(GRPC_NAME, ServerConfig(), no_tracing())
+    service = StoreService(ServiceContext(settings, no_tracing(), SystemClock(), server))
+    service.register(server)
+    port = await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = store_pb2_grpc.StoreServiceStub(channel)
+        async with kit.refused() as errors:
+            await stub.UploadAdapter(kit.make_requests(kit.make_header({}), {}))
+        assert errors[0].retry_after
+        await service.start()
+        await stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=kit.base_model()))
+        files = kit.make_files()
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[store_pb2.UploadAdapterRequest]:
+            requests = list(kit.make_requests(kit.make_header(files), files))
+            for request in requests[:2]:
+                yield request
+            begun.set()
+            await go_on.wait()
+            for request in requests[2:]:
+                yield request
+
+        uploading = asyncio.ensure_future(stub.UploadAdapter(slow()))
+        await begun.wait()
+        await kit.until(lambda: list((settings.home / "store" / "staging").iterdir()))
+        draining = asyncio.create_task(service.drain())
+        await asyncio.sleep(0)
+        go_on.set()
+        assert (await uploading).created
+        await draining
+    await server.stop(grace=0)
+    await service.stop()

@@ -1,0 +1,262 @@
+"""Random mutations against a plain twin: the state, its history, the feed and snapshots must all agree."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from adaptermesh.core.clock import SystemClock
+from adaptermesh.core.digests import digest_bytes
+from adaptermesh.core.errors import MeshError
+from adaptermesh.core.refs import AdapterName
+from adaptermesh.store.aliases import AliasName, MoveRequest
+from adaptermesh.store.database import DatabaseConfig
+from adaptermesh.store.pages import PageRequest
+from adaptermesh.store.records import (
+    AliasRecord,
+    BaseModelRecord,
+    ChangeKind,
+    Record,
+    RouteRecord,
+    RouteTarget,
+    VersionRecord,
+)
+from adaptermesh.store.stores import StoreConfig, Stores
+
+NAMES = st.sampled_from(["a", "b"])
+ALIASES = st.sampled_from(["prod", "canary"])
+TASKS = st.sampled_from(["x", "y"])
+EXPECTED = st.one_of(st.none(), st.integers(0, 4))
+
+State = dict[tuple[str, ...], Record]
+
+
+def key_of(record: Record) -> tuple[str, ...]:
+    if isinstance(record, BaseModelRecord):
+        return ("base", record.digest)
+    if isinstance(record, VersionRecord):
+        return ("version", record.digest)
+    if isinstance(record, AliasRecord):
+        return ("alias", record.namespace, record.name, record.alias)
+    return ("route", record.tenant, record.task)
+
+
+class Follower:
+    """What a router does: a snapshot, then the feed from its position."""
+
+    def __init__(self) -> None:
+        self.state: State = {}
+        self.feed_id = ""
+        self.position = -1
+
+    async def take_snapshot(self, stores: Stores) -> None:
+        self.state = {}
+        async for item in stores.snapshots.read():
+            self.feed_id, self.position = item.feed_id, item.feed_position
+            if item.record is not None:
+                self.state[key_of(item.record)] = item.record
+
+    async def catch_up(self, stores: Stores) -> None:
+        watch = stores.feed.watch(stores.database, self.feed_id, self.position)
+        async for message in watch:
+            change = message.change
+            if change is None:
+                break
+            assert change.position == self.position + 1
+            self.position = change.position
+            if change.kind is ChangeKind.ROUTE_DELETED:
+                del self.state[key_of(change.record)]
+            else:
+                self.state[key_of(change.record)] = change.record
+            if self.position == message.head_position:
+                break
+        await watch.aclose()
+
+
+class Twin:
+    """The plain form of the catalogue's rules."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, list[str]] = {}
+        self.moves: dict[tuple[str, str], list[int]] = {}
+        self.routes: dict[str, int] = {}
+        self.position = 0
+
+
+class StoreMachine(RuleBasedStateMachine):
+    @initialize()
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.runner = asyncio.Runner()
+        self.twin = Twin()
+        self.made = 0
+        self.run(self._open())
+        base = BaseModelRecord("base", *(digest_bytes(b"base"),) * 3, "Llama", 1, 1, 1, "{}")
+        self.base = base
+        self.run(self._register(base))
+        self.twin.position = 1
+        self.follower = Follower()
+        self.run(self.follower.take_snapshot(self.stores))
+
+    def run(self, work: Any) -> Any:
+        return self.runner.run(work)
+
+    async def _open(self) -> None:
+        folder = Path(self.folder.name)
+        database = DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/catalogue.db")
+        self.stores = Stores(StoreConfig(folder, database), SystemClock())
+        await self.stores.open()
+
+    async def _register(self, base: BaseModelRecord) -> None:
+        from sqlalchemy import insert
+
+        from adaptermesh.store.feed import append_change
+        from adaptermesh.store.schema import base_models
+
+        async def work(connection: Any) -> None:
+            position = await append_change(connection, ChangeKind.BASE_MODEL_REGISTERED, base, 1)
+            fields = {name: getattr(base, name) for name in BaseModelRecord.__dataclass_fields__}
+            await connection.execute(insert(base_models).values(feed_position=position, **fields))
+
+        await self.stores.database.write(work)
+
+    def teardown(self) -> None:
+        if hasattr(self, "runner"):
+            self.run(self.stores.close())
+            self.runner.close()
+            self.folder.cleanup()
+
+    @rule(name=NAMES, repeat=st.booleans())
+    def publish(self, name: str, repeat: bool) -> None:
+        versions = self.twin.versions.setdefault(name, [])
+        known = repeat and bool(versions)
+        digest = versions[0] if known else digest_bytes(f"{name}{self.made}".encode())
+        self.made += 1
+        wanted = VersionRecord(
+            namespace="acme",
+            name=name,
+            number=0,
+            digest=digest,
+            base_digest=self.base.digest,
+            base_model_id="base",
+            task="",
+            description="",
+            tags=("t",),
+            license="",
+            kind="lora",
+            op_kinds=("lowrank",),
+            max_rank=1,
+            size_bytes=1,
+            servable=True,
+            unservable_reason="",
+            warnings=(),
+            create_time_us=0,
+            source_files=(),
+        )
+        done = self.run(self.stores.catalogue.publish(wanted, digest_bytes(b"tensors")))
+        assert done.created is not known
+        if not known:
+            versions.append(digest)
+            self.twin.position += 1
+            assert done.version.record.number == len(versions)
+            assert done.version.feed_position == self.twin.position
+
+    @rule(name=NAMES, alias=ALIASES, number=st.integers(1, 4), expected=EXPECTED)
+    def point(self, name: str, alias: str, number: int, expected: int | None) -> None:
+        moves = self.twin.moves.get((name, alias), [])
+        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(moves))
+        request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
+        self._move(legal, name, alias, number, self.stores.aliases.point(request, number))
+
+    @rule(name=NAMES, alias=ALIASES, expected=EXPECTED)
+    def roll_back(self, name: str, alias: str, expected: int | None) -> None:
+        moves = self.twin.moves.get((name, alias), [])
+        earlier = [number for number in moves if number != moves[-1]]
+        legal = bool(earlier) and expected in (None, len(moves))
+        request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
+        number = earlier[-1] if earlier else 0
+        self._move(legal, name, alias, number, self.stores.aliases.roll_back(request))
+
+    def _move(self, legal: bool, name: str, alias: str, number: int, work: Any) -> None:
+        if not legal:
+            with pytest.raises(MeshError):
+                self.run(work)
+            return
+        record, position = self.run(work)
+        moves = self.twin.moves.setdefault((name, alias), [])
+        moves.append(number)
+        self.twin.position += 1
+        assert (record.version_number, record.generation) == (number, len(moves))
+        assert record.digest == self.twin.versions[name][number - 1]
+        assert position == self.twin.position
+
+    @rule(task=TASKS, weight=st.integers(1, 3))
+    def set_route(self, task: str, weight: int) -> None:
+        wanted = RouteRecord("*", task, (RouteTarget("base", weight, ""),), 0, 0)
+        _, position = self.run(self.stores.routes.set(wanted, None))
+        self.twin.routes[task] = weight
+        self.twin.position += 1
+        assert position == self.twin.position
+
+    @rule(task=TASKS)
+    def delete_route(self, task: str) -> None:
+        if task not in self.twin.routes:
+            with pytest.raises(MeshError):
+                self.run(self.stores.routes.delete("*", task))
+            return
+        self.run(self.stores.routes.delete("*", task))
+        del self.twin.routes[task]
+        self.twin.position += 1
+
+    @rule()
+    def restart(self) -> None:
+        self.run(self.stores.close())
+        self.run(self._open())
+
+    @rule()
+    def follow(self) -> None:
+        self.run(self.follower.catch_up(self.stores))
+
+    @invariant()
+    def a_snapshot_is_the_state_and_so_is_an_older_snapshot_with_the_feed(self) -> None:
+        if not hasattr(self, "follower"):
+            return
+        fresh = Follower()
+        self.run(fresh.take_snapshot(self.stores))
+        assert fresh.position == self.twin.position
+        routes = {
+            record.task: record.targets[0].weight
+            for record in fresh.state.values()
+            if isinstance(record, RouteRecord)
+        }
+        assert routes == self.twin.routes
+        late = Follower()
+        late.state, late.feed_id = dict(self.follower.state), self.follower.feed_id
+        late.position = self.follower.position
+        self.run(late.catch_up(self.stores))
+        assert late.state == fresh.state
+
+    @invariant()
+    def the_history_has_every_move(self) -> None:
+        if not hasattr(self, "follower"):
+            return
+        for (name, alias), moves in self.twin.moves.items():
+            wanted = AliasName(AdapterName("acme", name), alias)
+            page = self.run(self.stores.aliases.history(wanted, PageRequest()))
+            assert [move.version_number for move in reversed(page.items)] == moves
+
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=15,
+    stateful_step_count=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+TestState: Any = StoreMachine.TestCase

@@ -1,0 +1,122 @@
+"""Blocks and the paged cache."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptermesh.worker.engine.attention import Span, plan_attention
+from adaptermesh.worker.engine.kv import PADDING_BLOCK, BlockAllocator, BlockTable, KvCache, KvShape
+from adaptermesh.worker.engine.ranges import RangeAllocator
+
+
+def test_a_table_grows_by_whole_blocks_or_not_at_all() -> None:
+    blocks, table, other = BlockAllocator(4, 8), BlockTable(), BlockTable()
+    assert blocks.grow(table, 9)
+    assert (len(table.blocks), blocks.free, blocks.used) == (2, 2, 2)
+    assert blocks.grow(table, 16)
+    assert len(table.blocks) == 2
+    assert not blocks.grow(other, 17)
+    assert other.blocks == []
+    assert blocks.grow(other, 16)
+    blocks.release(table)
+    assert (blocks.free, table.blocks) == (2, [])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=40))
+def test_no_block_is_given_out_twice(actions: list[tuple[int, int]]) -> None:
+    blocks, tables = BlockAllocator(10, 4), [BlockTable() for _ in range(4)]
+    for index, tokens in actions:
+        if tokens == 0:
+            blocks.release(tables[index])
+        else:
+            blocks.grow(tables[index], tokens)
+        held = [block for table in tables for block in table.blocks]
+        assert len(held) == len(set(held)) == blocks.used
+        assert PADDING_BLOCK not in held
+        assert blocks.free + blocks.used == 10
+
+
+def test_a_block_is_dirty_once_each_time_it_is_given_out() -> None:
+    blocks, table = BlockAllocator(4, 8), BlockTable()
+    blocks.grow(table, 10)
+    assert sorted(blocks.take_dirty()) == sorted(table.blocks)
+    assert blocks.take_dirty() == []
+
+
+def test_what_a_former_owner_left_does_not_reach_the_next_one() -> None:
+    cache = KvCache(KvShape(1, 1, 4, 2, 4), torch.float32, torch.device("cpu"))
+    cache.data[:, 1] = float("inf")
+    cache.zero([1])
+    plan = plan_attention([Span(0, 1, (1,))], 1, 4, torch.float32, torch.device("cpu"))
+    out = plan.attend(cache, 0, torch.ones(1, 2, 4), torch.ones(1, 2, 4), 0.5)
+    torch.testing.assert_close(out, torch.ones(1, 8))
+
+
+def attend_plainly(q: torch.Tensor, kv: torch.Tensor, past: int, scaling: float) -> torch.Tensor:
+    """q: [new, heads, d]; kv: [past + new, 2 * kv_heads, d]; one sequence."""
+    kv_heads = kv.shape[1] // 2
+    groups = q.shape[1] // kv_heads
+    keys = kv[:, :kv_heads].repeat_interleave(groups, 1)
+    values = kv[:, kv_heads:].repeat_interleave(groups, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * scaling
+    hidden = torch.ones(q.shape[0], kv.shape[0], dtype=torch.bool).triu(past + 1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.just(1)), max_size=4),
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=3),
+)
+def test_packed_attention_equals_each_sequence_alone(
+    decodes: list[tuple[int, int]], chunks: list[tuple[int, int]]
+) -> None:
+    rows = decodes + chunks
+    if not rows:
+        return
+    torch.manual_seed(0)
+    cpu, size, layers = torch.device("cpu"), 8, 2
+    cache = KvCache(KvShape(layers, 2, 4, 130, size), torch.float32, cpu)
+    blocks = BlockAllocator(130, size)
+    spans, contexts = [], []
+    for past, count in rows:
+        table = BlockTable()
+        assert blocks.grow(table, past + count)
+        table.blocks.reverse()
+        context = torch.randn(past + count, 4, 4)
+        places = [table.blocks[at // size] * size + at % size for at in range(past)]
+        cache.write(1, torch.tensor(places, dtype=torch.int64), context[:past])
+        spans.append(Span(past, count, tuple(table.blocks)))
+        contexts.append(context)
+    plan = plan_attention(spans, len(decodes), size, torch.float32, cpu)
+    q = torch.randn(sum(count for _, count in rows), 6, 4)
+    new = torch.cat([context[past:] for (past, _), context in zip(rows, contexts, strict=True)])
+    out = plan.attend(cache, 1, q, new, 0.5)
+    start = 0
+    for (past, count), context in zip(rows, contexts, strict=True):
+        expected = attend_plainly(q[start : start + count], context, past, 0.5)
+        torch.testing.assert_close(out[start : start + count], expected, atol=1e-5, rtol=1e-5)
+        start += count
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=40))
+def test_ranges_never_overlap_and_all_come_back(actions: list[tuple[bool, int]]) -> None:
+    ranges = RangeAllocator()
+    ranges.grow(32)
+    held: list[tuple[int, int]] = []
+    for take, size in actions:
+        if take:
+            start = ranges.take(size)
+            if start is not None:
+                held.append((start, size))
+        elif held:
+            ranges.give(*held.pop(size % len(held)))
+        rows = [row for start, size in held for row in range(start, start + size)]
+        assert len(rows) == len(set(rows)) == ranges.used
+        assert all(0 <= row < 32 for row in rows)
+    for start, size in held:
+        ranges.give(start, size)
+    assert ranges.take(32) == 0

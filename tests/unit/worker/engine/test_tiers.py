@@ -1,0 +1,282 @@
+"""The tier table as a state machine, and what it prefers to keep."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.tiers import HALF_LIFE_SECONDS, Flight, TierTable
+
+SLOTS, HOST_BYTES, DISK_BYTES = 3, 100, 150
+NAMES = [f"d{number}" for number in range(7)]
+
+
+def size_of(digest: str) -> int:
+    return 10 + 7 * int(digest[1:])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
+
+
+class TierMachine(RuleBasedStateMachine):
+    """Drives the table as `residency` does, with a model of what must hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.table = TierTable(self.clock, SLOTS, HOST_BYTES, DISK_BYTES)
+        self.waiters: dict[str, str] = {}
+        self.rows: dict[str, str] = {}
+        self.flights: dict[str, bool] = {}  # digest -> room reserved
+        self.count = 0
+
+    def ensure(self, digest: str) -> None:
+        flight = self.table.start_flight(digest)
+        if flight is not Flight.NONE:
+            assert digest not in self.flights
+            self.flights[digest] = False
+
+    def resume(self) -> None:
+        for digest in self.table.resume():
+            self.ensure(digest)
+
+    @rule(seconds=st.floats(0.0, 200.0))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule(digest=st.sampled_from(NAMES))
+    def want(self, digest: str) -> None:
+        self.count += 1
+        self.waiters[f"w{self.count}"] = digest
+        self.table.want(f"w{self.count}", digest)
+        self.ensure(digest)
+
+    @precondition(lambda self: self.waiters)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.waiters)))
+        del self.waiters[holder]
+        orphan = self.table.drop(holder)
+        if orphan is not None:
+            assert orphan.digest not in self.waiters.values()
+            self.table.end_flight(orphan.digest)
+            self.flights.pop(orphan.digest, None)
+        self.resume()
+
+    @precondition(lambda self: self.flights)
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.flights)))
+        if not self.flights[digest]:
+            if self.table.reserve_host(digest, size_of(digest)) is None:
+                del self.flights[digest]
+                self.table.postpone(digest)
+            else:
+                self.flights[digest] = True
+            return
+        del self.flights[digest]
+        self.table.land(digest)
+        self.table.add_disk(digest, size_of(digest))
+        self.resume()
+
+    @precondition(lambda self: self.flights)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.flights)))
+        del self.flights[digest]
+        expected = {holder for holder, wanted in self.waiters.items() if wanted == digest}
+        assert set(self.table.end_flight(digest)) == expected
+        for holder in expected:
+            del self.waiters[holder]
+        self.resume()
+
+    @precondition(lambda self: self.waiters)
+    @rule(data=st.data())
+    def run_row(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.waiters)))
+        digest = self.waiters[holder]
+        entry = self.table.get(digest)
+        assert entry is not None
+        if entry.slot is None:
+            if not entry.on_host:
+                return
+            used = set(self.rows.values())
+            grant = self.table.take_slot(digest)
+            if grant is None:
+                assert len(used) + sum(other.pinned for other in self.table) >= SLOTS
+                return
+            assert grant.evicted not in used
+            if grant.evicted is not None and self.table.get(grant.evicted) is not None:
+                self.ensure(grant.evicted)
+        self.table.use(digest)
+        self.rows[holder] = digest
+        del self.waiters[holder]
+        self.resume()
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def end_row(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.rows)))
+        self.table.unuse(self.rows.pop(holder))
+        assert self.table.drop(holder) is None
+        self.resume()
+
+    @rule(digest=st.sampled_from(NAMES))
+    def lose_the_disk_copy(self, digest: str) -> None:
+        entry = self.table.get(digest)
+        if entry is not None and entry.flight is Flight.NONE:
+            self.table.drop_disk(digest)
+
+    @invariant()
+    def budgets_hold(self) -> None:
+        entries = list(self.table)
+        host = sum(entry.size_bytes for entry in entries if entry.on_host)
+        reserved = sum(entry.reserved_bytes for entry in entries)
+        assert self.table.host_used == host + reserved <= HOST_BYTES
+        on_disk = sum(entry.size_bytes for entry in entries if entry.on_disk)
+        assert self.table.disk_used == on_disk
+        reading = sum(entry.size_bytes for entry in entries if entry.flight is Flight.DISK)
+        assert on_disk <= max(DISK_BYTES, reading)
+
+    @invariant()
+    def slots_are_held_once(self) -> None:
+        slots = [entry.slot for entry in self.table if entry.slot is not None]
+        assert len(slots) == len(set(slots)) <= SLOTS
+
+    @invariant()
+    def what_runs_has_its_slot(self) -> None:
+        for digest in self.rows.values():
+            entry = self.table.get(digest)
+            assert entry is not None
+            assert entry.slot is not None
+            assert entry.uses == sum(other == digest for other in self.rows.values())
+
+    @invariant()
+    def who_waits_is_served_or_on_the_way(self) -> None:
+        for digest in self.waiters.values():
+            entry = self.table.get(digest)
+            assert entry is not None
+            assert entry.slot is not None or entry.on_host or entry.flight is not Flight.NONE
+            if entry.flight in (Flight.FETCH, Flight.DISK):
+                assert digest in self.flights
+
+    def teardown(self) -> None:
+        """Whatever happened: with all rows ended and all flights landing, each waiter gets its slot."""
+        for holder in sorted(self.rows):
+            self.table.unuse(self.rows.pop(holder))
+            self.table.drop(holder)
+        for _ in range(200):
+            self.resume()
+            for digest in sorted(self.flights):
+                reserved = self.flights.pop(digest)
+                if not reserved and self.table.reserve_host(digest, size_of(digest)) is None:
+                    self.table.postpone(digest)
+                    continue
+                self.table.land(digest)
+            for holder, digest in sorted(self.waiters.items()):
+                entry = self.table.get(digest)
+                assert entry is not None
+                if entry.slot is None and entry.on_host:
+                    grant = self.table.take_slot(digest)
+                    assert grant is not None
+                    if grant.evicted is not None and self.table.get(grant.evicted) is not None:
+                        self.ensure(grant.evicted)
+                if entry.slot is not None:
+                    del self.waiters[holder]
+                    self.table.drop(holder)
+            if not self.waiters:
+                break
+        assert not self.waiters
+        for entry in self.table:
+            assert entry.flight is Flight.NONE
+            assert not entry.holders
+
+
+TestTierMachine = TierMachine.TestCase
+TestTierMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+def resident(table: TierTable, digest: str, size: int, *, wants: int = 1) -> None:
+    """Brings an adapter to the host and leaves it idle there."""
+    for number in range(wants):
+        table.want(f"{digest}-{number}", digest)
+    if table.start_flight(digest) is not Flight.NONE:
+        assert table.reserve_host(digest, size) is not None
+        table.land(digest)
+    for number in range(wants):
+        table.drop(f"{digest}-{number}")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_the_least_used_goes_first(clock: Clock) -> None:
+    table = TierTable(clock, 1, 30, 0)
+    resident(table, "often", 10, wants=3)
+    resident(table, "once", 10)
+    resident(table, "twice", 10, wants=2)
+    table.want("new", "new")
+    table.start_flight("new")
+    assert table.reserve_host("new", 10) == ["once"]
+
+
+def test_old_uses_count_less(clock: Clock) -> None:
+    table = TierTable(clock, 1, 20, 0)
+    resident(table, "old", 10, wants=3)
+    clock.now += 3 * HALF_LIFE_SECONDS
+    resident(table, "fresh", 10)
+    table.want("new", "new")
+    table.start_flight("new")
+    assert table.reserve_host("new", 10) == ["old"]
+
+
+def test_what_is_on_disk_goes_before_what_only_the_store_has(clock: Clock) -> None:
+    table = TierTable(clock, 1, 20, 100)
+    resident(table, "a-stored", 10)
+    resident(table, "b-on-disk", 10)
+    table.add_disk("b-on-disk", 10)
+    table.want("new", "new")
+    table.start_flight("new")
+    assert table.reserve_host("new", 10) == ["b-on-disk"]
+
+
+def test_a_large_one_goes_before_a_small_one(clock: Clock) -> None:
+    table = TierTable(clock, 1, 50, 0)
+    resident(table, "a-small", 10)
+    resident(table, "b-large", 40)
+    table.want("new", "new")
+    table.start_flight("new")
+    assert table.reserve_host("new", 10) == ["b-large"]
+
+
+def test_the_same_calls_give_the_same_decisions() -> None:
+    def play() -> list[str]:
+        table = TierTable(Clock(), 1, 35, 0)
+        for number in range(6):
+            resident(table, f"d{number}", 10 + number)
+        return [entry.digest for entry in table]
+
+    assert play() == play()
+
+
+def test_a_pinned_slot_is_never_granted_to_another(clock: Clock) -> None:
+    table = TierTable(clock, 1, 100, 0)
+    resident(table, "pinned", 10)
+    resident(table, "other", 10)
+    assert table.take_slot("pinned") is not None
+    table.pin("pinned")
+    assert table.take_slot("other") is None
+    entry = table.get("pinned")
+    assert entry is not None
+    assert entry.tier is Tier.DEVICE
