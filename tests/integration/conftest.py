@@ -30,6 +30,8 @@ async def fragile_rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
         models=MODELS,
         ephemeral_ports=True,
         restart_delays=(0.1,) * 50,
+        # A bound, not a wait: a busy machine may take long over the tokens that a drain lets finish.
+        drain_seconds=120.0,
     )
     async with run_rig(config, DEMO) as rig:
         yield rig
