@@ -45,6 +45,11 @@ class WorkerSettings(ServiceSettings):
         ge=0,
         description="CPU threads of a tensor operation. 0 means the cores that the process may use.",
     )
+    quantization: str = Field(
+        default=_ENGINE.quantization,
+        description="none, or int8: the base's layers in 8 bits, on a CPU, for models of the Llama "
+        "architecture. Faster, and no longer the base to the last digit; adapters stay exact.",
+    )
     max_batch_rows: int = Field(default=_ENGINE.max_batch_rows, ge=1, description="Requests in one step.")
     max_context_tokens: int = Field(
         default=_ENGINE.max_context_tokens,
@@ -127,6 +132,7 @@ class WorkerSettings(ServiceSettings):
             device=self.device,
             dtype=self.dtype,
             threads=self.threads,
+            quantization=self.quantization,
             max_batch_rows=self.max_batch_rows,
             max_context_tokens=self.max_context_tokens,
             step_tokens=self.step_tokens,

@@ -10,6 +10,7 @@ from tests.bench.scenarios import (
     decode_bound,
     many_adapters,
     many_rows,
+    quantized,
     slots_exceeded,
     throughput,
     warm_switch,
@@ -32,6 +33,12 @@ SCENARIOS = {
         "float32. Adapters: LoRA of rank 8 on all seven projections. Output tokens a second; the time "
         "includes the prompts.",
         throughput.run,
+    ),
+    "quantized": Scenario(
+        "The base's layers in 8 bits",
+        "As above, in two engines of ours. Random tokens as prompts are the hardest case for equal answers; "
+        "an answer counts as different from its first different token on.",
+        quantized.run,
     ),
     "many-rows": Scenario(
         "A large batch with an adapter for each row",

@@ -19,6 +19,8 @@ class EngineConfig:
             the modules of transformers.
         pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
             small batches faster. No effect on CUDA.
+        quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits. Faster
+            on a CPU, and no longer the base to the last digit; adapters stay exact.
         max_batch_rows: Requests in one step.
         max_context_tokens: Longest prompt and output together; the model's own limit wins when it is smaller.
         step_tokens: Tokens of one step; longer prompts are computed in chunks.
@@ -39,6 +41,7 @@ class EngineConfig:
     threads: int = 0
     forward: str = "auto"
     pack_weights: bool = True
+    quantization: str = "none"
     max_batch_rows: int = 32
     max_context_tokens: int = 2048
     step_tokens: int = 512
@@ -55,6 +58,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.forward not in ("auto", "plain"):
             raise invalid_field("forward", f"{self.forward!r} is neither 'auto' nor 'plain'")
+        if self.quantization not in ("none", "int8"):
+            raise invalid_field("quantization", f"{self.quantization!r} is neither 'none' nor 'int8'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise invalid_field("dtype", f"{self.dtype!r} is not a dtype the engine computes in")
         for name in ("max_batch_rows", "max_context_tokens", "block_tokens", "device_slots", "io_threads"):

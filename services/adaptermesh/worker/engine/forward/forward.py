@@ -7,6 +7,8 @@ import torch
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.forward.int8 import check_int8
+from adaptermesh.worker.engine.forward.linear import LinearKind
 from adaptermesh.worker.engine.forward.llama import LEAN_ARCHITECTURES, LlamaForward
 from adaptermesh.worker.engine.forward.plain import PlainForward
 from adaptermesh.worker.engine.kv import KvCache
@@ -22,6 +24,10 @@ class Forward(Protocol):
 
 def make_forward(base: Base, config: EngineConfig) -> Forward:
     """The lean path where the architecture has one and the config allows it, else the modules themselves."""
-    if config.forward == "auto" and base.facts.architecture in LEAN_ARCHITECTURES:
-        return LlamaForward(base, pack=config.pack_weights)
+    lean = config.forward == "auto" and base.facts.architecture in LEAN_ARCHITECTURES
+    int8 = config.quantization == "int8"
+    if int8:
+        check_int8(base, lean=lean)
+    if lean:
+        return LlamaForward(base, LinearKind(pack=config.pack_weights, int8=int8))
     return PlainForward(base, config.max_context_tokens)

@@ -1,7 +1,11 @@
 """Matrix products with the base's weights."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import linear
+
+from adaptermesh.worker.engine.forward.int8 import Int8Linear
 
 PACKED_TOKENS = 48
 """Up to this many tokens the packed copy is faster; measured on two AVX-512 cores without AMX."""
@@ -29,8 +33,34 @@ class PackedLinear:
         return linear(x, self.weight, self.bias)
 
 
-def join_linears(modules: list[torch.nn.Linear], *, pack: bool) -> PackedLinear:
-    """One product for modules that read the same input; their weights become views of the joint one."""
+Linear = PackedLinear | Int8Linear
+"""A base's product, whatever it holds its weights in."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """How the lean path holds the layers' matrices. `int8` wins over `pack`."""
+
+    pack: bool
+    int8: bool = False
+
+    def join(self, modules: list[torch.nn.Linear]) -> Linear:
+        """One product for modules that read the same input.
+
+        The modules' weights become views of the joint one; with int8 they are given up, for they would be
+        four fifths of the memory and nobody reads them.
+        """
+        if not self.int8:
+            return _join(modules, pack=self.pack)
+        biases: list[torch.Tensor] = [module.bias for module in modules if module.bias is not None]
+        weight = torch.cat([module.weight for module in modules])
+        bias = torch.cat(biases) if len(biases) == len(modules) else None
+        for module in modules:
+            module.weight = torch.nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+        return Int8Linear(weight, bias)
+
+
+def _join(modules: list[torch.nn.Linear], *, pack: bool) -> PackedLinear:
     weights: list[torch.Tensor] = [module.weight for module in modules]
     weight = torch.cat(weights)
     biases: list[torch.Tensor] = [module.bias for module in modules if module.bias is not None]

@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm, silu
 
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
-from adaptermesh.worker.engine.forward.linear import PackedLinear, join_linears
+from adaptermesh.worker.engine.forward.linear import Linear, LinearKind, PackedLinear
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.slots import AdapterPlan
 
@@ -24,25 +24,29 @@ class _Layer:
     """The weights of one layer."""
 
     norm_in: torch.Tensor
-    qkv: PackedLinear
-    o: PackedLinear
+    qkv: Linear
+    o: Linear
     norm_mid: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Linear
+    down: Linear
 
 
 class LlamaForward:
-    """The lean path. `base.model`'s own weights become views of the joint ones: it stays usable."""
+    """The lean path. `base.model`'s own weights become views of the joint ones: it stays usable.
 
-    def __init__(self, base: Base, *, pack: bool) -> None:
+    Not with int8, where the layers' matrices are given up. The head stays in the computing dtype: it is one
+    product in many and the one whose errors reach the tokens directly.
+    """
+
+    def __init__(self, base: Base, linears: LinearKind) -> None:
         config = base.model.config
         if config.hidden_act != "silu":
             raise ValueError(f"the lean path computes silu, the model wants {config.hidden_act}")
         decoder = base.model.model
-        self._layers = [_read_layer(layer, pack=pack) for layer in decoder.layers]
+        self._layers = [_read_layer(layer, linears) for layer in decoder.layers]
         self._embeddings = decoder.embed_tokens.weight
         self._norm = decoder.norm.weight
-        self._head = PackedLinear(base.model.lm_head.weight, base.model.lm_head.bias, pack=pack)
+        self._head = PackedLinear(base.model.lm_head.weight, base.model.lm_head.bias, pack=linears.pack)
         self._rotary = decoder.rotary_emb
         self._eps = config.rms_norm_eps
         self._hidden = (config.hidden_size,)
@@ -111,13 +115,13 @@ def _feed_forward(index: int, layer: _Layer, x: torch.Tensor, adapters: AdapterP
     return out
 
 
-def _read_layer(layer: Any, *, pack: bool) -> _Layer:
+def _read_layer(layer: Any, linears: LinearKind) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         norm_in=layer.input_layernorm.weight,
-        qkv=join_linears([attention.q_proj, attention.k_proj, attention.v_proj], pack=pack),
-        o=PackedLinear(attention.o_proj.weight, attention.o_proj.bias, pack=pack),
+        qkv=linears.join([attention.q_proj, attention.k_proj, attention.v_proj]),
+        o=linears.join([attention.o_proj]),
         norm_mid=layer.post_attention_layernorm.weight,
-        gate_up=join_linears([mlp.gate_proj, mlp.up_proj], pack=pack),
-        down=PackedLinear(mlp.down_proj.weight, mlp.down_proj.bias, pack=pack),
+        gate_up=linears.join([mlp.gate_proj, mlp.up_proj]),
+        down=linears.join([mlp.down_proj]),
     )
