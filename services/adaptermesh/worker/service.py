@@ -78,7 +78,9 @@ class WorkerService:
         self._background: asyncio.Task[None] | None = None
         self._encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="prompt")
         # A missing model is said before the port is bound.
-        self._folder = ModelCache(context.settings.home, context.clock).locate(context.settings.model).folder
+        cache, name = ModelCache(context.settings.home, context.clock), context.settings.model
+        dummy = context.settings.load_format == "dummy"
+        self._folder = cache.locate_config(name) if dummy else cache.locate(name).folder
 
     def register(self, server: MeshServer) -> None:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._servicer, server.grpc)

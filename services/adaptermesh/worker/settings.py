@@ -40,6 +40,11 @@ class WorkerSettings(ServiceSettings):
         default=_ENGINE.dtype,
         description="Type to compute in: float32, bfloat16, float16, or auto (float32 on a CPU)",
     )
+    load_format: str = Field(
+        default=_ENGINE.load_format,
+        description="auto loads the model's weights; dummy makes random ones from its config.json alone, to "
+        "measure a shape: the answers mean nothing.",
+    )
     threads: int = Field(
         default=_ENGINE.threads,
         ge=0,
@@ -131,6 +136,7 @@ class WorkerSettings(ServiceSettings):
             disk_dir=self.disk_dir or self.home / "workers" / str(port) / "adapters",
             device=self.device,
             dtype=self.dtype,
+            load_format=self.load_format,
             threads=self.threads,
             quantization=self.quantization,
             max_batch_rows=self.max_batch_rows,

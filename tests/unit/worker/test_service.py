@@ -128,6 +128,16 @@ async def test_stopping_ends_the_engine_and_the_reports(worker: Worker) -> None:
     await until(lambda: worker.router.ended == 1)
 
 
+async def test_a_worker_with_dummy_weights_needs_a_folder_with_a_config_only(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    worker = await start_worker(load_format="dummy", model=str(folder))
+    assert worker.engine.started
+
+
 async def test_calls_are_refused_until_the_model_is_loaded(home: Path) -> None:
     settings = WorkerSettings(home=home, port=0, model="tiny")
     server = MeshServer("adaptermesh.api.worker.v1.WorkerService", ServerConfig(), no_tracing())

@@ -1,6 +1,7 @@
 """The frozen base model: its weights, its tokenizer and what the engine needs to know about it."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ import transformers
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.sites import SiteMap, site_map
+from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.config import EngineConfig
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,12 +50,16 @@ class Base:
 def load_base(folder: Path, config: EngineConfig) -> Base:
     """Loads a model of the model cache: config.json, model.safetensors, the tokenizer and base_model.json.
 
+    With `load_format` "dummy" only config.json and the tokenizer are read: the weights are random, the same
+    ones at each load, and the base has an identity of its own, so that it never passes for the real one.
+
     Raises:
         MeshError: NOT_FOUND (BASE_NOT_FOUND) if the folder holds no model; FAILED_PRECONDITION for an
             architecture without a module map.
     """
+    dummy = config.load_format == "dummy"
     try:
-        facts = BaseFacts.from_json(json.loads((folder / "base_model.json").read_text()))
+        facts = _dummy_facts(folder) if dummy else _read_facts(folder)
     except FileNotFoundError:
         raise MeshError(
             Code.NOT_FOUND,
@@ -61,11 +69,33 @@ def load_base(folder: Path, config: EngineConfig) -> Base:
         ) from None
     # Its progress bar is for terminals; this goes to a log.
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=compute_dtype(config), attn_implementation="eager", local_files_only=True
-    )
+    if dummy:
+        log.warning(
+            "the base has random weights: its answers mean nothing", extra={"base_model": facts.model_id}
+        )
+        model = _dummy_model(folder, compute_dtype(config))
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=compute_dtype(config), attn_implementation="eager", local_files_only=True
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return make_base(facts, model, tokenizer, config)
+
+
+def _read_facts(folder: Path) -> BaseFacts:
+    return BaseFacts.from_json(json.loads((folder / "base_model.json").read_text()))
+
+
+def _dummy_facts(folder: Path) -> BaseFacts:
+    config = json.loads((folder / "config.json").read_text())
+    return BaseFacts.from_config(f"{folder.name}-dummy", config, digest_bytes(b"dummy"))
+
+
+def _dummy_model(folder: Path, dtype: torch.dtype) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
 
 
 def make_base(facts: BaseFacts, model: Any, tokenizer: Any, config: EngineConfig) -> Base:

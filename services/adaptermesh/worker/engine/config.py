@@ -15,6 +15,8 @@ class EngineConfig:
         device: "cpu", "cuda" or "cuda:N".
         dtype: "float32", "bfloat16", "float16", or "auto" (float32 on a CPU, bfloat16 on CUDA).
         threads: CPU threads of a tensor operation; 0 means the cores that this process may use.
+        load_format: "auto" loads the base's weights; "dummy" makes random ones from config.json alone, to
+            measure a shape. Its answers mean nothing.
         forward: "auto" takes the lean forward where the architecture has one, "plain" always goes through
             the modules of transformers.
         pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
@@ -39,6 +41,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str = "auto"
     threads: int = 0
+    load_format: str = "auto"
     forward: str = "auto"
     pack_weights: bool = True
     quantization: str = "none"
@@ -56,6 +59,8 @@ class EngineConfig:
     unhealthy_after: int = 3
 
     def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "dummy"):
+            raise invalid_field("load_format", f"{self.load_format!r} is neither 'auto' nor 'dummy'")
         if self.forward not in ("auto", "plain"):
             raise invalid_field("forward", f"{self.forward!r} is neither 'auto' nor 'plain'")
         if self.quantization not in ("none", "int8"):

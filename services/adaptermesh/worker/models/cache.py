@@ -91,6 +91,24 @@ class ModelCache:
             metadata={"name": name},
         )
 
+    def locate_config(self, name: str) -> Path:
+        """The folder that a setting names, of which only config.json is asked: an id, or any folder.
+
+        Raises:
+            MeshError: NOT_FOUND (BASE_NOT_FOUND); INVALID_ARGUMENT (INVALID_NAME) if no model id can be made
+                of the folder's name.
+        """
+        for folder in (Path(name).expanduser().resolve(), self._root / name):
+            if name and (folder / "config.json").is_file():
+                check_model_id(folder.name)
+                return folder
+        raise MeshError(
+            Code.NOT_FOUND,
+            Reason.BASE_NOT_FOUND,
+            f"base model '{name}' has no folder with a config.json",
+            metadata={"name": name},
+        )
+
     def publish(
         self, model_id: str, fill: Callable[[Path], None], note: Callable[[str], None] = lambda _: None
     ) -> CachedModel:

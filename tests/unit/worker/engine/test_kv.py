@@ -53,14 +53,19 @@ def test_what_a_former_owner_left_does_not_reach_the_next_one() -> None:
     torch.testing.assert_close(out, torch.ones(1, 8))
 
 
-def attend_plainly(q: torch.Tensor, kv: torch.Tensor, past: int, scaling: float) -> torch.Tensor:
+def attend_plainly(
+    q: torch.Tensor, kv: torch.Tensor, past: int, scaling: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
     """q: [new, heads, d]; kv: [past + new, 2 * kv_heads, d]; one sequence."""
     kv_heads = kv.shape[1] // 2
     groups = q.shape[1] // kv_heads
     keys = kv[:, :kv_heads].repeat_interleave(groups, 1)
     values = kv[:, kv_heads:].repeat_interleave(groups, 1)
     scores = torch.einsum("qhd,khd->hqk", q, keys) * scaling
-    hidden = torch.ones(q.shape[0], kv.shape[0], dtype=torch.bool).triu(past + 1)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    ages = torch.arange(past, kv.shape[0])[:, None] - torch.arange(kv.shape[0])[None, :]
+    hidden = (ages < 0) | (ages >= (kv.shape[0] if window is None else window))
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
 
@@ -69,9 +74,14 @@ def attend_plainly(q: torch.Tensor, kv: torch.Tensor, past: int, scaling: float)
 @given(
     st.lists(st.tuples(st.integers(0, 200), st.just(1)), max_size=4),
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=3),
+    st.lists(st.none() | st.integers(1, 60), min_size=1, max_size=3),
+    st.none() | st.floats(0.5, 5.0),
 )
 def test_packed_attention_equals_each_sequence_alone(
-    decodes: list[tuple[int, int]], chunks: list[tuple[int, int]]
+    decodes: list[tuple[int, int]],
+    chunks: list[tuple[int, int]],
+    windows: list[int | None],
+    softcap: float | None,
 ) -> None:
     rows = decodes + chunks
     if not rows:
@@ -93,12 +103,32 @@ def test_packed_attention_equals_each_sequence_alone(
     plan = plan_attention(spans, len(decodes), size, torch.float32, cpu)
     q = torch.randn(sum(count for _, count in rows), 6, 4)
     new = torch.cat([context[past:] for (past, _), context in zip(rows, contexts, strict=True)])
-    out = plan.attend(cache, 1, q, new, 0.5)
-    start = 0
-    for (past, count), context in zip(rows, contexts, strict=True):
-        expected = attend_plainly(q[start : start + count], context, past, 0.5)
-        torch.testing.assert_close(out[start : start + count], expected, atol=1e-5, rtol=1e-5)
-        start += count
+    for window in windows:
+        out = plan.attend(cache, 1, q, new, 0.5, window=window, softcap=softcap)
+        start = 0
+        for (past, count), context in zip(rows, contexts, strict=True):
+            expected = attend_plainly(q[start : start + count], context, past, 0.5, window, softcap)
+            torch.testing.assert_close(out[start : start + count], expected, atol=1e-5, rtol=1e-5)
+            start += count
+
+
+def test_a_window_gathers_its_own_blocks_only_and_is_planned_once_a_step() -> None:
+    spans = [Span(40, 1, tuple(range(1, 12))), Span(20, 4, tuple(range(12, 18)))]
+    plan = plan_attention(spans, 1, 4, torch.float32, torch.device("cpu"))
+    reach = plan.reach(6)
+    chunk_blocks = reach.chunks[0].blocks
+    assert reach.groups[0].blocks.tolist() == [9, 10, 11]
+    assert chunk_blocks is not None
+    assert chunk_blocks.tolist() == [15, 16, 17]
+    assert plan.reach(6) is reach
+    assert plan.reach(41) is plan.reach(None)
+
+
+def test_rows_that_differ_only_outside_of_a_window_attend_together() -> None:
+    spans = [Span(10, 1, tuple(range(1, 4))), Span(200, 1, tuple(range(4, 55)))]
+    plan = plan_attention(spans, 2, 4, torch.float32, torch.device("cpu"))
+    assert [group.count for group in plan.reach(None).groups] == [1, 1]
+    assert [group.count for group in plan.reach(8).groups] == [2]
 
 
 @settings(deadline=None)

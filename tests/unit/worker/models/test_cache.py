@@ -93,3 +93,20 @@ def test_a_model_that_is_not_there_is_named_with_the_way_to_get_it(cache: ModelC
     with pytest.raises(MeshError, match="adaptermesh models pull") as caught:
         cache.locate(name)
     assert caught.value.reason is Reason.BASE_NOT_FOUND
+
+
+def test_a_folder_with_a_config_alone_is_located_for_dummy_weights(
+    cache: ModelCache, home: Path, tmp_path: Path
+) -> None:
+    for folder in (home / "models" / "tiny", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    assert cache.locate_config("tiny") == home / "models" / "tiny"
+    assert cache.locate_config(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["unknown", ""])
+def test_a_folder_without_a_config_is_not_located(cache: ModelCache, name: str) -> None:
+    with pytest.raises(MeshError, match=r"no folder with a config\.json") as caught:
+        cache.locate_config(name)
+    assert caught.value.reason is Reason.BASE_NOT_FOUND

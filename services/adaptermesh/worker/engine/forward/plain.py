@@ -14,11 +14,17 @@ from transformers import AttentionInterface
 
 from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.worker.engine.attention import Span, plan_attention
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
-from adaptermesh.worker.engine.kv import KvCache
+from adaptermesh.worker.engine.kv import KvCache, KvShape
+from adaptermesh.worker.engine.slots import AdapterPlan
 
 ATTENTION_NAME = "adaptermesh_paged"
+
+# What models pass on to attention without meaning for it: no dropout is left after `eval`, and the batch has
+# its own positions and cache.
+_WITHOUT_MEANING = frozenset({"dropout", "position_ids", "use_cache"})
 
 
 @dataclass(slots=True)
@@ -29,11 +35,15 @@ class _Step:
 
 
 class PlainForward:
-    """Runs a packed batch as one sequence of [1, tokens] through the model."""
+    """Runs a packed batch as one sequence of [1, tokens] through the model.
+
+    Raises:
+        MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for a model that would be computed wrong.
+    """
 
     def __init__(self, base: Base, max_context_tokens: int) -> None:
         self._base = base
-        _check_attention(base, max_context_tokens)
+        _check_rotation(base, max_context_tokens)
         self._model = base.model
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._step = _Step()
@@ -41,6 +51,7 @@ class PlainForward:
             for layer in range(base.sites.num_layers):
                 module = base.model.get_submodule(pattern.replace("{layer}", str(layer)))
                 module.register_forward_hook(_site_hook(self._step, sites, layer))
+        self._try()
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         self._step.batch = batch
@@ -57,6 +68,16 @@ class PlainForward:
             self._step.batch = None
         return logits[0].float()
 
+    def _try(self) -> None:
+        """One small step, so that a model that asks attention for what it lacks is refused at the start."""
+        base, device = self._base, self._base.device
+        shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks=1, block_tokens=2)
+        tokens = torch.arange(2, device=device)
+        plan = plan_attention([Span(0, 2, (1,))], 0, shape.block_tokens, base.dtype, device)
+        batch = StepBatch(tokens, tokens, tokens[1:], plan, AdapterPlan())
+        with torch.inference_mode():
+            self.run(batch, KvCache(shape, base.dtype, device))
+
 
 def paged_attention(
     module: Any,
@@ -68,17 +89,34 @@ def paged_attention(
     adaptermesh_batch: StepBatch,
     adaptermesh_cache: KvCache,
     scaling: float | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query: [1, heads, tokens, d]. key, value: [1, kv_heads, tokens, d]. Returns [1, tokens, heads * d]."""
+    """query: [1, heads, tokens, d]. key, value: [1, kv_heads, tokens, d]. Returns [1, tokens, heads, d].
+
+    Raises:
+        MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for attention that is not causal, and for
+            arguments that mean something else, e.g. sinks: without them the result would be wrong.
+    """
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise _unsupported(type(module).__name__, "is not causal")
+    if sliding_window is not None and sliding_window < 1:
+        raise _unsupported(type(module).__name__, f"has a window of {sliding_window} tokens")
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_MEANING]
+    if unknown:
+        raise _unsupported(type(module).__name__, f"asks for {', '.join(sorted(unknown))}")
     out = adaptermesh_batch.attention.attend(
         adaptermesh_cache,
         module.layer_idx,
         query[0].transpose(0, 1),
         torch.cat((key[0], value[0])).transpose(0, 1),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
     )
-    return out[None], None
+    return out.view(1, query.shape[2], query.shape[1], -1), None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
@@ -97,19 +135,26 @@ def _site_hook(step: _Step, sites: Sequence[Site], layer: int) -> Any:
     return hook
 
 
-def _check_attention(base: Base, max_context_tokens: int) -> None:
-    """Refuses a model whose attention is not the plain causal one: it would be computed wrong."""
+def _check_rotation(base: Base, max_context_tokens: int) -> None:
+    """Refuses rotations that follow the longest row of a batch: rows would change each other's answers."""
     config = base.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < max_context_tokens:
-        problem = f"attends over {window} tokens only: set max_context_tokens to at most that"
-    elif getattr(config, "attn_logit_softcapping", None):
-        problem = "caps its attention scores"
-    else:
-        return
-    raise MeshError(
+    longest = min(max_context_tokens, base.max_context_tokens)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    for parameters in [part for part in rope.values() if isinstance(part, dict)] or [rope]:
+        kind = parameters.get("rope_type", "default")
+        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        if (kind == "longrope" or "dynamic" in kind) and longest > limit:
+            raise _unsupported(
+                base.facts.model_id,
+                f"turns positions another way ({kind}) past {limit} tokens: set max_context_tokens to that",
+            )
+
+
+def _unsupported(name: str, problem: str) -> MeshError:
+    return MeshError(
         Code.FAILED_PRECONDITION,
         Reason.ADAPTER_UNSUPPORTED,
-        f"base model '{base.facts.model_id}' {problem}",
-        metadata={"name": base.facts.model_id},
+        f"the engine can't compute {name}: it {problem}",
+        metadata={"name": name},
     )
