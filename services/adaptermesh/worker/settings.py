@@ -69,6 +69,11 @@ class WorkerSettings(ServiceSettings):
     kv_tokens: int = Field(
         default=_ENGINE.kv_tokens, ge=1, description="Tokens that the KV cache holds in all."
     )
+    prefix_cache: bool = Field(
+        default=_ENGINE.prefix_cache,
+        description="Keep computed tokens in the KV cache while there is room, for requests of the same "
+        "tenant and adapter version that begin with them.",
+    )
     device_slots: int = Field(
         default=_ENGINE.device_slots, ge=1, description="Adapters on the device at once."
     )
@@ -143,6 +148,7 @@ class WorkerSettings(ServiceSettings):
             max_context_tokens=self.max_context_tokens,
             step_tokens=self.step_tokens,
             kv_tokens=self.kv_tokens,
+            prefix_cache=self.prefix_cache,
             device_slots=self.device_slots,
             host_bytes=self.host_bytes,
             disk_bytes=self.disk_bytes,

@@ -175,6 +175,8 @@ def test_the_engine_gets_the_limits_that_were_set(tmp_path: Path, base: BaseFact
         5,
     )
     assert config.disk_dir == tmp_path / "workers" / "7712" / "adapters"
+    assert config.prefix_cache
+    assert not WorkerSettings(home=tmp_path, prefix_cache=False).engine_config(7712).prefix_cache
 
 
 def test_routers_are_a_list(tmp_path: Path) -> None:

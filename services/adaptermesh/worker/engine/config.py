@@ -28,6 +28,8 @@ class EngineConfig:
         step_tokens: Tokens of one step; longer prompts are computed in chunks.
         block_tokens: Tokens of one KV block.
         kv_tokens: Tokens that the KV cache holds in all.
+        prefix_cache: Keep computed blocks and share them with requests that begin with the same tokens, for
+            the same adapter version and tenant.
         device_slots: Adapters on the device at once.
         host_bytes: Bytes of adapters in host memory; page-locked when the device is CUDA.
         disk_bytes: Bytes of adapters in the disk cache.
@@ -50,6 +52,7 @@ class EngineConfig:
     step_tokens: int = 512
     block_tokens: int = 16
     kv_tokens: int = 32768
+    prefix_cache: bool = True
     device_slots: int = 16
     host_bytes: int = 2**30
     disk_bytes: int = 8 * 2**30

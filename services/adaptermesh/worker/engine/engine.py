@@ -133,6 +133,11 @@ class Engine:
                 kv_used_tokens=self._blocks.used * self._blocks.block_tokens,
                 kv_total_tokens=self._blocks.total * self._blocks.block_tokens,
                 residencies=self._residency.views(),
+                kv_cached_tokens=self._blocks.reclaimable * self._blocks.block_tokens,
+                kv_total_bytes=self._runner.kv_bytes,
+                kv_used_bytes=self._blocks.used * self._runner.kv_block_bytes,
+                prefix_query_tokens=self._scheduler.prefix_query_tokens,
+                prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
             )
 
     def set_change_callback(self, callback: Callable[[], None]) -> None:
@@ -227,8 +232,8 @@ class Engine:
     def _postprocess(self, plan: StepPlan, tokens: Sequence[int]) -> None:
         """Books what was computed, then hands out the new tokens."""
         sampled = [row.sequence for row in plan.rows if row.samples]
-        for row in plan.rows:
-            row.sequence.computed += row.count
+        with self._lock:
+            self._scheduler.book(plan)
         now = self._now_ns()
         for sequence, token in zip(sampled, tokens, strict=True):
             if sequence.timeline.first_token_ns == 0:

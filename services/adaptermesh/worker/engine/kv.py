@@ -3,11 +3,17 @@
 Block 0 is never given out. It stays zero and pads the block tables of short rows. A block is zeroed when it
 is given out: what another sequence left there (an infinity, say) is masked by adding minus infinity, which
 would make NaN of it, so it must be gone.
+
+Full blocks can be shared: sequences that begin with the same tokens hold the same blocks, none of which is
+ever written again. A cached block that nobody holds counts as free; uncached ones are given out before it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from adaptermesh.worker.engine.prefix_cache import PrefixCache
 
 PADDING_BLOCK = 0
 
@@ -25,9 +31,10 @@ class KvShape:
 
 @dataclass(slots=True)
 class BlockTable:
-    """The blocks of one sequence, in the order of its tokens."""
+    """The blocks of one sequence, in the order of its tokens. The cache has seen the first `kept` of them."""
 
     blocks: list[int] = field(default_factory=list)
+    kept: int = 0
 
 
 class BlockAllocator:
@@ -37,35 +44,77 @@ class BlockAllocator:
         self.block_tokens = block_tokens
         self.total = blocks
         self._free = list(range(blocks, PADDING_BLOCK, -1))
+        self._users = [0] * (blocks + 1)
+        self._cache = PrefixCache()
         self._dirty: list[int] = []
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody holds, cached or not."""
+        return len(self._free) + self._cache.resting
 
     @property
     def used(self) -> int:
-        return self.total - len(self._free)
+        return self.total - self.free
+
+    @property
+    def reclaimable(self) -> int:
+        """Free blocks that are cached."""
+        return self._cache.resting
 
     def missing(self, table: BlockTable, tokens: int) -> int:
         """Blocks that the table lacks to hold that many tokens."""
         return max(0, -(-tokens // self.block_tokens) - len(table.blocks))
 
+    def has_room(self, tokens: int, keys: Sequence[bytes]) -> bool:
+        """Whether a sequence that begins with what `keys` stand for could hold that many tokens now."""
+        found = self._cache.find(keys)
+        resting = sum(self._cache.is_resting(block) for block in found)
+        return -(-tokens // self.block_tokens) - len(found) <= self.free - resting
+
+    def share(self, table: BlockTable, keys: Sequence[bytes]) -> int:
+        """Gives an empty table the longest cached run of `keys`; returns its tokens."""
+        for block in self._cache.find(keys):
+            if self._users[block] == 0:
+                self._cache.wake(block)
+            self._users[block] += 1
+            table.blocks.append(block)
+        table.kept = len(table.blocks)
+        return table.kept * self.block_tokens
+
+    def keep(self, table: BlockTable, keys: Sequence[bytes]) -> None:
+        """Caches the table's first blocks, one a key; all their tokens are computed."""
+        for index in range(table.kept, len(keys)):
+            self._cache.add(keys[index], table.blocks[index])
+        table.kept = max(table.kept, len(keys))
+
     def grow(self, table: BlockTable, tokens: int) -> bool:
         """Makes the table hold that many tokens; False, and nothing changed, if blocks are short."""
         need = self.missing(table, tokens)
-        if need > len(self._free):
+        if need > self.free:
             return False
         for _ in range(need):
-            block = self._free.pop()
+            block = self._free.pop() if self._free else self._cache.reclaim()
+            self._users[block] = 1
             table.blocks.append(block)
             self._dirty.append(block)
         return True
 
     def release(self, table: BlockTable) -> None:
-        """Takes all blocks of the table back."""
-        self._free.extend(reversed(table.blocks))
+        """Takes all blocks of the table back.
+
+        The last block rests first and so is reclaimed first: without the ones before it, it can't be found.
+        """
+        for block in reversed(table.blocks):
+            self._users[block] -= 1
+            if self._users[block] > 0:
+                continue
+            if block in self._cache:
+                self._cache.rest(block)
+            else:
+                self._free.append(block)
         table.blocks.clear()
+        table.kept = 0
 
     def take_dirty(self) -> list[int]:
         """Blocks given out since the last call: they must be zeroed before they are used."""
@@ -94,6 +143,10 @@ class KvCache:
     @property
     def size_bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
+
+    @property
+    def block_bytes(self) -> int:
+        return self.size_bytes // (self.shape.blocks + 1)
 
     def zero(self, blocks: list[int]) -> None:
         """Zeroes blocks in every layer."""

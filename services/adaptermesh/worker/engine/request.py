@@ -11,7 +11,10 @@ from adaptermesh.core.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. `digest` None asks for the bare base. `context` is handed to the source, unread."""
+    """One generation. `digest` None asks for the bare base. `context` is handed to the source, unread.
+
+    `reuse_prefix` False computes every token of the prompt, whatever the prefix cache holds.
+    """
 
     request_id: str
     tenant: str
@@ -19,6 +22,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     context: object | None = None
+    reuse_prefix: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class Timeline:
     """When each step of the switch path happened, in wall-clock ns; 0 where it did not happen.
 
     `fetch_*` is the transfer from the store; `verify_ns` is the part of it that went into digests.
-    `shared_fetch` says that another request had started it.
+    `shared_fetch` says that another request had started it. `cached_tokens` of the prompt came from the
+    prefix cache when the request first joined the batch.
     """
 
     submitted_ns: int = 0
@@ -58,6 +63,7 @@ class Timeline:
     fetched_bytes: int = 0
     shared_fetch: bool = False
     tier_at_admission: Tier = Tier.NONE
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

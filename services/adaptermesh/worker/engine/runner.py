@@ -24,6 +24,15 @@ class Runner:
         self._cache = KvCache(shape, base.dtype, base.device)
         self._forward = make_forward(base, config)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the whole KV cache."""
+        return self._cache.size_bytes
+
+    @property
+    def kv_block_bytes(self) -> int:
+        return self._cache.block_bytes
+
     def run(self, plan: StepPlan, fresh_blocks: list[int]) -> list[int]:
         """The tokens drawn for the rows that sample, in their order.
 

@@ -2,7 +2,8 @@
 
 Decodes go first, one token a running row; the rest of the step's token budget goes to prompts, in chunks;
 then waiting requests join in order of arrival. A request whose adapter isn't there yet, or has no slot, is
-passed by; one that was passed too often gets a slot drained for it, so nobody waits for ever.
+passed by; one that was passed too often gets a slot drained for it, so nobody waits for ever. A request that
+joins starts behind the tokens that the prefix cache has for it.
 """
 
 from collections.abc import Iterator
@@ -84,7 +85,12 @@ class WaitingQueue:
 
 
 class Scheduler:
-    """Holds all sequences that have not ended."""
+    """Holds all sequences that have not ended.
+
+    Attributes:
+        prefix_query_tokens: Tokens of all prompts that were looked up in the prefix cache.
+        prefix_hit_tokens: Those of them that it had.
+    """
 
     def __init__(self, config: EngineConfig, blocks: BlockAllocator, placer: Placer) -> None:
         self._config = config
@@ -92,6 +98,8 @@ class Scheduler:
         self._placer = placer
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
 
     def plan(self) -> StepPlan:
         """Chooses the rows of the next step and gives them their blocks and slots."""
@@ -110,6 +118,16 @@ class Scheduler:
             # Prompts alone fill the cache: the last one to come starts anew later.
             self._preempt(self.running[-1])
         return StepPlan(tuple(_by_slot(decodes)), tuple(_by_slot(prefills)))
+
+    def book(self, plan: StepPlan) -> None:
+        """Books what a step has computed; blocks that it has filled can be shared from now on."""
+        size = self._blocks.block_tokens
+        for row in plan.rows:
+            sequence = row.sequence
+            sequence.computed += row.count
+            full = sequence.computed // size
+            if self._config.prefix_cache and full > sequence.table.kept:
+                self._blocks.keep(sequence.table, sequence.keys.first(full, sequence.tokens, size))
 
     def end(self, sequence: Sequence) -> None:
         """Forgets a sequence in whatever state it is, and frees all that it holds."""
@@ -146,7 +164,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._config.max_batch_rows:
                 return
-            if self._blocks.missing(sequence.table, len(sequence.tokens) + 1) > self._blocks.free:
+            if not self._has_room(sequence):
                 # Nobody passes a request that lacks memory: the small ones would starve it.
                 return
             if sequence.digest is not None and sequence.digest in drained:
@@ -193,7 +211,37 @@ class Scheduler:
         sequence.slot = slot
         return True
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether blocks are there for all of a waiting sequence's tokens and one more."""
+        tokens = len(sequence.tokens) + 1
+        if self._blocks.missing(sequence.table, tokens) <= self._blocks.free:
+            # What fits without the cache fits with it.
+            return True
+        return self._blocks.has_room(tokens, self._reusable(sequence))
+
+    def _reusable(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the blocks that a waiting sequence may take from the cache.
+
+        At least one token stays to be computed, because the logits of the last one are needed.
+        """
+        if not self._looks_up(sequence):
+            return []
+        size = self._blocks.block_tokens
+        return sequence.keys.first((len(sequence.tokens) - 1) // size, sequence.tokens, size)
+
+    def _looks_up(self, sequence: Sequence) -> bool:
+        return self._config.prefix_cache and sequence.request.reuse_prefix
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        sequence.computed = self._blocks.share(sequence.table, self._reusable(sequence))
+        if sequence.timeline.scheduled_ns == 0 and self._looks_up(sequence):
+            # After a preemption it would find its own tokens, which says nothing about shared prefixes.
+            sequence.timeline.cached_tokens = sequence.computed
+            self.prefix_hit_tokens += sequence.computed
+            self.prefix_query_tokens += len(sequence.tokens)
+
     def _join(self, sequence: Sequence) -> None:
+        self._share_prefix(sequence)
         self.waiting.remove(sequence)
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from adaptermesh.worker.engine.kv import BlockTable
+from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import FinishReason, Listener, Outcome, Request, Timeline
 from adaptermesh.worker.engine.slots import BASE_SLOT
 from adaptermesh.worker.engine.text import TextStream
@@ -26,6 +27,7 @@ class Sequence:
         slot: The adapter's device slot while running; BASE_SLOT for the base.
         overtaken: Requests that were admitted before this one though they came later.
         seed: Of the request, or drawn when it was submitted.
+        keys: What its full blocks are found by in the prefix cache.
     """
 
     request: Request
@@ -41,6 +43,10 @@ class Sequence:
     computed: int = 0
     slot: int = BASE_SLOT
     overtaken: int = 0
+    keys: BlockKeys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = BlockKeys(self.request.digest, self.request.tenant)
 
     @property
     def digest(self) -> str | None:

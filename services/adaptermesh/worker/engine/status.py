@@ -18,7 +18,16 @@ class ResidencyView:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A moment's counts. An adapter that is resident and idle is listed too."""
+    """A moment's counts. An adapter that is resident and idle is listed too.
+
+    Attributes:
+        kv_used_tokens: Room held by running requests; blocks that are only cached are not in it.
+        kv_cached_tokens: Tokens in cached blocks that nobody holds; they are given up when room is short.
+        kv_total_bytes: All memory of the KV cache.
+        kv_used_bytes: The part of it that running requests hold.
+        prefix_query_tokens: Tokens of all prompts that were looked up in the prefix cache so far.
+        prefix_hit_tokens: Those of them that it had.
+    """
 
     running: int
     waiting: int
@@ -26,3 +35,8 @@ class EngineStatus:
     kv_used_tokens: int
     kv_total_tokens: int
     residencies: tuple[ResidencyView, ...]
+    kv_cached_tokens: int = 0
+    kv_total_bytes: int = 0
+    kv_used_bytes: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0

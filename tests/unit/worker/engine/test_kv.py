@@ -1,11 +1,14 @@
 """Blocks and the paged cache."""
 
+from dataclasses import dataclass, field
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptermesh.worker.engine.attention import Span, plan_attention
 from adaptermesh.worker.engine.kv import PADDING_BLOCK, BlockAllocator, BlockTable, KvCache, KvShape
+from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.ranges import RangeAllocator
 
 
@@ -42,6 +45,191 @@ def test_a_block_is_dirty_once_each_time_it_is_given_out() -> None:
     blocks.grow(table, 10)
     assert sorted(blocks.take_dirty()) == sorted(table.blocks)
     assert blocks.take_dirty() == []
+
+
+@dataclass
+class PlainSequence:
+    """What a sequence is to its blocks. `tenant` stands for all that a key starts with."""
+
+    tenant: str
+    tokens: list[int]
+    keys: BlockKeys
+    table: BlockTable = field(default_factory=BlockTable)
+    computed: int = 0
+
+
+class PlainTwin:
+    """The allocator written down plainly: whole prefixes for keys, lists that are searched from end to end.
+
+    `memory` plays the tensor: at each place of a block, the owner and all tokens up to there.
+    """
+
+    SIZE = 2
+
+    def __init__(self, blocks: int) -> None:
+        self.real = BlockAllocator(blocks, self.SIZE)
+        self.memory: dict[int, list[object]] = {
+            block: ["rubbish"] * self.SIZE for block in range(1, blocks + 1)
+        }
+        self.known: list[tuple[object, int]] = []
+        self.resting: list[int] = []
+        self.sequences: list[PlainSequence] = []
+
+    def holders(self, block: int) -> int:
+        return sum(sequence.table.blocks.count(block) for sequence in self.sequences)
+
+    def block_of(self, sequence: PlainSequence, index: int) -> int | None:
+        prefix = (sequence.tenant, tuple(sequence.tokens[: (index + 1) * self.SIZE]))
+        return next((block for known, block in self.known if known == prefix), None)
+
+    def keys(self, sequence: PlainSequence, count: int) -> list[bytes]:
+        return sequence.keys.first(count, sequence.tokens, self.SIZE)
+
+    def start(self, tenant: str, tokens: list[int]) -> None:
+        sequence = PlainSequence(tenant, tokens, BlockKeys(None, tenant))
+        expected: list[int] = []
+        while len(expected) < (len(tokens) - 1) // self.SIZE:
+            block = self.block_of(sequence, len(expected))
+            if block is None:
+                break
+            expected.append(block)
+        need = -(-len(tokens) // self.SIZE) - len(expected)
+        keys = self.keys(sequence, (len(tokens) - 1) // self.SIZE)
+        fresh = self.real.free - sum(block in self.resting for block in expected)
+        assert self.real.has_room(len(tokens), keys) == (need <= fresh)
+        sequence.computed = self.real.share(sequence.table, keys)
+        assert sequence.table.blocks == expected
+        assert sequence.computed == len(expected) * self.SIZE
+        self.resting = [block for block in self.resting if block not in expected]
+        self.sequences.append(sequence)
+        assert self.real.grow(sequence.table, len(tokens)) == (need <= fresh)
+        if need > fresh:
+            self.end(sequence)
+            return
+        self.settle_grown(sequence, len(expected))
+
+    def settle_grown(self, sequence: PlainSequence, held: int) -> None:
+        """Blocks given out anew: uncached ones first, then those that have rested longest."""
+        for block in sequence.table.blocks[held:]:
+            assert self.holders(block) == 1
+            if block in self.resting:
+                assert self.resting.pop(0) == block
+                self.known = [(prefix, other) for prefix, other in self.known if other != block]
+            else:
+                assert all(other != block for _, other in self.known)
+        dirty = self.real.take_dirty()
+        assert dirty == sequence.table.blocks[held:]
+        for block in dirty:
+            self.memory[block] = [None] * self.SIZE
+
+    def compute(self, sequence: PlainSequence, count: int) -> None:
+        for place in range(sequence.computed, min(sequence.computed + count, len(sequence.tokens))):
+            block = sequence.table.blocks[place // self.SIZE]
+            assert self.holders(block) == 1, "a shared block is never written"
+            self.memory[block][place % self.SIZE] = (sequence.tenant, tuple(sequence.tokens[: place + 1]))
+            sequence.computed = place + 1
+        full = sequence.computed // self.SIZE
+        for index in range(full):
+            block = sequence.table.blocks[index]
+            if self.block_of(sequence, index) is None and all(other != block for _, other in self.known):
+                prefix = (sequence.tenant, tuple(sequence.tokens[: (index + 1) * self.SIZE]))
+                self.known.append((prefix, block))
+        self.real.keep(sequence.table, self.keys(sequence, full))
+
+    def extend(self, sequence: PlainSequence, token: int) -> None:
+        held = len(sequence.table.blocks)
+        if self.real.grow(sequence.table, len(sequence.tokens) + 1):
+            sequence.tokens.append(token)
+            self.settle_grown(sequence, held)
+
+    def end(self, sequence: PlainSequence) -> None:
+        blocks = list(sequence.table.blocks)
+        self.real.release(sequence.table)
+        self.sequences.remove(sequence)
+        for block in reversed(blocks):
+            if self.holders(block) == 0 and any(other == block for _, other in self.known):
+                self.resting.append(block)
+
+    def check(self) -> None:
+        held = {block for sequence in self.sequences for block in sequence.table.blocks}
+        assert PADDING_BLOCK not in held
+        assert self.real.used == len(held)
+        assert self.real.free + self.real.used == self.real.total
+        assert self.real.reclaimable == len(self.resting)
+        for sequence in self.sequences:
+            assert len(sequence.table.blocks) == len(set(sequence.table.blocks))
+            for place in range(sequence.computed):
+                found = self.memory[sequence.table.blocks[place // self.SIZE]][place % self.SIZE]
+                assert found == (sequence.tenant, tuple(sequence.tokens[: place + 1]))
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("start"), st.sampled_from("ab"), st.lists(st.integers(0, 1), min_size=1, max_size=9)),
+    st.tuples(st.just("compute"), st.integers(0, 9), st.integers(1, 9)),
+    st.tuples(st.just("extend"), st.integers(0, 9), st.integers(0, 1)),
+    st.tuples(st.just("end"), st.integers(0, 9), st.none()),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(EVENTS, max_size=60))
+def test_shared_blocks_follow_the_plain_twin(events: list[tuple[str, object, object]]) -> None:
+    twin = PlainTwin(9)
+    for kind, first, second in events:
+        if kind == "start":
+            assert isinstance(first, str)
+            assert isinstance(second, list)
+            twin.start(first, list(second))
+        elif twin.sequences:
+            assert isinstance(first, int)
+            sequence = twin.sequences[first % len(twin.sequences)]
+            if kind == "end":
+                twin.end(sequence)
+            else:
+                assert isinstance(second, int)
+                (twin.compute if kind == "compute" else twin.extend)(sequence, second)
+        twin.check()
+    for sequence in list(twin.sequences):
+        twin.end(sequence)
+    assert twin.real.free == 9, "no block is lost"
+    table = BlockTable()
+    assert twin.real.grow(table, 18)
+    assert sorted(table.blocks) == list(range(1, 10))
+    assert twin.real.reclaimable == 0
+
+
+def test_blocks_that_nobody_can_find_again_are_given_out_before_cached_ones() -> None:
+    blocks, cached, uncached = BlockAllocator(4, 2), BlockTable(), BlockTable()
+    keys = BlockKeys(None, "acme").first(2, [1, 2, 3, 4], 2)
+    blocks.grow(cached, 4)
+    blocks.keep(cached, keys)
+    blocks.grow(uncached, 4)
+    first, last = cached.blocks
+    expected = sorted(uncached.blocks)
+    blocks.release(cached)
+    blocks.release(uncached)
+    table = BlockTable()
+    blocks.grow(table, 4)
+    assert sorted(table.blocks) == expected
+    blocks.grow(table, 8)
+    assert table.blocks[2:] == [last, first], "the end of a chain goes before its start"
+
+
+def test_a_resting_block_is_not_both_shared_and_given_out() -> None:
+    blocks, cached, running = BlockAllocator(4, 2), BlockTable(), BlockTable()
+    keys = BlockKeys(None, "acme").first(2, [1, 2, 3, 4], 2)
+    blocks.grow(cached, 4)
+    blocks.keep(cached, keys)
+    blocks.grow(running, 2)
+    blocks.release(cached)
+    assert blocks.free == 3
+    assert blocks.has_room(6, keys)
+    assert not blocks.has_room(7, keys)
+    assert not blocks.has_room(7, [])
+    blocks.share(cached, keys)
+    assert blocks.free == 1
+    assert blocks.has_room(6, keys)
+    assert not blocks.has_room(3, [])
 
 
 def test_what_a_former_owner_left_does_not_reach_the_next_one() -> None:

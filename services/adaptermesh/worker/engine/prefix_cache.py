@@ -1,0 +1,86 @@
+"""Full KV blocks that may serve again: found by what they hold, reclaimed when blocks are short.
+
+A block's key is a chained hash: of the key before it and of its own tokens, the first one of the adapter's
+digest (or the base) and the tenant. Equal keys mean equal tokens from the start, by the same weights, for the
+same tenant, so a name that points to new weights, or another tenant, can't meet an old block.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+class BlockKeys:
+    """The keys of one sequence's full blocks, made once each, when they are first asked for."""
+
+    __slots__ = ("_chain",)
+
+    def __init__(self, digest: str | None, tenant: str) -> None:
+        weights = "base" if digest is None else f"adapter {digest}"
+        # The length in front keeps the two names apart, whatever they contain.
+        self._chain = [_hash(f"{len(weights)} {weights} {tenant}".encode())]
+
+    def first(self, blocks: int, tokens: Sequence[int], block_tokens: int) -> list[bytes]:
+        """Keys of that many blocks. `tokens` fills them all and only ever grows from call to call."""
+        for index in range(len(self._chain) - 1, blocks):
+            held = tokens[index * block_tokens : (index + 1) * block_tokens]
+            self._chain.append(_hash(self._chain[-1] + array("q", held).tobytes()))
+        return self._chain[1 : blocks + 1]
+
+
+class PrefixCache:
+    """Which block holds what. A block rests here when nobody uses it, the longest unused one first.
+
+    Bounded by the number of blocks: a key is forgotten when its block is reclaimed.
+    """
+
+    def __init__(self) -> None:
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._resting: OrderedDict[int, None] = OrderedDict()
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._key_of
+
+    @property
+    def resting(self) -> int:
+        """Blocks that are cached and in nobody's use."""
+        return len(self._resting)
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest cached run of keys from the first one."""
+        found: list[int] = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def add(self, key: bytes, block: int) -> None:
+        """Makes a block in use known; one that holds what another already holds stays unknown."""
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def is_resting(self, block: int) -> bool:
+        return block in self._resting
+
+    def rest(self, block: int) -> None:
+        """The last user of a known block is gone."""
+        self._resting[block] = None
+
+    def wake(self, block: int) -> None:
+        """A resting block is in use again."""
+        del self._resting[block]
+
+    def reclaim(self) -> int:
+        """Gives up the block that has rested longest; there must be one."""
+        block, _ = self._resting.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        return block
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
