@@ -8,6 +8,8 @@ from adaptermesh.worker.engine.ops.registry import OP_KINDS
 from adaptermesh.worker.engine.request import Request
 from adaptermesh.worker.engine.slots import check_servable
 
+MAX_PRIORITY = 100
+
 
 def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
     """Checks a manifest against the base model.
@@ -35,6 +37,10 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
 def check_request(request: Request, vocab_size: int, max_context_tokens: int) -> None:
     """Checks a request's own values; raises MeshError INVALID_ARGUMENT (INVALID_FIELD, PROMPT_TOO_LONG)."""
     request.sampling.check()
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise invalid_field("priority", f"must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}]")
+    if request.deadline_ns < 0:
+        raise invalid_field("deadline_ns", "must not be negative")
     count = len(request.prompt_ids)
     if not count:
         raise invalid_field("input", "the prompt is empty")

@@ -1,5 +1,6 @@
 """What an engine is built with. Every limit is here and has a unit in its name."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class EngineConfig:
         disk_bytes: Bytes of adapters in the disk cache.
         max_waiting: Requests that may wait; more are refused.
         max_overtakes: Requests that may pass one that waits for a device slot; then a slot is drained for it.
+        priority_overtakes: Requests that may pass one of lower priority before it counts one level higher.
+        max_step_adapters: Different adapters in one step; 0: as many as there are device slots.
+        prompt_token_weight: What one computed token of a prompt adds to its tenant's share.
+        output_token_weight: What one generated token adds to its tenant's share.
+        tenant_counters: Tenants whose shares are remembered; above that, idle ones are forgotten.
         io_threads: Threads that read adapters from the disk cache.
         unhealthy_after: Steps that fail one after the other before the engine says that it is unhealthy.
     """
@@ -58,6 +64,11 @@ class EngineConfig:
     disk_bytes: int = 8 * 2**30
     max_waiting: int = 1024
     max_overtakes: int = 64
+    priority_overtakes: int = 64
+    max_step_adapters: int = 0
+    prompt_token_weight: float = 1.0
+    output_token_weight: float = 2.0
+    tenant_counters: int = 4096
     io_threads: int = 2
     unhealthy_after: int = 3
 
@@ -73,8 +84,19 @@ class EngineConfig:
         for name in ("max_batch_rows", "max_context_tokens", "block_tokens", "device_slots", "io_threads"):
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")
+        self._check_fairness()
         if self.step_tokens < self.max_batch_rows:
             # Each running row decodes in each step: a smaller budget would leave rows behind.
             raise invalid_field("step_tokens", f"{self.step_tokens} is less than max_batch_rows")
         if self.kv_tokens < self.block_tokens:
             raise invalid_field("kv_tokens", f"{self.kv_tokens} is less than one block")
+
+    def _check_fairness(self) -> None:
+        for name in ("priority_overtakes", "tenant_counters"):
+            if getattr(self, name) < 1:
+                raise invalid_field(name, "needs to be at least 1")
+        if self.max_step_adapters < 0:
+            raise invalid_field("max_step_adapters", "must not be negative")
+        for name in ("prompt_token_weight", "output_token_weight"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise invalid_field(name, "needs to be more than 0, and finite")

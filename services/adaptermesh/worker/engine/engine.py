@@ -11,9 +11,11 @@ from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.admission import check_request
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
 from adaptermesh.worker.engine.holders import Holder, OnDone
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
+from adaptermesh.worker.engine.pace import Pace
 from adaptermesh.worker.engine.postprocess import Ending, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
@@ -57,6 +59,8 @@ class Engine:
         self._scheduler = Scheduler(config, self._blocks, self._residency)
         self._runner = Runner(config, base, self._slots, blocks)
         self._rows: dict[str, Row] = {}
+        self._deadlines = Deadlines()
+        self._pace = Pace()
         self._endings: list[tuple[str, MeshError]] = []
         self._arrivals = 0
         self._failures = 0
@@ -82,7 +86,7 @@ class Engine:
 
         Raises:
             MeshError: INVALID_ARGUMENT (INVALID_FIELD, PROMPT_TOO_LONG); RESOURCE_EXHAUSTED (OVERLOADED) if
-                the queue is full; UNAVAILABLE (DRAINING).
+                the queue is full; UNAVAILABLE (DRAINING); DEADLINE_EXCEEDED.
         """
         check_request(request, self._base.facts.vocab_size, self.max_context_tokens)
         with self._lock:
@@ -93,7 +97,8 @@ class Engine:
                 holder = Holder(request.request_id, request.digest, request.context, timeline)
                 timeline.tier_at_admission = self._residency.want(holder)
             self._rows[request.request_id] = row
-            self._scheduler.waiting.add(row)
+            self._scheduler.add(row)
+            self._deadlines.add(row)
             self._lock.notify_all()
         self._on_change()
         return Admission(timeline.tier_at_admission, len(request.prompt_ids))
@@ -125,11 +130,10 @@ class Engine:
 
     def status(self) -> EngineStatus:
         with self._lock:
-            waiting = list(self._scheduler.waiting)
             return EngineStatus(
                 running=len(self._scheduler.running),
-                waiting=len(waiting),
-                waiting_tokens=sum(row.pending for row in waiting),
+                waiting=len(self._scheduler.waiting),
+                waiting_tokens=self._scheduler.waiting.tokens,
                 kv_used_tokens=self._blocks.used * self._blocks.block_tokens,
                 kv_total_tokens=self._blocks.total * self._blocks.block_tokens,
                 residencies=self._residency.views(),
@@ -174,6 +178,7 @@ class Engine:
 
     def step(self) -> bool:
         """Schedules, runs and postprocesses one batch; False if there was nothing to do."""
+        started = self._clock.monotonic()
         ended = self._end_rows()
         with self._lock:
             plan = self._scheduler.plan()
@@ -183,6 +188,8 @@ class Engine:
             plan = self._stage(plan, unloads, staging)
         if plan.rows:
             self._run(plan)
+            with self._lock:
+                self._pace.note(sum(row.count for row in plan.rows), self._clock.monotonic() - started)
         if ended or staged or plan.rows:
             self._on_change()
             return True
@@ -202,7 +209,7 @@ class Engine:
                 continue
             with self._lock:
                 if not (self._stopping or self._endings):
-                    self._lock.wait(_IDLE_SECONDS)
+                    self._lock.wait(self._deadlines.seconds_left(self._now_ns(), _IDLE_SECONDS))
 
     def _stage(self, plan: StepPlan, unloads: Sequence[int], staging: Sequence[Staging]) -> StepPlan:
         """Fills the slots that the plan needs; rows whose adapter can't be staged fail and leave the plan."""
@@ -275,9 +282,11 @@ class Engine:
             self._lock.notify_all()
 
     def _end_rows(self) -> bool:
-        """Ends the requests that were cancelled or whose adapter failed since the last step."""
+        """Ends the requests that were cancelled, whose adapter failed or whose deadline passed."""
         with self._lock:
             endings, self._endings = self._endings, []
+            for late in self._deadlines.take_expired(self._now_ns()):
+                endings.append((late.request.request_id, deadline_exceeded(late.request)))
         for request_id, error in endings:
             row = self._rows.get(request_id)
             if row is not None:
@@ -305,6 +314,8 @@ class Engine:
             raise unavailable(Reason.DRAINING, "the worker takes no new requests", 1.0)
         if request.request_id in self._rows:
             raise invalid_field("request_id", f"{request.request_id!r} is already running")
+        if 0 < request.deadline_ns <= self._now_ns():
+            raise deadline_exceeded(request)
         waiting = len(self._scheduler.waiting)
         if waiting >= self._config.max_waiting:
             raise MeshError(
@@ -312,7 +323,7 @@ class Engine:
                 Reason.OVERLOADED,
                 f"{waiting} requests are waiting",
                 metadata={"waiting": str(waiting)},
-                retry_after=1.0,
+                retry_after=self._pace.seconds_for(self._scheduler.waiting.tokens),
             )
 
     def _make_row(self, request: Request, listener: Listener, timeline: Timeline) -> Row:

@@ -13,6 +13,7 @@ from adaptermesh.core.tiers import Tier
 class Request:
     """One generation. `digest` None asks for the bare base. `context` is handed to the source, unread.
 
+    `priority` is in [-100, 100], higher first. `deadline_ns` is by the wall clock; 0 means none.
     `reuse_prefix` False computes every token of the prompt, whatever the prefix cache holds.
     """
 
@@ -23,6 +24,8 @@ class Request:
     sampling: SamplingParams
     context: object | None = None
     reuse_prefix: bool = True
+    priority: int = 0
+    deadline_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

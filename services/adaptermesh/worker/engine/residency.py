@@ -125,6 +125,10 @@ class Residency:
         entry = self._table.get(digest)
         return entry is not None and entry.on_host and entry.slot is None
 
+    def in_slot(self, digest: str) -> bool:
+        entry = self._table.get(digest)
+        return entry is not None and entry.slot is not None
+
     def unplace(self, digest: str) -> None:
         self._table.unuse(digest)
 

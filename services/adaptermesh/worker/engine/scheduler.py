@@ -1,19 +1,20 @@
 """Who computes what in a step: continuous batching with chunked prefill and preemption.
 
 Decodes go first, one token a running row; the rest of the step's token budget goes to prompts, in chunks;
-then waiting requests join in order of arrival. A request whose adapter isn't there yet, or has no slot, is
-passed by; one that was passed too often gets a slot drained for it, so nobody waits for ever. A request that
-joins starts behind the tokens that the prefix cache has for it.
+then waiting requests join in the order of the waiting queue. A request whose adapter isn't there yet, or has
+no slot, is passed by; one that was passed too often gets a slot drained for it, so nobody waits for ever. A
+request that joins starts behind the tokens that the prefix cache has for it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.fairness import TenantCounters
+from adaptermesh.worker.engine.gate import AdapterGate, Placer
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.sequence import Sequence, SequenceState
 from adaptermesh.worker.engine.slots import BASE_SLOT
+from adaptermesh.worker.engine.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,41 +50,6 @@ class StepPlan:
         return StepPlan(kept[0], kept[1])
 
 
-class Placer(Protocol):
-    """Brings adapters into device slots. What it says holds until the row gives the slot back."""
-
-    def place(self, digest: str) -> int | None:
-        """The slot that holds the adapter, counted as used by one more row; None if it can't be there now."""
-        ...
-
-    def waits_for_slot(self, digest: str) -> bool:
-        """Whether all that the adapter lacks is a free slot."""
-        ...
-
-    def unplace(self, digest: str) -> None:
-        """One row less uses the adapter's slot."""
-        ...
-
-
-@dataclass(slots=True)
-class WaitingQueue:
-    """Requests in the order in which they may join. First come, first served."""
-
-    _sequences: dict[str, Sequence] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(sorted(self._sequences.values(), key=lambda sequence: sequence.arrival))
-
-    def add(self, sequence: Sequence) -> None:
-        self._sequences[sequence.request.request_id] = sequence
-
-    def remove(self, sequence: Sequence) -> None:
-        self._sequences.pop(sequence.request.request_id, None)
-
-
 class Scheduler:
     """Holds all sequences that have not ended.
 
@@ -96,14 +62,23 @@ class Scheduler:
         self._config = config
         self._blocks = blocks
         self._placer = placer
-        self.waiting = WaitingQueue()
+        self._counters = TenantCounters(config)
+        self.waiting = WaitingQueue(config, self._counters)
         self.running: list[Sequence] = []
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
+    def add(self, sequence: Sequence) -> None:
+        """A new request."""
+        if self._counters.full():
+            self._counters.forget({*self.waiting.tenants, *(row.request.tenant for row in self.running)})
+        self.waiting.add(sequence)
+
     def plan(self) -> StepPlan:
         """Chooses the rows of the next step and gives them their blocks and slots."""
         decodes, preempted = self._plan_decodes()
+        for decode in decodes:
+            self._charge(decode)
         budget = self._config.step_tokens - len(decodes)
         prefills: list[Row] = []
         for sequence in self.running:
@@ -115,8 +90,8 @@ class Scheduler:
         if not preempted:
             self._admit(prefills, budget)
         if not decodes and not prefills and self.running:
-            # Prompts alone fill the cache: the last one to come starts anew later.
-            self._preempt(self.running[-1])
+            # Prompts alone fill the cache: one of them starts anew later.
+            self._preempt(self._victim())
         return StepPlan(tuple(_by_slot(decodes)), tuple(_by_slot(prefills)))
 
     def book(self, plan: StepPlan) -> None:
@@ -133,18 +108,19 @@ class Scheduler:
         """Forgets a sequence in whatever state it is, and frees all that it holds."""
         if sequence.state is SequenceState.RUNNING:
             self._leave(sequence)
-        self.waiting.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
         sequence.state = SequenceState.ENDED
 
     def _plan_decodes(self) -> tuple[list[Row], bool]:
-        """One token for each running row; the last ones to come give way when blocks run out."""
+        """One token for each running row; the least urgent ones give way when blocks run out."""
         preempted = False
         for sequence in list(self.running):
             if sequence.state is not SequenceState.RUNNING or sequence.pending != 1:
                 continue
             while not self._blocks.grow(sequence.table, sequence.computed + 1):
                 preempted = True
-                victim = self.running[-1]
+                victim = self._victim()
                 self._preempt(victim)
                 if victim is sequence:
                     break
@@ -155,57 +131,48 @@ class Scheduler:
         count = min(budget, sequence.pending)
         if not self._blocks.grow(sequence.table, sequence.computed + count):
             return None
-        return Row(sequence, count)
+        row = Row(sequence, count)
+        self._charge(row)
+        return row
+
+    def _charge(self, row: Row) -> None:
+        """Books what the row costs its tenant: each prompt token once, and the token that it samples."""
+        sequence = row.sequence
+        end = min(sequence.computed + row.count, sequence.prompt_tokens)
+        fresh = max(0, end - max(sequence.computed, sequence.charged))
+        sequence.charged = max(sequence.charged, end)
+        self._counters.charge(sequence.request.tenant, fresh, int(row.samples))
 
     def _admit(self, prefills: list[Row], budget: int) -> None:
         """Lets waiting requests join while rows, tokens, blocks and slots last."""
-        passed: list[Sequence] = []
-        drained = self._drained()
-        for sequence in list(self.waiting):
+        if not len(self.waiting) or budget <= 0 or len(self.running) >= self._config.max_batch_rows:
+            return
+        passed: list[tuple[Sequence, int]] = []
+        joined = 0
+        gate = AdapterGate(self._config, self._placer, self.running, self.waiting.starving)
+        for sequence in self.waiting.in_order():
             if budget <= 0 or len(self.running) >= self._config.max_batch_rows:
-                return
+                break
             if not self._has_room(sequence):
                 # Nobody passes a request that lacks memory: the small ones would starve it.
-                return
-            if sequence.digest is not None and sequence.digest in drained:
-                passed.append(sequence)
-                continue
-            if not self._place(sequence):
-                passed.append(sequence)
+                break
+            if not self._place(sequence, gate):
+                passed.append((sequence, joined))
                 continue
             self._join(sequence)
-            for other in passed:
-                other.overtaken += 1
+            joined += 1
             row = self._chunk(sequence, budget)
             if row is not None:
                 prefills.append(row)
                 budget -= row.count
+        for sequence, before in passed:
+            self.waiting.overtake(sequence, joined - before)
 
-    def _drained(self) -> set[str]:
-        """Adapters that take no new rows, so that a starving request gets their slot.
-
-        One slot for each starving request, the one with the fewest tokens left first.
-        """
-        starving = {
-            sequence.digest
-            for sequence in self.waiting
-            if sequence.digest is not None
-            and sequence.overtaken >= self._config.max_overtakes
-            and self._placer.waits_for_slot(sequence.digest)
-        }
-        if not starving:
-            return set()
-        left: dict[str, int] = {}
-        for sequence in self.running:
-            if sequence.digest is not None:
-                left[sequence.digest] = left.get(sequence.digest, 0) + sequence.remaining
-        return set(sorted(left, key=lambda digest: (left[digest], digest))[: len(starving)])
-
-    def _place(self, sequence: Sequence) -> bool:
+    def _place(self, sequence: Sequence, gate: AdapterGate) -> bool:
         if sequence.digest is None:
             sequence.slot = BASE_SLOT
             return True
-        slot = self._placer.place(sequence.digest)
+        slot = gate.place(sequence.digest)
         if slot is None:
             return False
         sequence.slot = slot
@@ -242,9 +209,13 @@ class Scheduler:
 
     def _join(self, sequence: Sequence) -> None:
         self._share_prefix(sequence)
-        self.waiting.remove(sequence)
+        self.waiting.join(sequence)
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)
+
+    def _victim(self) -> Sequence:
+        """The running row that gives way: of the lowest priority, and the last of these to come."""
+        return min(self.running, key=lambda row: (row.level, -row.arrival))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a row out of the batch; it waits in its old place and computes its tokens anew."""

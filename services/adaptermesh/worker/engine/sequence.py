@@ -25,7 +25,9 @@ class Sequence:
         computed: Tokens whose keys and values are in the cache.
         limit: Length at which the sequence ends: `max_tokens` or the context, whichever comes first.
         slot: The adapter's device slot while running; BASE_SLOT for the base.
-        overtaken: Requests that were admitted before this one though they came later.
+        overtaken: Requests that joined past this one because its adapter could not.
+        level: Priority with which it joined the batch, aged as the waiting queue does.
+        charged: Tokens of the prompt that its tenant was charged for.
         seed: Of the request, or drawn when it was submitted.
         keys: What its full blocks are found by in the prefix cache.
     """
@@ -43,6 +45,8 @@ class Sequence:
     computed: int = 0
     slot: int = BASE_SLOT
     overtaken: int = 0
+    level: int = 0
+    charged: int = 0
     keys: BlockKeys = field(init=False)
 
     def __post_init__(self) -> None:

@@ -250,6 +250,9 @@ class Bench:
         prompt: Sequence[int],
         max_tokens: int = 8,
         request_id: str = "",
+        tenant: str = "tenant",
+        priority: int = 0,
+        deadline_ns: int = 0,
         **sampling: Any,
     ) -> Heard:
         self.count += 1
@@ -259,7 +262,16 @@ class Bench:
         digest = adapter.digest if adapter else None
         if adapter is not None:
             self.source.adapters.setdefault(adapter.digest, adapter)
-        request = Request(request_id or f"r{self.count}", "tenant", digest, tuple(prompt), params, "context")
+        request = Request(
+            request_id or f"r{self.count}",
+            tenant,
+            digest,
+            tuple(prompt),
+            params,
+            "context",
+            priority=priority,
+            deadline_ns=deadline_ns,
+        )
         self.engine.submit(request, heard)
         return heard
 

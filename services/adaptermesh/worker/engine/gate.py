@@ -1,0 +1,95 @@
+"""Which adapters may get new rows in a step, so that adapters beyond the slots cost time and not liveness."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.sequence import Sequence
+
+
+class Placer(Protocol):
+    """Brings adapters into device slots. What it says holds until the row gives the slot back."""
+
+    def place(self, digest: str) -> int | None:
+        """The slot that holds the adapter, counted as used by one more row; None if it can't be there now."""
+        ...
+
+    def waits_for_slot(self, digest: str) -> bool:
+        """Whether all that the adapter lacks is a free slot."""
+        ...
+
+    def in_slot(self, digest: str) -> bool:
+        """Whether the adapter has a slot."""
+        ...
+
+    def unplace(self, digest: str) -> None:
+        """One row less uses the adapter's slot."""
+        ...
+
+
+class AdapterGate:
+    """Made anew for each step.
+
+    A request that was overtaken too often claims a place for its adapter. For each claim one running adapter
+    is drained: it takes no new rows. While there are claims, a place that gets free goes to the oldest one,
+    whatever the order of the queue, since that order alone could pass it over each time.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        placer: Placer,
+        running: Iterable[Sequence],
+        starving: Iterable[Sequence],
+    ) -> None:
+        self._placer = placer
+        self._limit = config.max_step_adapters
+        self._left: dict[str, int] = {}
+        for sequence in running:
+            if sequence.digest is not None:
+                self._left[sequence.digest] = self._left.get(sequence.digest, 0) + sequence.remaining
+        self._claims = self._find_claims(starving, config.device_slots)
+        # The ones with the fewest tokens left get free first.
+        shortest = sorted(self._left, key=lambda digest: (self._left[digest], digest))
+        self._drained = set(shortest[: len(self._claims)])
+        self._absent: set[str] = set()
+        self._slots_taken = False
+
+    def place(self, digest: str) -> int | None:
+        """A slot for one more row of the adapter; None if it has to wait."""
+        if digest in self._drained or digest in self._absent or self._held_back(digest):
+            return None
+        slot = self._placer.place(digest)
+        if slot is None:
+            # Nothing leaves a slot within a step: neither this adapter need ask again, nor others for a slot.
+            self._absent.add(digest)
+            self._slots_taken = self._slots_taken or self._placer.waits_for_slot(digest)
+            return None
+        self._left.setdefault(digest, 0)
+        if digest in self._claims:
+            self._claims.remove(digest)
+        return slot
+
+    def _held_back(self, digest: str) -> bool:
+        if not self._needs_place(digest):
+            return False
+        if self._slots_taken and not self._placer.in_slot(digest):
+            return True
+        if self._limit and digest not in self._left and len(self._left) >= self._limit:
+            return True
+        return bool(self._claims) and digest != self._claims[0]
+
+    def _needs_place(self, digest: str) -> bool:
+        """Whether the adapter is here but lacks a slot, or a place among those of the step."""
+        if self._placer.waits_for_slot(digest):
+            return True
+        return bool(self._limit) and digest not in self._left and self._placer.in_slot(digest)
+
+    def _find_claims(self, starving: Iterable[Sequence], most: int) -> list[str]:
+        claims: dict[str, None] = {}
+        for sequence in starving:
+            if len(claims) >= most:
+                break
+            if sequence.digest is not None and self._needs_place(sequence.digest):
+                claims[sequence.digest] = None
+        return list(claims)
