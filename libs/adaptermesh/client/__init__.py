@@ -20,6 +20,8 @@ retry makes sense, a delay. Nothing here needs torch.
 from adaptermesh.client.calls import DEFAULT_GATEWAY, DEFAULT_ROUTER, DEFAULT_STORE, Deadlines
 from adaptermesh.client.generation import (
     Ask,
+    Choice,
+    ChoiceFinished,
     Delta,
     Event,
     Finished,
@@ -62,6 +64,7 @@ from adaptermesh.client.records import (
 from adaptermesh.client.store import StoreClient
 from adaptermesh.client.transfer import Progress, ProgressCallback
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.core.tiers import Tier
 
@@ -78,6 +81,8 @@ __all__ = [
     "AliasMove",
     "Ask",
     "BaseModel",
+    "Choice",
+    "ChoiceFinished",
     "Code",
     "Deadlines",
     "Delta",
@@ -110,6 +115,7 @@ __all__ = [
     "SwitchKind",
     "Tier",
     "Timings",
+    "TokenLogprobs",
     "UploadResult",
     "Version",
     "Worker",

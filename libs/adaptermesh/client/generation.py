@@ -1,6 +1,7 @@
 """What is asked for and what comes back: prompts, events of the stream, the collected answer."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -8,7 +9,11 @@ from google.protobuf.duration_pb2 import Duration
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.inference.v1 import inference_pb2
 from adaptermesh.client.wire import tier_name
+from adaptermesh.core.choices import check_choices
+from adaptermesh.core.logprobs import TokenLogprobs
+from adaptermesh.core.priority import check_priority
 from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.rpc.sampling import read_logprobs, sampling_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Ask:
 
     `tenant` counts only where no authentication is configured. `cohort_key` makes A/B shares sticky.
     `min_feed_position` (every mutation returns one) lets the request see that change. `base_model` refuses
-    an answer from another base.
+    an answer from another base. Among waiting requests a higher `priority`, [-100, 100], goes first.
     """
 
     tenant: str = ""
@@ -53,6 +58,7 @@ class Ask:
     base_model: str = ""
     request_id: str = ""
     min_feed_position: int = 0
+    priority: int = 0
 
 
 class SwitchKind(enum.StrEnum):
@@ -95,10 +101,32 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More text, and the tokens that it came from."""
+    """More text, and the tokens that it came from; `logprobs` has one for each if they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
+    """Which answer it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """One of several answers has ended; only if more than one was asked for."""
+
+    index: int
+    finish_reason: str
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer. `finish_reason` is "stop" or "length"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +146,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event. `finish_reason` is "stop" or "length"."""
+    """The last event. `finish_reason` is "stop" or "length"; `output_tokens` are those of all answers."""
 
     finish_reason: str
     prompt_tokens: int
@@ -126,22 +154,34 @@ class Finished:
     timings: Timings
 
 
-Event = Started | Delta | Finished
+Event = Started | Delta | ChoiceFinished | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer.
+    """A whole answer; `text`, `token_ids` and `logprobs` are the first one's if several were asked for.
 
     `ttft` and `duration` are seconds as this client saw them: from the call to the first token, to the end.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
     started: Started
     finished: Finished
     ttft: float
     duration: float
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """One for each token if they were asked for."""
+        return self.choices[0].logprobs
 
     @property
     def version(self) -> str:
@@ -164,21 +204,19 @@ class Generation:
 
 
 def request_of(
-    prompt: Prompt | str, sampling: SamplingParams, base_model: str
+    prompt: Prompt | str, sampling: SamplingParams, ask: Ask, n: int
 ) -> inference_pb2.GenerateRequest:
-    """The wire's request; a plain string is one user message."""
+    """The wire's request; a plain string is one user message.
+
+    Raises:
+        MeshError: INVALID_ARGUMENT (INVALID_FIELD) with the field's name.
+    """
     chosen = Prompt.chat(prompt) if isinstance(prompt, str) else prompt
     request = inference_pb2.GenerateRequest(
-        sampling=inference_pb2.SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=sampling.stop,
-            ignore_eos=sampling.ignore_eos,
-        ),
-        base_model=base_model,
+        sampling=sampling_message(sampling.check()),
+        base_model=ask.base_model,
+        priority=check_priority(ask.priority),
+        n=check_choices(n),
     )
     if chosen.token_ids is not None:
         request.token_ids.ids.extend(chosen.token_ids)
@@ -206,6 +244,34 @@ def started_of(message: inference_pb2.GenerateStarted, trace_id: str) -> Started
         tier=tier_name(message.tier),
         switch_kind=_SWITCH_KINDS.get(message.switch_kind, SwitchKind.NONE),
         prompt_tokens=message.prompt_tokens,
+    )
+
+
+def delta_of(message: inference_pb2.GenerateDelta) -> Delta:
+    return Delta(message.text, tuple(message.token_ids), read_logprobs(message.logprobs), message.index)
+
+
+def choice_finished_of(message: inference_pb2.ChoiceFinished) -> ChoiceFinished:
+    return ChoiceFinished(message.index, _finish_reason(message.finish_reason), message.output_tokens)
+
+
+def choices_of(events: Sequence[Delta | ChoiceFinished], finished: Finished) -> tuple[Choice, ...]:
+    """The answers, put together from all events of a stream that has ended."""
+    reasons = {0: finished.finish_reason}
+    deltas: dict[int, list[Delta]] = {0: []}
+    for event in events:
+        if isinstance(event, ChoiceFinished):
+            reasons[event.index] = event.finish_reason
+        else:
+            deltas.setdefault(event.index, []).append(event)
+    return tuple(
+        Choice(
+            text="".join(delta.text for delta in parts),
+            token_ids=tuple(token for delta in parts for token in delta.token_ids),
+            finish_reason=reasons.get(index, finished.finish_reason),
+            logprobs=tuple(one for delta in parts for one in delta.logprobs),
+        )
+        for index, parts in sorted(deltas.items())
     )
 
 

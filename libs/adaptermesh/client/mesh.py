@@ -20,12 +20,16 @@ from adaptermesh.client.calls import (
 )
 from adaptermesh.client.generation import (
     Ask,
+    ChoiceFinished,
     Delta,
     Event,
     Finished,
     Generation,
     Prompt,
     Started,
+    choice_finished_of,
+    choices_of,
+    delta_of,
     finished_of,
     request_of,
     started_of,
@@ -74,8 +78,7 @@ class GenerationStream:
         started: Started | None = None
         finished: Finished | None = None
         first_token_at: float | None = None
-        texts: list[str] = []
-        tokens: list[int] = []
+        parts: list[Delta | ChoiceFinished] = []
         async for event in self:
             match event:
                 case Started():
@@ -83,8 +86,9 @@ class GenerationStream:
                 case Delta():
                     if first_token_at is None:
                         first_token_at = self._clock.monotonic()
-                    texts.append(event.text)
-                    tokens.extend(event.token_ids)
+                    parts.append(event)
+                case ChoiceFinished():
+                    parts.append(event)
                 case Finished():
                     finished = event
             if on_event is not None:
@@ -93,8 +97,7 @@ class GenerationStream:
             raise self._broken_off()
         now = self._clock.monotonic()
         return Generation(
-            text="".join(texts),
-            token_ids=tuple(tokens),
+            choices=choices_of(parts, finished),
             started=started,
             finished=finished,
             ttft=(now if first_token_at is None else first_token_at) - self._sent_at,
@@ -109,7 +112,9 @@ class GenerationStream:
                 if kind == "started":
                     yield started_of(message.started, await self._trace_id())
                 elif kind == "delta":
-                    yield Delta(message.delta.text, tuple(message.delta.token_ids))
+                    yield delta_of(message.delta)
+                elif kind == "choice_finished":
+                    yield choice_finished_of(message.choice_finished)
                 elif kind == "finished":
                     ended = True
                     yield finished_of(message.finished)
@@ -173,6 +178,7 @@ class MeshClient(Connection):
         task: str = "",
         adapter: str = "",
         sampling: SamplingParams | None = None,
+        n: int = 1,
         ask: Ask | None = None,
         timeout: float | None = None,
     ) -> GenerationStream:
@@ -183,13 +189,14 @@ class MeshClient(Connection):
             task: selects the tenant's route.
             adapter: a ref such as "acme/ner@prod", or "base"; it overrides the task.
             sampling: how tokens are drawn; greedy, at most 256 tokens, if left out.
+            n: answers to the same prompt, [1, 8]; with a seed, answer i draws with seed + i.
             ask: tenant, cohort key and the like.
             timeout: seconds until the whole answer must be there; `Deadlines.generate_seconds` if left out.
         """
         asked = ask or Ask()
         request_id = asked.request_id or self._new_id()
         call = self._stub.Generate(
-            request_of(prompt, (sampling or SamplingParams(temperature=0.0)).check(), asked.base_model),
+            request_of(prompt, sampling or SamplingParams(temperature=0.0), asked, n),
             timeout=self.deadlines.generate_seconds if timeout is None else timeout,
             metadata=_metadata(task, adapter, request_id, asked),
         )
@@ -202,12 +209,13 @@ class MeshClient(Connection):
         task: str = "",
         adapter: str = "",
         sampling: SamplingParams | None = None,
+        n: int = 1,
         ask: Ask | None = None,
         timeout: float | None = None,
     ) -> Generation:
         """The whole answer at once; the arguments are those of `generate`."""
         stream = self.generate(
-            prompt, task=task, adapter=adapter, sampling=sampling, ask=ask, timeout=timeout
+            prompt, task=task, adapter=adapter, sampling=sampling, n=n, ask=ask, timeout=timeout
         )
         async with stream:
             return await stream.collect()

@@ -14,12 +14,13 @@ from adaptermesh.gateway.channels import Connection, WorkerChannels
 from adaptermesh.gateway.deadline import Deadline
 from adaptermesh.gateway.dispatch import Decision
 from adaptermesh.gateway.request import GenerateCall
+from adaptermesh.rpc.sampling import sampling_message
 from adaptermesh.rpc.status import mesh_error_from
 
 RETRY_AFTER_SECONDS = 1.0
 _END_SECONDS = 5.0
 
-Event = inference_pb2.GenerateDelta | inference_pb2.GenerateFinished
+Event = inference_pb2.GenerateDelta | inference_pb2.ChoiceFinished | inference_pb2.GenerateFinished
 
 
 class WorkerStream:
@@ -76,12 +77,14 @@ class WorkerStream:
             match response.WhichOneof("event"):
                 case "delta":
                     yield response.delta
+                case "choice_finished":
+                    yield response.choice_finished
                 case "finished":
                     yield response.finished
                     await self._end()
                     return
                 case _:
-                    raise self._violation("the worker sent something other than 'delta' or 'finished'")
+                    raise self._violation("the worker sent something that does not follow 'started'")
         raise self._loss("the worker's stream ended without saying how")
 
     async def close(self) -> None:
@@ -139,22 +142,16 @@ class WorkerStream:
 
 def to_worker_request(call: GenerateCall, decision: Decision) -> worker_pb2.GenerateRequest:
     """The request as the worker takes it: by digest, every sampling value spelt out."""
-    prompt, sampling = call.prompt, call.sampling
+    prompt = call.prompt
     request = worker_pb2.GenerateRequest(
         request_id=call.caller.request_id,
         tenant=call.caller.tenant,
         adapter_digest=decision.adapter_digest,
         base_digest=decision.base_digest,
         adapter_version=decision.adapter_version,
-        sampling=inference_pb2.SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=sampling.stop,
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=sampling_message(call.sampling),
+        priority=call.priority,
+        n=call.n,
     )
     if prompt.chat is not None:
         request.chat.messages.extend(

@@ -70,3 +70,6 @@ class GenerateCall:
     sampling: SamplingParams
     base_model: str = ""
     """Name or digest of the base the caller relies on. Empty means any."""
+    priority: int = 0
+    n: int = 1
+    """Answers to the same prompt."""

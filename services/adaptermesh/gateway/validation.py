@@ -4,11 +4,13 @@ import re
 from collections.abc import Mapping
 
 from adaptermesh.api.inference.v1 import inference_pb2
+from adaptermesh.core.choices import check_choices
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
+from adaptermesh.core.priority import check_priority
 from adaptermesh.core.refs import BASE, NAME_PATTERN, parse_ref
-from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.gateway.request import Caller, ChatTurn, GenerateCall, Prompt, Target
 from adaptermesh.rpc import metadata as names
+from adaptermesh.rpc.sampling import read_sampling
 
 DEFAULT_TENANT = "default"
 MAX_TEXT_BYTES = 2**20
@@ -62,7 +64,14 @@ def read_generate(request: inference_pb2.GenerateRequest, caller: Caller) -> Gen
     """
     if len(request.base_model) > MAX_BASE_MODEL:
         raise invalid_field("base_model", f"longer than {MAX_BASE_MODEL} characters")
-    return GenerateCall(caller, _read_prompt(request), _read_sampling(request.sampling), request.base_model)
+    return GenerateCall(
+        caller=caller,
+        prompt=_read_prompt(request),
+        sampling=read_sampling(request.sampling).check(),
+        base_model=request.base_model,
+        priority=check_priority(request.priority),
+        n=check_choices(request.n or 1),
+    )
 
 
 def _read_target(metadata: Mapping[str, str]) -> Target:
@@ -148,17 +157,3 @@ def _check_size(field: str, size: int) -> None:
         raise invalid_field(field, "empty")
     if size > MAX_TEXT_BYTES:
         raise invalid_field(field, f"{size} bytes are more than {MAX_TEXT_BYTES}")
-
-
-def _read_sampling(sampling: inference_pb2.SamplingParams) -> SamplingParams:
-    default = SamplingParams()
-    has = sampling.HasField
-    return SamplingParams(
-        max_tokens=sampling.max_tokens if has("max_tokens") else default.max_tokens,
-        temperature=sampling.temperature if has("temperature") else default.temperature,
-        top_p=sampling.top_p if has("top_p") else default.top_p,
-        top_k=sampling.top_k if has("top_k") else default.top_k,
-        seed=sampling.seed if has("seed") else default.seed,
-        stop=tuple(sampling.stop),
-        ignore_eos=sampling.ignore_eos,
-    ).check()

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptermesh.core.errors import MeshError
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.worker.engine.request import Outcome
 
 
@@ -16,30 +18,42 @@ class Mail:
     text: str
     token_ids: tuple[int, ...]
     end: Outcome | MeshError | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token if they were asked for."""
+    index: int = 0
+    """Which of the request's answers it belongs to."""
+
+    @property
+    def empty(self) -> bool:
+        return not self.text and not self.token_ids and self.end is None
 
 
 class Mailbox:
-    """The engine's `Listener` of one request.
+    """The engine's `Listener` of one answer.
 
     The engine never waits: what a slow client has not taken yet grows together into one mail, whose size is
-    bounded by the request's own output. The loop is woken once for each mail.
+    bounded by the request's own output. The loop is woken once for each mail. `arrived` wakes the reader; the
+    mailboxes of several answers share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arrived: asyncio.Event, index: int = 0) -> None:
         self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
+        self._index = index
+        self._arrived = arrived
         self._lock = threading.Lock()
         self._text: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._end: Outcome | MeshError | None = None
         self._woken = False
 
-    def on_tokens(self, text: str, token_ids: list[int]) -> None:
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         with self._lock:
             if self._end is not None:
                 return
             self._text.append(text)
             self._token_ids.extend(token_ids)
+            self._logprobs.extend(logprobs)
             wake = self._wake_due()
         if wake:
             self._wake()
@@ -60,14 +74,14 @@ class Mailbox:
         if wake:
             self._wake()
 
-    async def take(self) -> Mail:
-        """The next mail; never an empty one."""
-        await self._arrived.wait()
-        self._arrived.clear()
+    def take(self) -> Mail:
+        """What has come since the last mail; an empty mail if nothing has."""
         with self._lock:
             self._woken = False
-            mail = Mail("".join(self._text), tuple(self._token_ids), self._end)
-            self._text, self._token_ids = [], []
+            mail = Mail(
+                "".join(self._text), tuple(self._token_ids), self._end, tuple(self._logprobs), self._index
+            )
+            self._text, self._token_ids, self._logprobs = [], [], []
         return mail
 
     def _wake_due(self) -> bool:

@@ -102,7 +102,9 @@ class WorkerService:
             info=info,
             backend=loaded.backend,
             board=board,
-            generations=Generations(loaded.backend, encoder, board, spans, loaded.base.digest),
+            generations=Generations(
+                loaded.backend, encoder, board, spans, loaded.base.digest, self._context.clock
+            ),
             load_seconds=settings.fetch_timeout_seconds,
         )
         loaded.backend.set_change_callback(board.touch)

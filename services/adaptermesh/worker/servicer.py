@@ -17,7 +17,8 @@ from adaptermesh.worker.engine.request import Outcome
 from adaptermesh.worker.generation import Generation, Generations
 from adaptermesh.worker.residency import StatusBoard
 from adaptermesh.worker.wire import (
-    delta_message,
+    choice_finished_message,
+    delta_messages,
     finished_message,
     generation_request,
     residency_message,
@@ -57,7 +58,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         serving = self._ready()
         remaining = time_remaining(context)
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-        generation = await serving.generations.admit(generation_request(request), otel_context.get_current())
+        generation = await serving.generations.admit(
+            generation_request(request), otel_context.get_current(), remaining
+        )
         # A call that ends while its output waits to be sent never comes back into this generator.
         context.add_done_callback(lambda _: serving.generations.close(generation))
         try:
@@ -66,10 +69,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             yield started_message(serving.info.worker_id, admission.tier, admission.prompt_tokens)
             async for mail in generation.mails(deadline):
                 if mail.token_ids or mail.text:
-                    yield delta_message(mail.text, mail.token_ids)
-                if isinstance(mail.end, Outcome):
-                    serving.generations.finished(generation, mail.end)
-                    yield finished_message(mail.end)
+                    for message in delta_messages(mail):
+                        yield message
+                if isinstance(mail.end, Outcome) and generation.request.n > 1:
+                    yield choice_finished_message(mail.index, mail.end)
+            outcome = generation.outcome()
+            serving.generations.finished(generation, outcome)
+            yield finished_message(outcome)
         except MeshError as error:
             error.metadata.setdefault("request_id", request.request_id)
             serving.generations.failed(generation, error)

@@ -1,5 +1,7 @@
 """The worker's nouns as protobuf messages, and back."""
 
+from collections.abc import Iterator
+
 from google.protobuf import duration_pb2
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
@@ -9,13 +11,17 @@ from adaptermesh.api.worker.v1 import worker_pb2
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.digests import canonical_json
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.core.tiers import Tier
+from adaptermesh.rpc.sampling import logprobs_messages, read_sampling
 from adaptermesh.worker.engine.request import FinishReason, Outcome, Timeline
 from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
 from adaptermesh.worker.generation import GenerationRequest
+from adaptermesh.worker.mailbox import Mail
 from adaptermesh.worker.prompts import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from adaptermesh.worker.residency import Delta, Snapshot
+
+MAX_DELTA_LOGPROBS = 1024
+"""Tokens of one message that has log probabilities: some 300 KB at most."""
 
 _TIERS = {
     Tier.NONE: adapter_pb2.TIER_UNSPECIFIED,
@@ -60,7 +66,9 @@ def generation_request(message: worker_pb2.GenerateRequest) -> GenerationRequest
         adapter_version=message.adapter_version,
         base_digest=message.base_digest,
         prompt=_prompt(message),
-        sampling=_sampling(message.sampling),
+        sampling=read_sampling(message.sampling),
+        priority=message.priority,
+        n=message.n or 1,
     )
 
 
@@ -73,19 +81,6 @@ def _prompt(message: worker_pb2.GenerateRequest) -> Prompt:
         case "token_ids":
             return TokenPrompt(tuple(message.token_ids.ids))
     raise invalid_field("input", "needs one of text, chat and token_ids")
-
-
-def _sampling(message: inference_pb2.SamplingParams) -> SamplingParams:
-    defaults = SamplingParams()
-    return SamplingParams(
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else defaults.max_tokens,
-        temperature=message.temperature if message.HasField("temperature") else defaults.temperature,
-        top_p=message.top_p if message.HasField("top_p") else defaults.top_p,
-        top_k=message.top_k if message.HasField("top_k") else defaults.top_k,
-        seed=message.seed if message.HasField("seed") else None,
-        stop=tuple(message.stop),
-        ignore_eos=message.ignore_eos,
-    )
 
 
 def wanted_tier(tier: adapter_pb2.Tier.ValueType) -> Tier:
@@ -109,8 +104,31 @@ def started_message(worker_id: str, tier: Tier, prompt_tokens: int) -> worker_pb
     )
 
 
-def delta_message(text: str, token_ids: tuple[int, ...]) -> worker_pb2.GenerateResponse:
-    return worker_pb2.GenerateResponse(delta=inference_pb2.GenerateDelta(text=text, token_ids=token_ids))
+def delta_messages(mail: Mail) -> Iterator[worker_pb2.GenerateResponse]:
+    """The mail's output: one message, unless log probabilities would make it too large.
+
+    The text comes with the last one: it is certain only once all its tokens are there.
+    """
+    size = MAX_DELTA_LOGPROBS if mail.logprobs else max(1, len(mail.token_ids))
+    for start in range(0, max(1, len(mail.token_ids)), size):
+        last = start + size >= len(mail.token_ids)
+        delta = inference_pb2.GenerateDelta(
+            text=mail.text if last else "",
+            token_ids=mail.token_ids[start : start + size],
+            logprobs=logprobs_messages(mail.logprobs[start : start + size]),
+            index=mail.index,
+        )
+        yield worker_pb2.GenerateResponse(delta=delta)
+
+
+def choice_finished_message(index: int, outcome: Outcome) -> worker_pb2.GenerateResponse:
+    return worker_pb2.GenerateResponse(
+        choice_finished=inference_pb2.ChoiceFinished(
+            index=index,
+            finish_reason=_FINISH_REASONS[outcome.finish_reason],
+            output_tokens=outcome.output_tokens,
+        )
+    )
 
 
 def finished_message(outcome: Outcome) -> worker_pb2.GenerateResponse:

@@ -3,11 +3,12 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from adaptermesh.core.errors import MeshError
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.engine import Engine
 from adaptermesh.worker.engine.request import Outcome, Request
@@ -26,7 +27,7 @@ class Heard:
     error: MeshError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def on_tokens(self, text: str, token_ids: list[int]) -> None:
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         self.tokens.extend(token_ids)
         self.times.extend([time.perf_counter()] * len(token_ids))
 

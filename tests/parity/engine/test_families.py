@@ -3,6 +3,7 @@
 import json
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.artifact.sites import site_map
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import Code, MeshError
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import load_base
 from adaptermesh.worker.engine.config import EngineConfig
@@ -114,7 +116,7 @@ class Heard:
         self.error: MeshError | None = None
         self.ended = threading.Event()
 
-    def on_tokens(self, text: str, token_ids: list[int]) -> None:
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         self.tokens.extend(token_ids)
 
     def on_finish(self, outcome: Outcome) -> None:

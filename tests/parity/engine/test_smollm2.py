@@ -3,6 +3,7 @@
 import json
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import MeshError
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import load_base
 from adaptermesh.worker.engine.config import EngineConfig
@@ -36,7 +38,7 @@ class Heard:
         self.error: MeshError | None = None
         self.ended = threading.Event()
 
-    def on_tokens(self, text: str, token_ids: list[int]) -> None:
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         self.tokens.extend(token_ids)
 
     def on_finish(self, outcome: Outcome) -> None:

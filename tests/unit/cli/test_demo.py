@@ -27,6 +27,7 @@ from adaptermesh.cli.demo.publish import Published, publish
 from adaptermesh.cli.demo.switches import Sample, check_switches, switch_table, switch_times
 from adaptermesh.cli.execute import CommandError
 from adaptermesh.client import (
+    Choice,
     Finished,
     Generation,
     MeshClient,
@@ -261,7 +262,7 @@ async def test_a_request_in_flight_that_changed_its_version_fails_the_checks(swa
 def sample(wanted: SwitchKind, got: SwitchKind, ttft: float) -> Sample:
     started = Started("r", "t", "demo/ner:v1", "d", "b", "demo/ner:v1", "", 0, "w", "store", got, 3)
     finished = Finished("stop", 3, 1, Timings(fetch=0.01, fetched_bytes=2048))
-    return Sample(wanted, Generation("x", (1,), started, finished, ttft, ttft))
+    return Sample(wanted, Generation((Choice("x", (1,), "stop"),), started, finished, ttft, ttft))
 
 
 def test_the_cost_of_a_switch_is_the_median_of_its_kind() -> None:

@@ -49,6 +49,30 @@ def test_options_reach_the_request(fakes: FakeMesh, invoke: Invoke, monkeypatch:
     assert fakes.gateway.requests[1].text == "Once"
 
 
+def test_every_sampling_option_reaches_the_request(fakes: FakeMesh, invoke: Invoke) -> None:
+    penalties = ("--repetition-penalty", "1.5", "--presence-penalty", "-1", "--frequency-penalty", "0.5")
+    ends = ("--stop-token-id", "3", "--stop-token-id", "4", "--min-p", "0.25")
+    result = invoke("generate", "Hello", *penalties, *ends, "--logprobs", "1", "--priority", "-5", "--json")
+    assert result.exit_code == 0, result.output
+    request = fakes.gateway.requests[0]
+    sampling = request.sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.5, -1)
+    assert sampling.frequency_penalty == 0.5
+    assert (list(sampling.stop_token_ids), sampling.min_p, sampling.logprobs) == ([3, 4], 0.25, 1)
+    assert request.priority == -5
+    delta = json.loads(result.stdout.splitlines()[1])
+    assert delta["logprobs"] == [{"token_id": 0, "logprob": -1.0, "top": [[0, -1.0]]}]
+
+
+def test_several_answers_are_printed_one_after_the_other(fakes: FakeMesh, invoke: Invoke) -> None:
+    result = invoke("generate", "Hello", "--n", "2")
+    assert result.stdout == "[0] Aye, aye!\n[1] Aye, aye!\n"
+    events = [
+        json.loads(line) for line in invoke("generate", "Hello", "--n", "2", "--json").stdout.splitlines()
+    ]
+    assert [event["index"] for event in events if event["event"] == "choice_finished"] == [0, 1]
+
+
 def test_a_refusal_names_reason_request_and_hint(fakes: FakeMesh, invoke: Invoke) -> None:
     fakes.gateway.refuse = MeshError(
         Code.NOT_FOUND, Reason.TASK_NOT_FOUND, "task 'x' does not exist", metadata={"request_id": "r-1"}
@@ -77,7 +101,7 @@ def test_a_mesh_that_does_not_run_is_named_with_the_command_that_starts_one(invo
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--temperature", "3"), ("--raw", "--system", "x"), ("--max-tokens", "no")]
+    "wrong", [("--temperature", "3"), ("--raw", "--system", "x"), ("--max-tokens", "no"), ("--logprobs", "1")]
 )
 def test_wrong_options_are_usage_errors(invoke: Invoke, wrong: tuple[str, ...]) -> None:
     assert invoke("generate", "Hello", *wrong).exit_code == 2

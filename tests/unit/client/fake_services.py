@@ -14,8 +14,10 @@ from adaptermesh.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from adaptermesh.client import GATEWAY_SERVICE, ROUTER_SERVICE, STORE_SERVICE, WORKER_SERVICE
 from adaptermesh.core.digests import digest_bytes, digest_json
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found, unavailable
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.refs import parse_ref
 from adaptermesh.rpc import metadata as names
+from adaptermesh.rpc.sampling import logprobs_messages
 from adaptermesh.rpc.server import MeshServer, ServerConfig
 from adaptermesh.telemetry.tracing import no_tracing
 
@@ -256,11 +258,20 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         for number, word in enumerate(self._words(started)):
             if number == self.fail_after:
                 raise unavailable(Reason.WORKER_LOST, "the worker is gone", 0.5, worker_id="w-1")
-            yield inference_pb2.GenerateResponse(
-                delta=inference_pb2.GenerateDelta(text=word, token_ids=[number])
-            )
+            delta = inference_pb2.GenerateDelta(text=word, token_ids=[number])
+            if request.sampling.HasField("logprobs"):
+                top = [(number, -1.0)][: request.sampling.logprobs]
+                delta.logprobs.extend(logprobs_messages([TokenLogprobs(number, -1.0, tuple(top))]))
+            yield inference_pb2.GenerateResponse(delta=delta)
+            for index in range(1, request.n):
+                delta.index = index
+                yield inference_pb2.GenerateResponse(delta=delta)
             if self.hang:
                 await self._until_cancelled()
+        for index in range(request.n if request.n > 1 else 0):
+            reason = inference_pb2.FINISH_REASON_LENGTH if index else inference_pb2.FINISH_REASON_STOP
+            end = inference_pb2.ChoiceFinished(index=index, finish_reason=reason, output_tokens=3)
+            yield inference_pb2.GenerateResponse(choice_finished=end)
         if self.finish:
             yield inference_pb2.GenerateResponse(finished=self._finished())
 

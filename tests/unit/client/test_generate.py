@@ -15,7 +15,9 @@ from adaptermesh.client import (
     SamplingParams,
     Started,
     SwitchKind,
+    TokenLogprobs,
 )
+from adaptermesh.rpc.sampling import read_sampling
 from tests.unit.client.fake_services import FakeGateway, serve
 
 
@@ -111,6 +113,49 @@ async def test_sampling_is_greedy_unless_it_is_given(mesh: MeshClient, gateway: 
     assert (default.temperature, default.max_tokens, default.HasField("seed")) == (0.0, 256, False)
     assert (given.max_tokens, given.temperature, given.top_p, given.top_k) == (5, 0.7, 0.9, 40)
     assert (given.seed, list(given.stop), given.ignore_eos) == (11, ["\n"], True)
+
+
+async def test_penalties_stop_tokens_and_priority_are_sent(mesh: MeshClient, gateway: FakeGateway) -> None:
+    params = SamplingParams(
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        stop_token_ids=(2, 3),
+        logprobs=0,
+    )
+    await mesh.complete("Hello", sampling=params, ask=Ask(priority=7))
+    [request] = gateway.requests
+    assert read_sampling(request.sampling) == params
+    assert request.priority == 7
+    with pytest.raises(MeshError) as caught:
+        mesh.generate("Hello", ask=Ask(priority=101))
+    assert caught.value.metadata["field"] == "priority"
+
+
+async def test_log_probabilities_come_with_the_deltas_and_with_the_whole(mesh: MeshClient) -> None:
+    events: list[Event] = []
+    answer = await mesh.generate("Hello", sampling=SamplingParams(logprobs=1)).collect(events.append)
+    assert [token.token_id for token in answer.logprobs] == list(answer.token_ids)
+    assert answer.logprobs[1] == TokenLogprobs(1, -1.0, ((1, -1.0),))
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert [len(delta.logprobs) for delta in deltas] == [1, 1, 1]
+    assert (await mesh.complete("Hello")).logprobs == ()
+
+
+async def test_several_answers_are_put_together_each_from_its_own_deltas(
+    mesh: MeshClient, gateway: FakeGateway
+) -> None:
+    answer = await mesh.complete("Hello", n=3)
+    assert [choice.text for choice in answer.choices] == ["Aye, aye!"] * 3
+    assert [choice.token_ids for choice in answer.choices] == [(0, 1, 2)] * 3
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length", "length"]
+    assert answer.text == answer.choices[0].text
+    assert gateway.requests[0].n == 3
+    assert len((await mesh.complete("Hello")).choices) == 1
+    with pytest.raises(MeshError) as caught:
+        mesh.generate("Hello", n=9)
+    assert caught.value.metadata["field"] == "n"
 
 
 async def test_a_bad_sampling_value_is_refused_before_it_is_sent(

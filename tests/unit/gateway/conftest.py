@@ -19,9 +19,11 @@ from adaptermesh.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError, Reason, not_found, unavailable
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.gateway.service import GatewayService
 from adaptermesh.gateway.settings import GatewaySettings
 from adaptermesh.rpc.metadata import first_values
+from adaptermesh.rpc.sampling import logprobs_messages, read_logprobs
 from adaptermesh.rpc.server import MeshServer, ServerConfig
 from adaptermesh.rpc.service import ServiceContext
 from adaptermesh.rpc.status import abort, mesh_error_from
@@ -78,8 +80,14 @@ def finished(output_tokens: int = 2) -> worker_pb2.GenerateResponse:
 async def answer(worker: "FakeWorker", request: worker_pb2.GenerateRequest, context: Context) -> None:
     """What a worker in good health does."""
     await context.write(started(worker.worker_id, request))
-    await context.write(delta("Hello", 1))
+    first = delta("Hello", 1)
+    if request.sampling.HasField("logprobs"):
+        first.delta.logprobs.extend(logprobs_messages([TokenLogprobs(1, -0.5, ((2, -0.25),))]))
+    await context.write(first)
     await context.write(delta(" you", 2))
+    for index in range(request.n if request.n > 1 else 0):
+        end = inference_pb2.ChoiceFinished(index=index, output_tokens=2)
+        await context.write(worker_pb2.GenerateResponse(choice_finished=end))
     await context.write(finished())
 
 
@@ -305,6 +313,7 @@ class Answer:
     started: inference_pb2.GenerateStarted | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: inference_pb2.GenerateFinished | None = None
     order: list[str] = field(default_factory=list)
     initial: dict[str, str] = field(default_factory=dict)
@@ -320,6 +329,7 @@ class Answer:
             case "delta":
                 self.text += response.delta.text
                 self.token_ids += response.delta.token_ids
+                self.logprobs += read_logprobs(response.delta.logprobs)
             case "finished":
                 self.finished = response.finished
 

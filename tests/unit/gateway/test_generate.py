@@ -7,6 +7,9 @@ import pytest
 
 from adaptermesh.api.inference.v1 import inference_pb2
 from adaptermesh.core.errors import Code, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
+from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.rpc.sampling import read_sampling, sampling_message
 
 if TYPE_CHECKING:
     from tests.unit.gateway.conftest import Fakes, Mesh
@@ -86,6 +89,31 @@ async def test_the_callers_metadata_reaches_router_and_worker(mesh: Mesh) -> Non
     assert worker.requests[0].tenant == "acme"
 
 
+async def test_every_sampling_value_and_the_priority_are_handed_on(mesh: Mesh) -> None:
+    worker = await mesh.add_worker("w1")
+    params = SamplingParams(9, 0.5, 0.9, 3, 4, ("x",), True, 0.1, 1.5, -1.0, 1.0, (7,), 2)
+    await mesh.generate(
+        inference_pb2.GenerateRequest(text="x", sampling=sampling_message(params), priority=-100)
+    )
+    assert read_sampling(worker.requests[0].sampling) == params
+    assert worker.requests[0].priority == -100
+
+
+async def test_the_ends_of_several_answers_are_handed_on(mesh: Mesh) -> None:
+    worker = await mesh.add_worker("w1")
+    seen = await mesh.generate(inference_pb2.GenerateRequest(text="x", n=2))
+    assert seen.order == ["started", "delta", "delta", "choice_finished", "choice_finished", "finished"]
+    assert worker.requests[0].n == 2
+
+
+async def test_log_probabilities_are_handed_on(mesh: Mesh) -> None:
+    await mesh.add_worker("w1")
+    sampling = inference_pb2.SamplingParams(logprobs=1)
+    seen = await mesh.generate(inference_pb2.GenerateRequest(text="x", sampling=sampling))
+    assert seen.logprobs == [TokenLogprobs(1, -0.5, ((2, -0.25),))]
+    assert (await mesh.generate()).logprobs == []
+
+
 async def test_tenant_and_request_id_have_defaults(mesh: Mesh) -> None:
     worker = await mesh.add_worker("w1")
     first, second = await mesh.generate(), await mesh.generate()
@@ -116,7 +144,7 @@ async def test_chat_and_sampling_travel_as_they_came(mesh: Mesh) -> None:
     )
     await mesh.generate(inference_pb2.GenerateRequest(chat=chat, sampling=sampling))
     assert worker.requests[0].chat == chat
-    assert worker.requests[0].sampling == sampling
+    assert read_sampling(worker.requests[0].sampling) == read_sampling(sampling)
 
 
 async def test_token_ids_travel_as_they_came(mesh: Mesh) -> None:

@@ -50,6 +50,17 @@ def sampling(**fields: object) -> inference_pb2.GenerateRequest:
         ("sampling.stop", sampling(stop=["x"] * 17)),
         ("sampling.stop", sampling(stop=[""])),
         ("sampling.stop", sampling(stop=["x" * 257])),
+        ("sampling.min_p", sampling(min_p=1.5)),
+        ("sampling.repetition_penalty", sampling(repetition_penalty=0.0)),
+        ("sampling.presence_penalty", sampling(presence_penalty=-2.5)),
+        ("sampling.frequency_penalty", sampling(frequency_penalty=2.5)),
+        ("sampling.stop_token_ids", sampling(stop_token_ids=[-1])),
+        ("sampling.stop_token_ids", sampling(stop_token_ids=[1] * 65)),
+        ("sampling.logprobs", sampling(logprobs=21)),
+        ("n", inference_pb2.GenerateRequest(text="x", n=9)),
+        ("n", inference_pb2.GenerateRequest(text="x", n=-1)),
+        ("priority", inference_pb2.GenerateRequest(text="x", priority=101)),
+        ("priority", inference_pb2.GenerateRequest(text="x", priority=-101)),
     ],
 )
 def test_a_bad_field_is_named(field: str, request_: inference_pb2.GenerateRequest) -> None:

@@ -1,11 +1,12 @@
 """An engine that does what the test says, on a thread of its own as the real one does."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.request import (
     Admission,
@@ -35,6 +36,9 @@ class ScriptedEngine:
         self.hold_loads = False
         self.evicted: list[str] = []
         self.refusal: MeshError | None = None
+        self.refuse_after = 0
+        """Requests that are taken in spite of `refusal`."""
+        self.taken = 0
         self.tiers: dict[str, Tier] = {}
         self.healthy = True
         self.started = False
@@ -44,8 +48,9 @@ class ScriptedEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scripted-engine")
 
     def submit(self, request: Request, listener: Listener) -> Admission:
-        if self.refusal is not None:
+        if self.refusal is not None and self.taken >= self.refuse_after:
             raise self.refusal
+        self.taken += 1
         name = _asked(request.request_id)
         self.requests[name] = request
         self.listeners[name] = listener
@@ -96,8 +101,10 @@ class ScriptedEngine:
         """Runs a step on the engine's thread; returns when it is done, as it must never wait."""
         self._thread.submit(step).result(5)
 
-    def tokens(self, request_id: str, text: str, *token_ids: int) -> None:
-        self.play(lambda: self.listeners[request_id].on_tokens(text, list(token_ids)))
+    def tokens(
+        self, request_id: str, text: str, *token_ids: int, logprobs: Sequence[TokenLogprobs] = ()
+    ) -> None:
+        self.play(lambda: self.listeners[request_id].on_tokens(text, list(token_ids), logprobs))
 
     def finish(self, request_id: str, timeline: Timeline | None = None) -> None:
         outcome = Outcome(FinishReason.STOP, 3, 2, timeline or Timeline(1, 0, 0, 0, 0, 2, 3, 4))

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -10,10 +11,13 @@ from adaptermesh.api.inference.v1 import inference_pb2
 from adaptermesh.api.worker.v1 import worker_pb2
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.tiers import Tier
 from adaptermesh.rpc.metadata import first_values
+from adaptermesh.rpc.sampling import read_logprobs
 from adaptermesh.rpc.status import mesh_error_from
 from adaptermesh.worker.engine.request import Timeline
+from adaptermesh.worker.wire import MAX_DELTA_LOGPROBS
 from tests.unit.worker.conftest import MAX_CONTEXT, Worker, read_all
 from tests.unit.worker.fake_peers import until
 
@@ -126,6 +130,51 @@ async def test_the_engine_gets_ids_tenant_and_sampling(worker: Worker) -> None:
     call.cancel()
 
 
+async def test_the_engine_gets_priority_and_deadline_on_its_own_clock(worker: Worker) -> None:
+    before = time.time()
+    call = await begin(worker, worker.request(priority=-7), timeout=100)
+    request = worker.engine.requests["r1"]
+    assert request.priority == -7
+    # gRPC rounds timeouts up on their way; this is about the clock and the unit.
+    assert before < request.deadline_ns / 1e9 < before + 1000
+    call.cancel()
+    call = await begin(worker, worker.request(request_id="r2"))
+    assert (worker.engine.requests["r2"].priority, worker.engine.requests["r2"].deadline_ns) == (0, 0)
+    call.cancel()
+
+
+async def test_log_probabilities_come_with_their_tokens_in_messages_of_bounded_size(worker: Worker) -> None:
+    call = await begin(worker, worker.request(sampling=inference_pb2.SamplingParams(logprobs=1)))
+    await call.read()
+    token_ids = range(MAX_DELTA_LOGPROBS + 5)
+    logprobs = [TokenLogprobs(token, -0.5, ((token + 1, -0.25),)) for token in token_ids]
+    worker.engine.tokens("r1", "text", *token_ids, logprobs=logprobs)
+    worker.engine.finish("r1")
+    deltas = [message.delta async for message in call if message.HasField("delta")]
+    assert [len(delta.token_ids) for delta in deltas] == [MAX_DELTA_LOGPROBS, 5]
+    assert [delta.text for delta in deltas] == ["", "text"]
+    found = [token for delta in deltas for token in read_logprobs(delta.logprobs)]
+    assert found == logprobs
+
+
+async def test_all_answers_are_taken_or_none(worker: Worker) -> None:
+    worker.engine.refusal = MeshError(Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED, "full", retry_after=1.0)
+    worker.engine.refuse_after = 2
+    error = await refused(worker, worker.request(n=3))
+    assert error.reason is Reason.OVERLOADED
+    assert worker.engine.cancelled == ["r1", "r1"]
+
+
+async def test_an_error_of_one_answer_ends_all(worker: Worker) -> None:
+    call = await begin(worker, worker.request(n=2))
+    await call.read()
+    # The scripted engine knows the last answer under the request's id.
+    worker.engine.fail("r1", MeshError(Code.INTERNAL, Reason.INTERNAL, "broken"))
+    with pytest.raises(grpc.aio.AioRpcError, match="broken"):
+        await read_all(call)
+    assert worker.engine.cancelled == ["r1"]
+
+
 async def test_a_chat_reaches_the_engine_through_the_template(worker: Worker) -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     call = await begin(worker, worker.request(chat=chat))
@@ -145,6 +194,15 @@ async def test_a_chat_reaches_the_engine_through_the_template(worker: Worker) ->
         ({"sampling": inference_pb2.SamplingParams(temperature=3)}, "sampling.temperature"),
         ({"sampling": inference_pb2.SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
         ({"sampling": inference_pb2.SamplingParams(top_p=float("nan"))}, "sampling.top_p"),
+        ({"sampling": inference_pb2.SamplingParams(min_p=2)}, "sampling.min_p"),
+        ({"sampling": inference_pb2.SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty"),
+        ({"sampling": inference_pb2.SamplingParams(presence_penalty=3)}, "sampling.presence_penalty"),
+        ({"sampling": inference_pb2.SamplingParams(frequency_penalty=-3)}, "sampling.frequency_penalty"),
+        ({"sampling": inference_pb2.SamplingParams(stop_token_ids=[-1])}, "sampling.stop_token_ids"),
+        ({"sampling": inference_pb2.SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"priority": 101}, "priority"),
+        ({"n": 9}, "n"),
+        ({"n": -1}, "n"),
     ],
 )
 async def test_a_bad_field_is_named(worker: Worker, fields: dict[str, Any], field: str) -> None:

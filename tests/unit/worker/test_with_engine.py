@@ -260,3 +260,67 @@ async def test_a_drain_lets_the_running_request_end(real: RealWorker) -> None:
     messages = [message async for message in call]
     assert messages[-1].finished.output_tokens == 100
     await draining
+
+
+async def test_penalties_and_log_probabilities_come_through_the_real_engine(real: RealWorker) -> None:
+    sampling = inference_pb2.SamplingParams(
+        max_tokens=8, temperature=0, ignore_eos=True, repetition_penalty=1.5, presence_penalty=1, logprobs=2
+    )
+    request = worker_pb2.GenerateRequest(
+        request_id="r1",
+        tenant="acme",
+        base_digest=real.lab.facts.digest,
+        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        sampling=sampling,
+    )
+    messages = [message async for message in real.stub.Generate(request, timeout=60)]
+    tokens = [token for message in messages for token in message.delta.token_ids]
+    logprobs = [found for message in messages for found in message.delta.logprobs]
+    assert [found.token_id for found in logprobs] == tokens
+    expected = real.lab.logits(None, PROMPT + tokens)[len(PROMPT) - 1 : -1].log_softmax(-1)
+    for row, found in zip(expected, logprobs, strict=True):
+        assert found.logprob == pytest.approx(float(row[found.token_id]), abs=1e-3)
+        assert [top.logprob for top in found.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
+    assert tokens != real.lab.continuation(None, PROMPT, 8)
+
+
+async def test_each_answer_is_the_one_its_seed_gives_alone(real: RealWorker) -> None:
+    def request(request_id: str, n: int, seed: int) -> worker_pb2.GenerateRequest:
+        return worker_pb2.GenerateRequest(
+            request_id=request_id,
+            tenant="acme",
+            base_digest=real.lab.facts.digest,
+            token_ids=inference_pb2.TokenIds(ids=PROMPT),
+            sampling=inference_pb2.SamplingParams(max_tokens=8, ignore_eos=True, seed=seed),
+            n=n,
+        )
+
+    messages = [message async for message in real.stub.Generate(request("r1", 3, 7), timeout=60)]
+    answers: list[list[int]] = [[], [], []]
+    for message in messages:
+        answers[message.delta.index].extend(message.delta.token_ids)
+    ends = [message.choice_finished for message in messages if message.HasField("choice_finished")]
+    assert sorted((end.index, end.output_tokens) for end in ends) == [(0, 8), (1, 8), (2, 8)]
+    assert {end.finish_reason for end in ends} == {inference_pb2.FINISH_REASON_LENGTH}
+    finished = messages[-1].finished
+    assert (finished.prompt_tokens, finished.output_tokens) == (len(PROMPT), 24)
+    for index, answer in enumerate(answers):
+        alone = [message async for message in real.stub.Generate(request(f"a{index}", 0, 7 + index))]
+        assert [token for message in alone for token in message.delta.token_ids] == answer
+        assert not any(message.HasField("choice_finished") for message in alone)
+    await real.settled()
+
+
+async def test_leaving_frees_every_answer(real: RealWorker) -> None:
+    request = worker_pb2.GenerateRequest(
+        request_id="r1",
+        tenant="acme",
+        base_digest=real.lab.facts.digest,
+        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        sampling=inference_pb2.SamplingParams(max_tokens=200, ignore_eos=True),
+        n=4,
+    )
+    call: Any = real.stub.Generate(request, timeout=60)
+    assert (await call.read()).HasField("started")
+    call.cancel()
+    await real.settled()

@@ -12,6 +12,7 @@ from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import facts, milliseconds, short_digest, size
 from adaptermesh.client import (
     Ask,
+    ChoiceFinished,
     Delta,
     Event,
     Finished,
@@ -21,6 +22,13 @@ from adaptermesh.client import (
     SamplingParams,
     Started,
 )
+
+_EVENTS: dict[type[Event], str] = {
+    Started: "started",
+    Delta: "delta",
+    ChoiceFinished: "choice_finished",
+    Finished: "finished",
+}
 
 
 def generate(
@@ -37,7 +45,28 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus, (0, 1].")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same tokens.")] = None,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens of this share of the likeliest one's probability; 0 keeps all.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 discourages tokens of the prompt and the output.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Above 0 discourages tokens of the output, [-2, 2].")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Above 0 discourages frequent tokens of the output, [-2, 2].")
+    ] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End with this token; may be repeated.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log probabilities of each token and of this many likeliest ones."),
+    ] = None,
+    n: Annotated[int, typer.Option(help="Answers to the same text, [1, 8].")] = 1,
+    priority: Annotated[int, typer.Option(help="Higher goes first, [-100, 100].")] = 0,
     tenant: Annotated[str, typer.Option(help="Whose request it is, where no keys are configured.")] = "",
     cohort_key: Annotated[str, typer.Option(help="Keeps a user or session on one share of a route.")] = "",
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until all of it must be there.")] = 300.0,
@@ -56,20 +85,36 @@ def generate(
     """
     if system and not chat:
         raise typer.BadParameter("--system needs --chat")
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs needs --json")
     content = sys.stdin.read() if text == "-" else text
     prompt = Prompt.chat(content, system=system) if chat else Prompt.raw(content)
-    sampling = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop_token_ids=tuple(stop_token_id or ()),
+        logprobs=logprobs,
+    )
 
     async def work(output: Output) -> None:
-        asked = Ask(tenant or output.settings.tenant, cohort_key, base)
+        asked = Ask(tenant or output.settings.tenant, cohort_key, base, priority=priority)
         async with MeshClient(gateway or output.settings.gateway) as client:
             stream = client.generate(
-                prompt, task=task, adapter=adapter, sampling=sampling, ask=asked, timeout=timeout
+                prompt, task=task, adapter=adapter, sampling=sampling, n=n, ask=asked, timeout=timeout
             )
             async with stream:
-                answer = await stream.collect(lambda event: print_event(output, event))
+                show = output.as_json or n == 1
+                answer = await stream.collect(lambda event: print_event(output, event) if show else None)
         if not output.as_json:
-            output.text("\n")
+            output.text("\n" if n == 1 else numbered(answer))
         if verbose:
             output.note(served_by(answer))
 
@@ -82,8 +127,12 @@ def print_event(output: Output, event: Event) -> None:
         if isinstance(event, Delta):
             output.text(event.text)
         return
-    kind = {Started: "started", Delta: "delta", Finished: "finished"}[type(event)]
-    output.line({"event": kind, **event_fields(event)})
+    output.line({"event": _EVENTS[type(event)], **event_fields(event)})
+
+
+def numbered(answer: Generation) -> str:
+    """Several answers, one after the other: they come all at once and can't be shown as they come."""
+    return "".join(f"[{index}] {choice.text}\n" for index, choice in enumerate(answer.choices))
 
 
 def event_fields(event: Event) -> dict[str, object]:

@@ -2,13 +2,12 @@
 
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
+from adaptermesh.core.priority import check_priority
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.host_arena import corrupt
 from adaptermesh.worker.engine.ops.registry import OP_KINDS
 from adaptermesh.worker.engine.request import Request
 from adaptermesh.worker.engine.slots import check_servable
-
-MAX_PRIORITY = 100
 
 
 def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
@@ -36,9 +35,10 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
 
 def check_request(request: Request, vocab_size: int, max_context_tokens: int) -> None:
     """Checks a request's own values; raises MeshError INVALID_ARGUMENT (INVALID_FIELD, PROMPT_TOO_LONG)."""
-    request.sampling.check()
-    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
-        raise invalid_field("priority", f"must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}]")
+    sampling = request.sampling.check()
+    if not all(token < vocab_size for token in sampling.stop_token_ids):
+        raise invalid_field("sampling.stop_token_ids", f"ids must be in [0, {vocab_size})")
+    check_priority(request.priority)
     if request.deadline_ns < 0:
         raise invalid_field("deadline_ns", "must not be negative")
     count = len(request.prompt_ids)

@@ -16,7 +16,8 @@ from adaptermesh.worker.engine.holders import Holder, OnDone
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
 from adaptermesh.worker.engine.pace import Pace
-from adaptermesh.worker.engine.postprocess import Ending, take_token
+from adaptermesh.worker.engine.penalties import make_history
+from adaptermesh.worker.engine.postprocess import Drawn, Ending, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
 from adaptermesh.worker.engine.runner import Runner
@@ -229,23 +230,23 @@ class Engine:
             if row.sequence.timeline.scheduled_ns == 0:
                 row.sequence.timeline.scheduled_ns = now
         try:
-            tokens = self._runner.run(plan, self._blocks.take_dirty())
+            drawn = self._runner.run(plan, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (the top of the step: one bad batch must not end all others)
             self._fail_step(plan, error)
             return
         self._failures = 0
-        self._postprocess(plan, tokens)
+        self._postprocess(plan, drawn)
 
-    def _postprocess(self, plan: StepPlan, tokens: Sequence[int]) -> None:
+    def _postprocess(self, plan: StepPlan, drawn: Sequence[Drawn]) -> None:
         """Books what was computed, then hands out the new tokens."""
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
             self._scheduler.book(plan)
         now = self._now_ns()
-        for sequence, token in zip(sampled, tokens, strict=True):
+        for sequence, one in zip(sampled, drawn, strict=True):
             if sequence.timeline.first_token_ns == 0:
                 sequence.timeline.first_token_ns = now
-            ending = take_token(sequence, token, self._base.eos_ids)
+            ending = take_token(sequence, one, self._base.eos_ids)
             if ending is not None:
                 self._finish(sequence, ending)
 
@@ -338,6 +339,7 @@ class Engine:
             text=TextStream(self._base.decode, sampling.stop),
             timeline=timeline,
             arrival=self._arrivals,
+            history=make_history(sampling, request.prompt_ids),
         )
 
     def _now_ns(self) -> int:

@@ -1,10 +1,12 @@
 """What goes into the engine and what comes out of it."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from adaptermesh.core.errors import MeshError
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.core.tiers import Tier
 
@@ -40,7 +42,7 @@ class FinishReason(enum.Enum):
     """Why a generation ended."""
 
     STOP = "stop"
-    """The end-of-sequence token or a stop string."""
+    """The end-of-sequence token, a stop token or a stop string."""
     LENGTH = "length"
     """`max_tokens`, or the context is full."""
 
@@ -85,8 +87,11 @@ class Listener(Protocol):
     Any number of `on_tokens`, then exactly one of `on_finish` and `on_error`, which is the last call.
     """
 
-    def on_tokens(self, text: str, token_ids: list[int]) -> None:
-        """New tokens and the text that is now certain; the text may be empty or lag behind the tokens."""
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+        """New tokens and the text that is now certain; the text may be empty or lag behind the tokens.
+
+        `logprobs` has one for each token if the request asks for them, else none.
+        """
         ...
 
     def on_finish(self, outcome: Outcome) -> None: ...

@@ -8,7 +8,9 @@ from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward.forward import make_forward
 from adaptermesh.worker.engine.kv import KvCache, KvShape
+from adaptermesh.worker.engine.logprobs import token_logprobs
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from adaptermesh.worker.engine.postprocess import Drawn
 from adaptermesh.worker.engine.sampling import Draw, sample
 from adaptermesh.worker.engine.scheduler import Row, StepPlan
 from adaptermesh.worker.engine.slots import DeviceSlots
@@ -33,7 +35,7 @@ class Runner:
     def kv_block_bytes(self) -> int:
         return self._cache.block_bytes
 
-    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> list[int]:
+    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> list[Drawn]:
         """The tokens drawn for the rows that sample, in their order.
 
         Raises:
@@ -42,7 +44,10 @@ class Runner:
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
             logits = self._forward.run(self.pack(plan), self._cache)
-            return sample(logits, [_draw(row) for row in plan.rows if row.samples])
+            draws = [_draw(row) for row in plan.rows if row.samples]
+            tokens = sample(logits, draws)
+            logprobs = token_logprobs(logits, tokens, [draw.params for draw in draws])
+            return [Drawn(*drawn) for drawn in zip(tokens, logprobs, strict=True)]
 
     def pack(self, plan: StepPlan) -> StepBatch:
         """The batch of a plan; checks every row's slot."""
@@ -87,4 +92,5 @@ def _segments(plan: StepPlan) -> tuple[Segment, ...]:
 
 def _draw(row: Row) -> Draw:
     sequence = row.sequence
-    return Draw(sequence.request.sampling, sequence.seed, len(sequence.tokens))
+    history = None if sequence.history is None else sequence.history.catch_up(sequence.tokens)
+    return Draw(sequence.request.sampling, sequence.seed, len(sequence.tokens), history)

@@ -2,6 +2,9 @@
 
 Each draw needs one uniform number, a function of the row's seed and of the token's position alone. So a row
 draws the same tokens whatever else is in the batch, and again after it was preempted and computed anew.
+
+The order is the usual one: penalties, temperature, min-p, top-k, top-p. Rows without penalties or randomness
+pay for neither: a greedy batch is one argmax.
 """
 
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.worker.engine.penalties import TokenHistory, penalise
 
 _MASK = 2**64 - 1
 _CANDIDATES = 1024
@@ -18,11 +22,15 @@ _CANDIDATES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row needs: its parameters, its seed and the position of the token to draw."""
+    """What one row needs: its parameters, its seed, the position of the token to draw, what came before.
+
+    `history` is None for a row without penalties.
+    """
 
     params: SamplingParams
     seed: int
     position: int
+    history: TokenHistory | None = None
 
 
 def uniform(seed: int, position: int) -> float:
@@ -39,7 +47,8 @@ def _mix(value: int) -> int:
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Draws one token a row. logits: [rows, vocabulary] float32."""
+    """Draws one token a row. logits: [rows, vocabulary] float32; they stay as they are."""
+    logits = penalise(logits, [draw.history for draw in draws])
     tokens: list[int] = logits.argmax(-1).tolist()
     random = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
     if not random:
@@ -60,6 +69,7 @@ def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         :, None
     ]
     weights = scaled.exp_()
+    _cut_min_p(weights, draws)
     points = torch.tensor(
         [uniform(draw.seed, draw.position) for draw in draws], device=device, dtype=torch.float64
     )
@@ -72,6 +82,19 @@ def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         tokens[cut] = _sample_cut(weights[cut], points[cut], [draws[row].params for row in cut])
     found: list[int] = tokens.tolist()
     return found
+
+
+def _cut_min_p(weights: torch.Tensor, draws: Sequence[Draw]) -> None:
+    """Sets weights below the row's share of its largest, which is 1, to 0. weights: [rows, vocabulary].
+
+    Source: min-p sampling (arXiv:2407.01082).
+    """
+    rows = [row for row, draw in enumerate(draws) if draw.params.min_p > 0.0]
+    if rows:
+        shares = [draws[row].params.min_p for row in rows]
+        least = torch.tensor(shares, device=weights.device, dtype=weights.dtype)[:, None]
+        part = weights[rows]
+        weights[rows] = part.masked_fill(part < least, 0.0)
 
 
 def _is_cut(params: SamplingParams) -> bool:

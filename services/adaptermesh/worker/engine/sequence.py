@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from adaptermesh.worker.engine.kv import BlockTable
+from adaptermesh.worker.engine.penalties import TokenHistory
 from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import FinishReason, Listener, Outcome, Request, Timeline
 from adaptermesh.worker.engine.slots import BASE_SLOT
@@ -29,6 +30,7 @@ class Sequence:
         level: Priority with which it joined the batch, aged as the waiting queue does.
         charged: Tokens of the prompt that its tenant was charged for.
         seed: Of the request, or drawn when it was submitted.
+        history: Token counts of a request with penalties; None for all others.
         keys: What its full blocks are found by in the prefix cache.
     """
 
@@ -45,6 +47,7 @@ class Sequence:
     computed: int = 0
     slot: int = BASE_SLOT
     overtaken: int = 0
+    history: TokenHistory | None = None
     level: int = 0
     charged: int = 0
     keys: BlockKeys = field(init=False)

@@ -18,6 +18,7 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import Base, make_base
 from adaptermesh.worker.engine.config import EngineConfig
@@ -63,10 +64,12 @@ class Heard:
     outcome: Outcome | None = None
     error: MeshError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    def on_tokens(self, text: str, token_ids: list[int]) -> None:
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         assert not self.ended.is_set()
         self.tokens.extend(token_ids)
+        self.logprobs.extend(logprobs)
         self.text += text
 
     def on_finish(self, outcome: Outcome) -> None:

@@ -1,12 +1,13 @@
 """What becomes of a request: endings, refusals, cancellation, failures."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.request import FinishReason
 
@@ -41,6 +42,21 @@ def test_an_end_token_ends_with_stop_and_has_no_text(lab: Any, make_bench: Any) 
     assert heard.outcome.finish_reason is FinishReason.STOP
     assert heard.text == bench.base.decode(expected[:first])
     assert ignoring.tokens == expected
+
+
+def test_a_stop_token_ends_as_the_end_token_does_even_where_that_is_ignored(
+    lab: Any, make_bench: Any
+) -> None:
+    bench = make_bench()
+    expected = lab.continuation(None, [5, 6, 7], 12)
+    first = expected.index(expected[4])
+    heard = bench.submit(None, [5, 6, 7], 12, ignore_eos=True, stop_token_ids=(200, expected[4]))
+    bench.run(heard)
+    assert heard.tokens == expected[: first + 1]
+    assert heard.outcome.output_tokens == first + 1
+    assert heard.outcome.finish_reason is FinishReason.STOP
+    assert heard.text == bench.base.decode(expected[:first])
+    bench.assert_empty()
 
 
 def test_a_stop_string_ends_the_text_before_it(make_bench: Any) -> None:
@@ -255,7 +271,7 @@ def test_a_listener_may_cancel_another_request(make_bench: Any) -> None:
     second = bench.submit(None, [1], 10, request_id="b")
     heard: Callable[[str, list[int]], None] = first.on_tokens
 
-    def cancel(text: str, tokens: list[int]) -> None:
+    def cancel(text: str, tokens: list[int], logprobs: Sequence[TokenLogprobs]) -> None:
         heard(text, tokens)
         bench.engine.cancel("b")
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MinPLogitsWarper
 
 from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.worker.engine.penalties import TokenHistory
 from adaptermesh.worker.engine.sampling import Draw, sample, uniform
 
 
@@ -52,6 +54,28 @@ def test_top_k_and_top_p_keep_the_likeliest(params: SamplingParams, kept: set[in
     assert set(sample(logits, draws(params, 2000))) == kept
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3, 1.0])
+def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 12) * 2
+    warper: Any = MinPLogitsWarper(min_p)
+    kept = set(warper(None, logits / 0.8)[0].isfinite().nonzero()[:, 0].tolist())
+    params = SamplingParams(temperature=0.8, min_p=min_p)
+    found = set(sample(logits.expand(20000, 12), draws(params, 20000)))
+    assert found <= kept
+    assert len(kept - found) <= (min_p == 0.0), "only the unlikeliest may be missed"
+
+
+def test_min_p_comes_after_temperature_and_before_top_p() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(2000, 4)
+    # 0.15 / 0.5 = 0.3, at temperature 2 its root: 0.55.
+    assert set(sample(logits, draws(SamplingParams(temperature=2.0, min_p=0.5), 2000))) == {0, 1, 2}
+    assert set(sample(logits, draws(SamplingParams(temperature=1.0, min_p=0.5), 2000))) == {0, 1}
+    # Of the 0.8 that min-p leaves, 0.62 lie in the first token.
+    both = SamplingParams(temperature=1.0, min_p=0.5, top_p=0.6)
+    assert set(sample(logits, draws(both, 2000))) == {0}
+
+
 def test_a_flat_distribution_over_many_tokens_is_cut_right() -> None:
     logits = torch.zeros(3000, 5000)
     found = set(sample(logits, draws(SamplingParams(temperature=1.0, top_p=0.5), 3000)))
@@ -69,12 +93,20 @@ def test_the_uniform_number_is_a_function_of_seed_and_position(seed: int, positi
 
 def test_rows_with_different_parameters_do_not_touch_each_other() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(4, 50)
+    logits = torch.randn(8, 50)
+
+    def penalised(params: SamplingParams) -> Draw:
+        return Draw(params, 7, 5, TokenHistory(params, [1]).catch_up([1, 3, 3]))
+
     rows = [
         Draw(SamplingParams(temperature=0.0), 1, 5),
         Draw(SamplingParams(temperature=1.0), 2, 5),
         Draw(SamplingParams(temperature=0.7, top_k=5), 3, 5),
         Draw(SamplingParams(temperature=1.3, top_p=0.8), 4, 5),
+        Draw(SamplingParams(temperature=1.3, min_p=0.1), 5, 5),
+        Draw(SamplingParams(temperature=1.3, min_p=0.2, top_p=0.9), 6, 5),
+        penalised(SamplingParams(temperature=1.0, frequency_penalty=2.0)),
+        penalised(SamplingParams(temperature=0.0, presence_penalty=2.0)),
     ]
     alone = [sample(logits[row : row + 1], [draw])[0] for row, draw in enumerate(rows)]
     assert sample(logits, rows) == alone

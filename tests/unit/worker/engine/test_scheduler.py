@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptermesh.core.errors import MeshError
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.fairness import TenantCounters
@@ -21,7 +22,7 @@ from adaptermesh.worker.engine.text import TextStream
 
 
 class Deaf:
-    def on_tokens(self, text: str, token_ids: list[int]) -> None: ...
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Iterable[TokenLogprobs] = ()) -> None: ...
 
     def on_finish(self, outcome: Outcome) -> None: ...
 

@@ -60,6 +60,8 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     tenant: _builtins.str
@@ -72,6 +74,12 @@ class GenerateRequest(_message.Message):
     """"namespace/name:v3" or "base", for reports only; the digest decides."""
     text: _builtins.str
     """Plain text, tokenised as it is."""
+    priority: _builtins.int
+    """Among waiting requests a higher priority goes first, [-100, 100]. Zero is the usual one."""
+    n: _builtins.int
+    """Answers to the same prompt, [1, 8]. Zero means 1. With a seed, answer i draws with seed + i: answer 0 is the one
+    that n = 1 gives. All answers run at once, each as a request of its own.
+    """
     @_builtins.property
     def chat(self) -> _inference_pb2.Chat:
         """A conversation for the chat template."""
@@ -96,10 +104,12 @@ class GenerateRequest(_message.Message):
         chat: _inference_pb2.Chat | None = ...,
         token_ids: _inference_pb2.TokenIds | None = ...,
         sampling: _inference_pb2.SamplingParams | None = ...,
+        priority: _builtins.int = ...,
+        n: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "chat", b"chat", "input", b"input", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "chat", b"chat", "input", b"input", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -116,6 +126,7 @@ class GenerateResponse(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    CHOICE_FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerateStarted:
         """The request was admitted."""
@@ -128,18 +139,23 @@ class GenerateResponse(_message.Message):
     def finished(self) -> _inference_pb2.GenerateFinished:
         """How it ended."""
 
+    @_builtins.property
+    def choice_finished(self) -> _inference_pb2.ChoiceFinished:
+        """How one of several answers ended."""
+
     def __init__(
         self,
         *,
         started: Global___GenerateStarted | None = ...,
         delta: _inference_pb2.GenerateDelta | None = ...,
         finished: _inference_pb2.GenerateFinished | None = ...,
+        choice_finished: _inference_pb2.ChoiceFinished | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "choice_finished"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
