@@ -30,6 +30,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
         self.listeners: dict[str, Listener] = {}
+        self._by_id: dict[str, Listener] = {}
         self.cancelled: list[str] = []
         self.loads: list[tuple[str, Tier, bool]] = []
         self.load_error: MeshError | None = None
@@ -54,14 +55,15 @@ class ScriptedEngine:
         name = _asked(request.request_id)
         self.requests[name] = request
         self.listeners[name] = listener
+        self._by_id[request.request_id] = listener
         tier = Tier.NONE if request.digest is None else self.tiers.get(request.digest, Tier.STORE)
         return Admission(tier, len(request.prompt_ids))
 
     def cancel(self, request_id: str) -> None:
-        name = _asked(request_id)
-        self.cancelled.append(name)
+        self.cancelled.append(_asked(request_id))
         error = MeshError(Code.CANCELLED, Reason.CANCELLED, "cancelled")
-        self._thread.submit(self.listeners[name].on_error, error)
+        # Not by the asked name: another request of that name would end in this one's place.
+        self._thread.submit(self._by_id[request_id].on_error, error)
 
     def load(
         self,
