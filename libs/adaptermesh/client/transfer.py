@@ -64,16 +64,21 @@ async def upload_messages(
     total = sum(file.source.size_bytes for file in files)
     done = 0
     for file in files:
-        handle = await asyncio.to_thread(file.location.open, "rb")
-        try:
-            while data := await asyncio.to_thread(handle.read, MESSAGE_BYTES):
-                yield store_pb2.UploadAdapterRequest(data=data)
-                await asyncio.sleep(pause_seconds)
-                done += len(data)
-                if progress is not None:
-                    progress(Progress(file.source.path, done, total))
-        finally:
-            handle.close()
+        offset = 0
+        while data := await asyncio.to_thread(_read, file.location, offset):
+            yield store_pb2.UploadAdapterRequest(data=data)
+            await asyncio.sleep(pause_seconds)
+            offset += len(data)
+            done += len(data)
+            if progress is not None:
+                progress(Progress(file.source.path, done, total))
+
+
+def _read(location: Path, offset: int) -> bytes:
+    """The bytes of one message. No file stays open between two: a broken stream is never resumed."""
+    with location.open("rb") as file:
+        file.seek(offset)
+        return file.read(MESSAGE_BYTES)
 
 
 def destination(folder: Path, path: str) -> Path:

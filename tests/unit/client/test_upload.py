@@ -5,7 +5,10 @@ import grpc
 import grpc.aio
 import pytest
 
+from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.client import Code, MeshError, Progress, Publication, Reason, StoreClient
+from adaptermesh.client.source_folder import read_folder
+from adaptermesh.client.transfer import upload_messages
 from adaptermesh.core.digests import digest_bytes
 from tests.unit.client.fake_services import FakeStore
 
@@ -152,3 +155,16 @@ async def test_a_refusal_that_grpc_lost_is_asked_for_again(
         await store.upload(adapter_folder, "acme/ner", PUBLICATION)
     assert caught.value.reason is Reason.BASE_NOT_FOUND
     assert len(attempts) == 2
+
+
+async def test_a_stream_that_is_given_up_holds_no_file_open(adapter_folder: Path) -> None:
+    files = await read_folder(adapter_folder)
+    stream = upload_messages(store_pb2.UploadHeader(), files, None)
+    for _ in range(3):
+        await anext(stream)
+    assert not [path for path in open_files() if path.is_relative_to(adapter_folder)]
+
+
+def open_files() -> list[Path]:
+    """Of this process."""
+    return [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]

@@ -197,7 +197,7 @@ async def test_a_stream_that_is_not_as_its_header_says_is_refused(store: Any, ki
     make, message = BAD_STREAMS[kind]
     files = kit.make_files()
     async with kit.refused() as errors:
-        await store.stub.UploadAdapter(kit.make_requests(make(kit, files), files))
+        await store.send(kit.make_requests(make(kit, files), files))
     assert errors[0].code is Code.INVALID_ARGUMENT
     assert message in errors[0].message
     await assert_nothing_is_left(store)
@@ -208,7 +208,7 @@ async def test_missing_bytes_are_named_with_their_file(store: Any, kit: Any) -> 
     header = kit.make_header(files)
     del files["README.md"]
     async with kit.refused() as errors:
-        await store.stub.UploadAdapter(kit.make_requests(header, files))
+        await store.send(kit.make_requests(header, files))
     assert errors[0].reason is Reason.INVALID_UPLOAD
     assert errors[0].metadata["file"] == "README.md"
     await assert_nothing_is_left(store)
@@ -218,7 +218,7 @@ async def test_bytes_after_the_last_file_are_refused(store: Any, kit: Any) -> No
     files = kit.make_files()
     header = kit.make_header(files)
     async with kit.refused() as errors:
-        await store.stub.UploadAdapter(kit.make_requests(header, {**files, "more": b"x"}))
+        await store.send(kit.make_requests(header, {**files, "more": b"x"}))
     assert "after the end" in errors[0].message
     await assert_nothing_is_left(store)
 
@@ -231,7 +231,7 @@ async def test_a_message_of_no_or_too_many_bytes_is_refused(store: Any, kit: Any
         store_pb2.UploadAdapterRequest(data=b"x" * size),
     ]
     async with kit.refused() as errors:
-        await store.stub.UploadAdapter(iter(requests))
+        await store.send(requests)
     assert f"{size} bytes" in errors[0].message
     await assert_nothing_is_left(store)
 
@@ -242,7 +242,7 @@ async def test_a_stream_needs_one_header_first(store: Any, kit: Any, count: int)
     header = store_pb2.UploadAdapterRequest(header=kit.make_header(files))
     requests = [header] * count or [store_pb2.UploadAdapterRequest(data=b"x")]
     async with kit.refused() as errors:
-        await store.stub.UploadAdapter(iter(requests))
+        await store.send(requests)
     assert errors[0].reason is Reason.INVALID_UPLOAD
     await assert_nothing_is_left(store)
 
