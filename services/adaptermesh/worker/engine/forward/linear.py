@@ -50,26 +50,15 @@ class LinearKind:
         The modules' weights become views of the joint one; with int8 they are given up, for they would be
         four fifths of the memory and nobody reads them.
         """
-        if not self.int8:
-            return _join(modules, pack=self.pack)
-        biases: list[torch.Tensor] = [module.bias for module in modules if module.bias is not None]
         weight = torch.cat([module.weight for module in modules])
+        biases: list[torch.Tensor] = [module.bias for module in modules if module.bias is not None]
         bias = torch.cat(biases) if len(biases) == len(modules) else None
+        start = 0
         for module in modules:
-            module.weight = torch.nn.Parameter(module.weight.new_empty(0), requires_grad=False)
-        return Int8Linear(weight, bias)
-
-
-def _join(modules: list[torch.nn.Linear], *, pack: bool) -> PackedLinear:
-    weights: list[torch.Tensor] = [module.weight for module in modules]
-    weight = torch.cat(weights)
-    biases: list[torch.Tensor] = [module.bias for module in modules if module.bias is not None]
-    bias = torch.cat(biases) if len(biases) == len(modules) else None
-    start = 0
-    for module in modules:
-        end = start + module.out_features
-        module.weight = torch.nn.Parameter(weight[start:end], requires_grad=False)
-        if bias is not None:
-            module.bias = torch.nn.Parameter(bias[start:end], requires_grad=False)
-        start = end
-    return PackedLinear(weight, bias, pack=pack)
+            end = start + module.out_features
+            part = weight.new_empty(0) if self.int8 else weight[start:end]
+            module.weight = torch.nn.Parameter(part, requires_grad=False)
+            if bias is not None:
+                module.bias = torch.nn.Parameter(bias[start:end], requires_grad=False)
+            start = end
+        return Int8Linear(weight, bias) if self.int8 else PackedLinear(weight, bias, pack=self.pack)
