@@ -1,10 +1,12 @@
 """What an engine is built with. Every limit is here and has a unit in its name."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptermesh.core.errors import invalid_field
+
+FORWARDS = ("auto", "native", "lean", "plain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +20,11 @@ class EngineConfig:
         threads: CPU threads of a tensor operation; 0 means the cores that this process may use.
         load_format: "auto" loads the base's weights; "dummy" makes random ones from config.json alone, to
             measure a shape. Its answers mean nothing.
-        forward: "auto" takes the lean forward where the architecture has one, "plain" always goes through
-            the modules of transformers.
+        forward: "auto" takes the fastest way through the base that this machine and architecture allow:
+            "native" (kernels in C++, on a CPU), "lean" (few torch calls a layer), or "plain" (the modules of
+            transformers). One of these names takes that way or is refused.
+        kernel_dir: Folder in which the native kernels are built once for the machine, if they did not come
+            with the package.
         pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
             small batches faster. No effect on CUDA.
         quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits. Faster
@@ -51,6 +56,7 @@ class EngineConfig:
     threads: int = 0
     load_format: str = "auto"
     forward: str = "auto"
+    kernel_dir: Path = field(default_factory=lambda: Path.home() / ".adaptermesh" / "kernels")
     pack_weights: bool = True
     quantization: str = "none"
     max_batch_rows: int = 32
@@ -75,8 +81,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise invalid_field("load_format", f"{self.load_format!r} is neither 'auto' nor 'dummy'")
-        if self.forward not in ("auto", "plain"):
-            raise invalid_field("forward", f"{self.forward!r} is neither 'auto' nor 'plain'")
+        if self.forward not in FORWARDS:
+            raise invalid_field("forward", f"{self.forward!r} is none of {', '.join(FORWARDS)}")
         if self.quantization not in ("none", "int8"):
             raise invalid_field("quantization", f"{self.quantization!r} is neither 'none' nor 'int8'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

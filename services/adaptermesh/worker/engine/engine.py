@@ -12,6 +12,7 @@ from adaptermesh.worker.engine.admission import check_request
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
+from adaptermesh.worker.engine.forward.forward import find_kernels
 from adaptermesh.worker.engine.holders import Holder, OnDone
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
@@ -53,12 +54,13 @@ class Engine:
         self._max_context = min(config.max_context_tokens, base.max_context_tokens)
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
-        self._slots = DeviceSlots(config.device_slots, fast_ops(base.sites, base.dtype, base.device))
+        kernels = find_kernels(base, config)
+        self._slots = DeviceSlots(config.device_slots, fast_ops(base.sites, base.dtype, base.device, kernels))
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
         self._scheduler = Scheduler(config, self._blocks, self._residency)
-        self._runner = Runner(config, base, self._slots, blocks)
+        self._runner = Runner(config, base, self._slots, blocks, kernels)
         self._rows: dict[str, Row] = {}
         self._deadlines = Deadlines()
         self._pace = Pace()

@@ -9,6 +9,7 @@ from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward.forward import make_forward
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.logprobs import token_logprobs
+from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.postprocess import Drawn
 from adaptermesh.worker.engine.sampling import Draw, sample
@@ -19,12 +20,14 @@ from adaptermesh.worker.engine.slots import DeviceSlots
 class Runner:
     """The model, the cache's tensor and the slots, seen as one function of a plan."""
 
-    def __init__(self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int) -> None:
+    def __init__(
+        self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int, kernels: Kernels | None
+    ) -> None:
         self._base = base
         self._slots = slots
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
-        self._forward = make_forward(base, config)
+        self._forward = make_forward(base, config, kernels)
 
     @property
     def kv_bytes(self) -> int:

@@ -14,11 +14,24 @@ BASE_SLOT = -1
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AdapterPlan:
-    """What the adapters of one step do, by site. Empty for a batch of base rows."""
+    """What the adapters of one step do. Without tokens of adapters it does nothing."""
 
-    sites: Mapping[str, tuple[SitePlan, ...]] = field(default_factory=dict)
+    tokens: StepTokens = field(default_factory=lambda: StepTokens(()))
+    ops: Mapping[str, Op] = field(default_factory=dict)
+    _sites: Mapping[str, tuple[SitePlan, ...]] | None = None
+
+    @property
+    def sites(self) -> Mapping[str, tuple[SitePlan, ...]]:
+        """By site. Made when a forward first asks; the kernels read the ops themselves and never do."""
+        if self._sites is None:
+            found: dict[str, list[SitePlan]] = {}
+            for op in self.ops.values() if self.tokens.active_slots else ():
+                for site, plan in op.plan(self.tokens).items():
+                    found.setdefault(site, []).append(plan)
+            self._sites = {site: tuple(plans) for site, plans in found.items()}
+        return self._sites
 
     def apply(self, site: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds the adapters' part at one site of one layer. x: [tokens, in]. y: [tokens, out], in place."""
@@ -72,13 +85,7 @@ class DeviceSlots:
 
     def plan(self, tokens: StepTokens) -> AdapterPlan:
         """The adapters' part of a step."""
-        if not tokens.active_slots:
-            return AdapterPlan()
-        sites: dict[str, list[SitePlan]] = {}
-        for op in self._ops.values():
-            for site, plan in op.plan(tokens).items():
-                sites.setdefault(site, []).append(plan)
-        return AdapterPlan({site: tuple(plans) for site, plans in sites.items()})
+        return AdapterPlan(tokens, self._ops)
 
     def check(self, rows: Iterable[tuple[int, str | None]]) -> None:
         """Asserts for each (slot, requested digest) that the slot holds that digest, and no digest is base.

@@ -1,0 +1,198 @@
+"""The path of the Llama family through the kernels in C++: one call a step, whatever the adapters.
+
+A token's result does not depend on what else is in its batch, to the last bit: sums go in one order
+everywhere.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.batch import StepBatch
+from adaptermesh.worker.engine.forward.panels import Panels, Weight
+from adaptermesh.worker.engine.kv import KvCache
+from adaptermesh.worker.engine.native.build import NoKernels
+from adaptermesh.worker.engine.native.library import SITES, Kernels, Layer, Matrix, Model, Site, Step
+from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
+
+NATIVE_ARCHITECTURES = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
+
+# Of attention.h.
+_MAX_HEAD_DIM = 256
+_REACH = 512
+_WIDTH = 8
+_Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+
+
+class NativeForward:
+    """Holds the packed weights; `base.model` gives its layers' matrices up, for they would be there twice.
+
+    Raises:
+        NoKernels: The kernels can't compute this base; the message says why.
+    """
+
+    def __init__(self, base: Base, kernels: Kernels | None, block_tokens: int) -> None:
+        kernels = _check(base, kernels, block_tokens)
+        self._kernels = kernels
+        self._base = base
+        self._decoder = base.model.model
+        self._embeddings = self._decoder.embed_tokens.weight
+        self._layers = (Layer * base.sites.num_layers)()
+        self._keep: list[torch.Tensor] = []
+        self._model = self._read_model(block_tokens)
+        self._scratch = torch.empty(0)
+        self._cache: KvCache | None = None
+        self._threads = torch.get_num_threads()
+
+    def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
+        self._use_cache(cache)
+        hidden = self._embeddings[batch.token_ids]
+        cos, sin = self._decoder.rotary_emb(hidden, batch.positions[None])
+        outputs = batch.outputs.to(torch.int32)
+        logits = torch.empty(len(outputs), self._model.vocabulary)
+        tokens = len(hidden)
+        spans, tables = _pack_spans(batch)
+        sites, held = _pack_sites(batch)
+        step = Step(
+            hidden=hidden.data_ptr(),
+            cosines=cos.data_ptr(),
+            sines=sin.data_ptr(),
+            spans=spans.ctypes.data,
+            tables=tables.ctypes.data,
+            outputs=outputs.data_ptr(),
+            logits=logits.data_ptr(),
+            scratch=self._scratch_for(tokens).data_ptr(),
+            sites=sites,
+            tokens=tokens,
+            span_count=len(spans),
+            output_count=len(outputs),
+            first_layer=0,
+            last_layer=self._model.layer_count,
+            threads=self._threads,
+        )
+        self._kernels.run(self._model, step)
+        # What the step points to must outlive it.
+        del held
+        return logits
+
+    def _use_cache(self, cache: KvCache) -> None:
+        if self._cache is not cache:
+            for layer, data in zip(self._layers, cache.data, strict=True):
+                layer.cache = data.data_ptr()
+            self._cache = cache
+
+    def _scratch_for(self, tokens: int) -> torch.Tensor:
+        need = self._kernels.scratch_floats(self._model, tokens)
+        if need > len(self._scratch):
+            self._scratch = torch.empty(need)
+        return self._scratch
+
+    def _read_model(self, block_tokens: int) -> Model:
+        config, model = self._base.model.config, self._base.model
+        matrices = [Weight.of(module) for layer in self._decoder.layers for module in _matrices_of(layer)]
+        self._panels = Panels(self._kernels, [*matrices, Weight.of(model.lm_head)])
+        found = iter(self._panels.matrices)
+        for layer, held in zip(self._decoder.layers, self._layers, strict=True):
+            self._read_layer(layer, held, found)
+        return Model(
+            layers=self._layers,
+            norm_out=self._pointer(self._decoder.norm.weight),
+            head=next(found),
+            layer_count=len(self._layers),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=self._base.kv_heads,
+            dim=self._base.head_dim,
+            inner=config.intermediate_size,
+            vocabulary=model.lm_head.weight.shape[0],
+            block=block_tokens,
+            window=_window(config),
+            epsilon=config.rms_norm_eps,
+            scaling=self._base.head_dim**-0.5,
+        )
+
+    def _read_layer(self, layer: Any, held: Layer, found: Iterator[Matrix]) -> None:
+        attention = layer.self_attn
+        held.norm_in = self._pointer(layer.input_layernorm.weight)
+        held.norm_mid = self._pointer(layer.post_attention_layernorm.weight)
+        if hasattr(attention, "q_norm"):
+            held.q_norm = self._pointer(attention.q_norm.weight)
+            held.k_norm = self._pointer(attention.k_norm.weight)
+        for site, module in zip(SITES, _matrices_of(layer), strict=True):
+            setattr(held, site, next(found))
+            module.weight = torch.nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+
+    def _pointer(self, weight: torch.Tensor) -> int:
+        weight = weight.contiguous()
+        self._keep.append(weight)
+        return weight.data_ptr()
+
+
+def _check(base: Base, kernels: Kernels | None, block_tokens: int) -> Kernels:
+    config = base.model.config
+    if base.device.type != "cpu" or base.dtype != torch.float32:
+        raise NoKernels(f"they compute on a CPU in float32, not on {base.device.type} in {base.dtype}")
+    if kernels is None:
+        raise NoKernels("there are none here")
+    if base.facts.architecture not in NATIVE_ARCHITECTURES:
+        raise NoKernels(f"they don't compute {base.facts.architecture}")
+    if config.hidden_act != "silu":
+        raise NoKernels(f"they compute silu, the model wants {config.hidden_act}")
+    if base.head_dim % _WIDTH or base.head_dim > _MAX_HEAD_DIM:
+        raise NoKernels(f"heads of {base.head_dim} are no multiple of {_WIDTH} up to {_MAX_HEAD_DIM}")
+    if block_tokens % _WIDTH or _REACH % block_tokens:
+        raise NoKernels(f"blocks of {block_tokens} tokens are no multiple of {_WIDTH} that divides {_REACH}")
+    if len(set(getattr(config, "layer_types", None) or [None])) > 1:
+        raise NoKernels("its layers differ in what they see")
+    return kernels
+
+
+def _window(config: Any) -> int:
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        return int(config.sliding_window)
+    uses = getattr(config, "use_sliding_window", True)
+    return int(getattr(config, "sliding_window", None) or 0) if uses else 0
+
+
+def _matrices_of(layer: Any) -> list[Any]:
+    """The modules of a layer in the order of SITES."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
+
+
+def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
+    """[spans, 4] (first token, count, past, start of its blocks), and all blocks one after the other."""
+    rows: list[tuple[int, int, int, int]] = []
+    tables: list[int] = []
+    first = 0
+    for span in batch.attention.spans:
+        rows.append((first, span.count, span.past, len(tables)))
+        tables.extend(span.blocks)
+        first += span.count
+    return np.array(rows, np.int32).reshape(-1, 4), np.array(tables, np.int32)
+
+
+def _pack_sites(batch: StepBatch) -> tuple[Any, object]:
+    """The low-rank part of each site, and what it points to."""
+    sites = (Site * len(SITES))()
+    op = batch.adapters.ops.get("lowrank")
+    if not batch.adapters.tokens.active_slots or not isinstance(op, NativeLowRank):
+        return sites, None
+    found = op.rows_of(batch.adapters.tokens)
+    for index, name in enumerate(SITES):
+        if name in found:
+            sites[index] = found[name].rows
+    return sites, found
