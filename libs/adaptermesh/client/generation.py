@@ -100,6 +100,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """What the model thought of the prompt's next tokens, from its second one on; only if asked for."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More text, and the tokens that it came from; `logprobs` has one for each if they were asked for."""
 
@@ -154,13 +161,14 @@ class Finished:
     timings: Timings
 
 
-Event = Started | Delta | ChoiceFinished | Finished
+Event = Started | PromptLogprobs | Delta | ChoiceFinished | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A whole answer; `text`, `token_ids` and `logprobs` are the first one's if several were asked for.
 
+    `prompt_logprobs` has one for each token of the prompt but the first if they were asked for.
     `ttft` and `duration` are seconds as this client saw them: from the call to the first token, to the end.
     """
 
@@ -169,6 +177,7 @@ class Generation:
     finished: Finished
     ttft: float
     duration: float
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
@@ -245,6 +254,10 @@ def started_of(message: inference_pb2.GenerateStarted, trace_id: str) -> Started
         switch_kind=_SWITCH_KINDS.get(message.switch_kind, SwitchKind.NONE),
         prompt_tokens=message.prompt_tokens,
     )
+
+
+def prompt_logprobs_of(message: inference_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(read_logprobs(message.logprobs))
 
 
 def delta_of(message: inference_pb2.GenerateDelta) -> Delta:

@@ -21,6 +21,7 @@ from adaptermesh.worker.wire import (
     delta_messages,
     finished_message,
     generation_request,
+    prompt_messages,
     residency_message,
     started_message,
     status_message,
@@ -68,6 +69,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             admission = generation.admission
             yield started_message(serving.info.worker_id, admission.tier, admission.prompt_tokens)
             async for mail in generation.mails(deadline):
+                for message in prompt_messages(mail):
+                    yield message
                 if mail.token_ids or mail.text:
                     for message in delta_messages(mail):
                         yield message

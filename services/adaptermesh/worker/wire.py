@@ -21,7 +21,7 @@ from adaptermesh.worker.prompts import ChatMessage, ChatPrompt, Prompt, TextProm
 from adaptermesh.worker.residency import Delta, Snapshot
 
 MAX_DELTA_LOGPROBS = 1024
-"""Tokens of one message that has log probabilities: some 300 KB at most."""
+"""Tokens of one message that has log probabilities, of the output or the prompt: some 300 KB at most."""
 
 _TIERS = {
     Tier.NONE: adapter_pb2.TIER_UNSPECIFIED,
@@ -102,6 +102,14 @@ def started_message(worker_id: str, tier: Tier, prompt_tokens: int) -> worker_pb
             prompt_tokens=prompt_tokens,
         )
     )
+
+
+def prompt_messages(mail: Mail) -> Iterator[worker_pb2.GenerateResponse]:
+    """What the mail says of the prompt; no message if it says nothing."""
+    for start in range(0, len(mail.prompt_logprobs), MAX_DELTA_LOGPROBS):
+        part = mail.prompt_logprobs[start : start + MAX_DELTA_LOGPROBS]
+        logprobs = inference_pb2.PromptLogprobs(logprobs=logprobs_messages(part))
+        yield worker_pb2.GenerateResponse(prompt_logprobs=logprobs)
 
 
 def delta_messages(mail: Mail) -> Iterator[worker_pb2.GenerateResponse]:

@@ -255,6 +255,11 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         await context.send_initial_metadata((("x-trace-id", "0af7651916cd43dd8448eb211c80319c"),))
         started = self._started(sent)
         yield inference_pb2.GenerateResponse(started=started)
+        if request.sampling.HasField("prompt_logprobs"):
+            for token in (4, 5):
+                told = TokenLogprobs(token, -2.0, ((token, -2.0),)[: request.sampling.prompt_logprobs])
+                piece = inference_pb2.PromptLogprobs(logprobs=logprobs_messages([told]))
+                yield inference_pb2.GenerateResponse(prompt_logprobs=piece)
         for number, word in enumerate(self._words(started)):
             if number == self.fail_after:
                 raise unavailable(Reason.WORKER_LOST, "the worker is gone", 0.5, worker_id="w-1")

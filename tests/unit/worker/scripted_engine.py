@@ -108,6 +108,9 @@ class ScriptedEngine:
     ) -> None:
         self.play(lambda: self.listeners[request_id].on_tokens(text, list(token_ids), logprobs))
 
+    def prompt(self, request_id: str, logprobs: Sequence[TokenLogprobs]) -> None:
+        self.play(lambda: self.listeners[request_id].on_prompt(logprobs))
+
     def finish(self, request_id: str, timeline: Timeline | None = None) -> None:
         outcome = Outcome(FinishReason.STOP, 3, 2, timeline or Timeline(1, 0, 0, 0, 0, 2, 3, 4))
         self.play(lambda: self.listeners[request_id].on_finish(outcome))

@@ -157,6 +157,34 @@ async def test_log_probabilities_come_with_their_tokens_in_messages_of_bounded_s
     assert found == logprobs
 
 
+async def test_a_long_prompt_is_told_of_in_messages_of_bounded_size_before_the_output(worker: Worker) -> None:
+    call = await begin(worker, worker.request(sampling=inference_pb2.SamplingParams(prompt_logprobs=1)))
+    await call.read()
+    logprobs = [TokenLogprobs(token, -0.5, ((token + 1, -0.25),)) for token in range(MAX_DELTA_LOGPROBS + 5)]
+    worker.engine.prompt("r1", logprobs[:3])
+    first = await call.read()
+    worker.engine.prompt("r1", logprobs[3:])
+    worker.engine.tokens("r1", "text", 1)
+    worker.engine.finish("r1")
+    rest = [message async for message in call]
+    assert rest[-1].HasField("finished")
+    assert [message.WhichOneof("event") for message in rest if message.HasField("delta")] == ["delta"]
+    pieces = [first, *rest[:-2]]
+    assert all(len(message.prompt_logprobs.logprobs) <= MAX_DELTA_LOGPROBS for message in pieces)
+    found = [token for message in pieces for token in read_logprobs(message.prompt_logprobs.logprobs)]
+    assert found == logprobs
+
+
+async def test_a_failure_in_the_middle_of_a_prompt_comes_after_what_is_known_of_it(worker: Worker) -> None:
+    call = await begin(worker, worker.request(sampling=inference_pb2.SamplingParams(prompt_logprobs=0)))
+    await call.read()
+    worker.engine.prompt("r1", [TokenLogprobs(1, -0.5)])
+    worker.engine.fail("r1", MeshError(Code.INTERNAL, Reason.INTERNAL, "broken"))
+    assert (await call.read()).HasField("prompt_logprobs")
+    with pytest.raises(grpc.aio.AioRpcError, match="broken"):
+        await call.read()
+
+
 async def test_all_answers_are_taken_or_none(worker: Worker) -> None:
     worker.engine.refusal = MeshError(Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED, "full", retry_after=1.0)
     worker.engine.refuse_after = 2
@@ -200,6 +228,7 @@ async def test_a_chat_reaches_the_engine_through_the_template(worker: Worker) ->
         ({"sampling": inference_pb2.SamplingParams(frequency_penalty=-3)}, "sampling.frequency_penalty"),
         ({"sampling": inference_pb2.SamplingParams(stop_token_ids=[-1])}, "sampling.stop_token_ids"),
         ({"sampling": inference_pb2.SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": inference_pb2.SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs"),
         ({"priority": 101}, "priority"),
         ({"n": 9}, "n"),
         ({"n": -1}, "n"),

@@ -284,6 +284,31 @@ async def test_penalties_and_log_probabilities_come_through_the_real_engine(real
     assert tokens != real.lab.continuation(None, PROMPT, 8)
 
 
+async def test_the_prompt_is_told_of_once_however_many_answers_there_are(real: RealWorker) -> None:
+    adapter = real.lab.adapter(1)
+    real.keep(adapter)
+    request = worker_pb2.GenerateRequest(
+        request_id="r1",
+        tenant="acme",
+        adapter_digest=adapter.digest,
+        base_digest=real.lab.facts.digest,
+        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        sampling=inference_pb2.SamplingParams(max_tokens=4, ignore_eos=True, prompt_logprobs=2),
+        n=3,
+    )
+    messages = [message async for message in real.stub.Generate(request, timeout=60)]
+    found = [one for message in messages for one in message.prompt_logprobs.logprobs]
+    assert [one.token_id for one in found] == PROMPT[1:]
+    expected = real.lab.logits(adapter, PROMPT)[:-1].log_softmax(-1)
+    for row, one in zip(expected, found, strict=True):
+        assert one.logprob == pytest.approx(float(row[one.token_id]), abs=1e-3)
+        assert [top.token_id for top in one.top] == row.topk(2).indices.tolist()
+    events = [message.WhichOneof("event") for message in messages if message.delta.index == 0]
+    assert events.index("prompt_logprobs") < events.index("delta")
+    assert messages[-1].finished.output_tokens == 12
+    await real.settled()
+
+
 async def test_each_answer_is_the_one_its_seed_gives_alone(real: RealWorker) -> None:
     def request(request_id: str, n: int, seed: int) -> worker_pb2.GenerateRequest:
         return worker_pb2.GenerateRequest(

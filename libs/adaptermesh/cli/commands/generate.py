@@ -19,12 +19,14 @@ from adaptermesh.client import (
     Generation,
     MeshClient,
     Prompt,
+    PromptLogprobs,
     SamplingParams,
     Started,
 )
 
 _EVENTS: dict[type[Event], str] = {
     Started: "started",
+    PromptLogprobs: "prompt_logprobs",
     Delta: "delta",
     ChoiceFinished: "choice_finished",
     Finished: "finished",
@@ -65,6 +67,10 @@ def generate(
         int | None,
         typer.Option(help="With --json: log probabilities of each token and of this many likeliest ones."),
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: the same for each token of the prompt but the first."),
+    ] = None,
     n: Annotated[int, typer.Option(help="Answers to the same text, [1, 8].")] = 1,
     priority: Annotated[int, typer.Option(help="Higher goes first, [-100, 100].")] = 0,
     tenant: Annotated[str, typer.Option(help="Whose request it is, where no keys are configured.")] = "",
@@ -85,8 +91,8 @@ def generate(
     """
     if system and not chat:
         raise typer.BadParameter("--system needs --chat")
-    if logprobs is not None and not as_json:
-        raise typer.BadParameter("--logprobs needs --json")
+    if (logprobs is not None or prompt_logprobs is not None) and not as_json:
+        raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
     content = sys.stdin.read() if text == "-" else text
     prompt = Prompt.chat(content, system=system) if chat else Prompt.raw(content)
     sampling = SamplingParams(
@@ -102,6 +108,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         stop_token_ids=tuple(stop_token_id or ()),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
     async def work(output: Output) -> None:

@@ -17,7 +17,7 @@ from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
 from adaptermesh.worker.engine.pace import Pace
 from adaptermesh.worker.engine.penalties import make_history
-from adaptermesh.worker.engine.postprocess import Drawn, Ending, take_token
+from adaptermesh.worker.engine.postprocess import Ending, StepResult, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
 from adaptermesh.worker.engine.runner import Runner
@@ -230,20 +230,22 @@ class Engine:
             if row.sequence.timeline.scheduled_ns == 0:
                 row.sequence.timeline.scheduled_ns = now
         try:
-            drawn = self._runner.run(plan, self._blocks.take_dirty())
+            result = self._runner.run(plan, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (the top of the step: one bad batch must not end all others)
             self._fail_step(plan, error)
             return
         self._failures = 0
-        self._postprocess(plan, drawn)
+        self._postprocess(plan, result)
 
-    def _postprocess(self, plan: StepPlan, drawn: Sequence[Drawn]) -> None:
-        """Books what was computed, then hands out the new tokens."""
+    def _postprocess(self, plan: StepPlan, result: StepResult) -> None:
+        """Books what was computed, then hands out what it says of prompts, then the new tokens."""
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
             self._scheduler.book(plan)
+        for scored in result.scored:
+            scored.sequence.listener.on_prompt(scored.logprobs)
         now = self._now_ns()
-        for sequence, one in zip(sampled, drawn, strict=True):
+        for sequence, one in zip(sampled, result.drawn, strict=True):
             if sequence.timeline.first_token_ns == 0:
                 sequence.timeline.first_token_ns = now
             ending = take_token(sequence, one, self._base.eos_ids)

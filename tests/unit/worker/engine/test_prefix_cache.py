@@ -8,7 +8,7 @@ import torch
 
 from adaptermesh.core.errors import Code
 from adaptermesh.core.sampling import SamplingParams
-from adaptermesh.worker.engine.postprocess import Drawn
+from adaptermesh.worker.engine.postprocess import StepResult
 from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import Request
 from tests.unit.worker.engine.conftest import Bench, Heard
@@ -51,7 +51,7 @@ def count_computed(bench: Bench) -> list[int]:
     counts: list[int] = []
     run = bench.engine._runner.run
 
-    def counted(plan: Any, fresh_blocks: list[int]) -> list[Drawn]:
+    def counted(plan: Any, fresh_blocks: list[int]) -> StepResult:
         counts.append(sum(row.count for row in plan.rows))
         return run(plan, fresh_blocks)
 
