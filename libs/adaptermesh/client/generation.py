@@ -153,12 +153,16 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event. `finish_reason` is "stop" or "length"; `output_tokens` are those of all answers."""
+    """The last event. `finish_reason` is "stop" or "length"; `output_tokens` are those of all answers.
+
+    `cached_tokens` of the prompt came from the worker's prefix cache and were not computed.
+    """
 
     finish_reason: str
     prompt_tokens: int
     output_tokens: int
     timings: Timings
+    cached_tokens: int = 0
 
 
 Event = Started | PromptLogprobs | Delta | ChoiceFinished | Finished
@@ -305,6 +309,7 @@ def finished_of(message: inference_pb2.GenerateFinished) -> Finished:
             shared_fetch=timings.shared_fetch,
             fetched_bytes=timings.fetched_bytes,
         ),
+        cached_tokens=message.cached_tokens,
     )
 
 

@@ -146,6 +146,7 @@ def finished_message(outcome: Outcome) -> worker_pb2.GenerateResponse:
             prompt_tokens=outcome.prompt_tokens,
             output_tokens=outcome.output_tokens,
             timings=_timings(outcome.timeline),
+            cached_tokens=outcome.timeline.cached_tokens,
         )
     )
 

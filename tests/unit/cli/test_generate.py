@@ -26,6 +26,14 @@ def test_verbose_shows_what_served_the_request(fakes: FakeMesh, invoke: Invoke) 
         assert word in result.stderr
 
 
+def test_verbose_says_what_the_prefix_cache_had(fakes: FakeMesh, invoke: Invoke) -> None:
+    assert "7 in, 3 out" in invoke("generate", "Hello", "-v").stderr
+    fakes.gateway.cached_tokens = 4
+    assert "7 in (4 of them from the prefix cache), 3 out" in invoke("generate", "Hello", "-v").stderr
+    last = invoke("generate", "Hello", "--json").stdout.splitlines()[-1]
+    assert json.loads(last)["cached_tokens"] == 4
+
+
 def test_json_prints_one_line_for_each_event(fakes: FakeMesh, invoke: Invoke) -> None:
     result = invoke("generate", "--adapter", "acme/ner:v1", "Hello", "--json")
     events = [json.loads(line) for line in result.stdout.splitlines()]

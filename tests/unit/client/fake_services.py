@@ -241,6 +241,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self.refuse: MeshError | None = None
         self.fail_after: int | None = None
         """Breaks off after so many deltas."""
+        self.cached_tokens = 0
         self.finish = True
         self.hang = False
         """Goes on for ever after the first delta."""
@@ -308,7 +309,10 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
 
     def _finished(self) -> inference_pb2.GenerateFinished:
         finished = inference_pb2.GenerateFinished(
-            finish_reason=inference_pb2.FINISH_REASON_STOP, prompt_tokens=7, output_tokens=len(self.words)
+            finish_reason=inference_pb2.FINISH_REASON_STOP,
+            prompt_tokens=7,
+            output_tokens=len(self.words),
+            cached_tokens=self.cached_tokens,
         )
         for name, milliseconds in (("time_to_first_token", 30), ("queue", 12), ("fetch", 10), ("verify", 2)):
             getattr(finished.timings, name).FromMilliseconds(milliseconds)

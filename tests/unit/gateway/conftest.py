@@ -70,7 +70,10 @@ def delta(text: str, *token_ids: int) -> worker_pb2.GenerateResponse:
 
 def finished(output_tokens: int = 2) -> worker_pb2.GenerateResponse:
     done = inference_pb2.GenerateFinished(
-        finish_reason=inference_pb2.FINISH_REASON_STOP, prompt_tokens=5, output_tokens=output_tokens
+        finish_reason=inference_pb2.FINISH_REASON_STOP,
+        prompt_tokens=5,
+        output_tokens=output_tokens,
+        cached_tokens=4,
     )
     done.timings.queue.FromMilliseconds(7)
     done.timings.h2d.FromMilliseconds(2)

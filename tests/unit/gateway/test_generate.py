@@ -32,7 +32,7 @@ async def test_a_stream_starts_with_identities_and_ends_with_the_finish_reason(m
     assert seen.started.prompt_tokens == 5
     assert seen.finished is not None
     assert seen.finished.finish_reason == inference_pb2.FINISH_REASON_STOP
-    assert seen.finished.output_tokens == 2
+    assert (seen.finished.output_tokens, seen.finished.cached_tokens) == (2, 4)
 
 
 async def test_initial_metadata_says_what_served_the_request(mesh: Mesh, fakes: Fakes) -> None:

@@ -46,7 +46,9 @@ async def test_a_stream_is_started_deltas_finished(worker: Worker) -> None:
     worker.engine.tokens("r1", "Hel", 7)
     first = await call.read()
     worker.engine.tokens("r1", "lo", 8, 9)
-    worker.engine.finish("r1", Timeline(1_000, 2_000, 5_000, 6_000, 7_000, 8_000, 9_000, 12_000, 500, 64))
+    worker.engine.finish(
+        "r1", Timeline(1_000, 2_000, 5_000, 6_000, 7_000, 8_000, 9_000, 12_000, 500, 64, cached_tokens=2)
+    )
     rest = [message async for message in call]
     assert started.started.prompt_tokens == 3
     assert started.started.tier == adapter_pb2.TIER_DEVICE
@@ -55,7 +57,7 @@ async def test_a_stream_is_started_deltas_finished(worker: Worker) -> None:
     assert "".join(message.delta.text for message in rest) == "lo"
     finished = rest[-1].finished
     assert finished.finish_reason == inference_pb2.FINISH_REASON_STOP
-    assert (finished.prompt_tokens, finished.output_tokens) == (3, 2)
+    assert (finished.prompt_tokens, finished.cached_tokens, finished.output_tokens) == (3, 2, 2)
     assert finished.timings.time_to_first_token.ToNanoseconds() == 8_000
     assert finished.timings.queue.ToNanoseconds() == 7_000
     assert finished.timings.fetch.ToNanoseconds() == 3_000

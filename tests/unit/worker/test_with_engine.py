@@ -197,6 +197,23 @@ async def test_concurrent_misses_share_one_fetch_and_the_other_trace_links_to_it
     assert sorted(links, key=len) == [[], [fetch.context]]
 
 
+async def test_the_usage_and_the_trace_say_what_the_prefix_cache_had(real: RealWorker) -> None:
+    prompt = list(range(40))
+    for request_id, metadata in (("cold", TRACED[0]), ("alike", TRACED[1])):
+        request = worker_pb2.GenerateRequest(
+            request_id=request_id,
+            tenant="acme",
+            base_digest=real.lab.facts.digest,
+            token_ids=inference_pb2.TokenIds(ids=prompt),
+            sampling=inference_pb2.SamplingParams(max_tokens=1),
+        )
+        messages = [message async for message in real.stub.Generate(request, metadata=metadata)]
+        assert messages[-1].finished.cached_tokens == (0 if request_id == "cold" else 32)
+    await until(lambda: len(real.spans("engine.prefill")) == 2)
+    found = [dict(span.attributes or {}) for span in real.spans("engine.prefill")]
+    assert [usage["gen_ai.usage.cache_read.input_tokens"] for usage in found] == [0, 32]
+
+
 async def test_an_unknown_digest_is_not_found(real: RealWorker) -> None:
     digest = digest_bytes(b"nothing")
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -158,6 +158,8 @@ def served_by(answer: Generation) -> Table:
     if timings.h2d:
         steps.append(f"h2d {milliseconds(timings.h2d)}")
     steps += [f"prefill {milliseconds(timings.prefill)}", f"decode {milliseconds(timings.decode)}"]
+    reused = answer.finished.cached_tokens
+    cached = f" ({reused} of them from the prefix cache)" if reused else ""
     route = f"{started.cohort or started.ref} (route change {started.route_generation})"
     return facts(
         served_by=f"{started.adapter_version} {short_digest(started.adapter_digest)}".strip(),
@@ -165,7 +167,7 @@ def served_by(answer: Generation) -> Table:
         route=route if started.route_generation else "",
         switch=f"{started.switch_kind.value}, from {started.tier}" if started.tier else "none",
         worker=started.worker_id,
-        tokens=f"{answer.finished.prompt_tokens} in, {answer.finished.output_tokens} out, "
+        tokens=f"{answer.finished.prompt_tokens} in{cached}, {answer.finished.output_tokens} out, "
         f"ended by {answer.finished.finish_reason}",
         time_to_first_token=milliseconds(answer.ttft),
         total=milliseconds(answer.duration),

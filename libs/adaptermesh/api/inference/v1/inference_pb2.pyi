@@ -587,12 +587,17 @@ class GenerateFinished(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why; of answer 0 if there are several."""
     prompt_tokens: _builtins.int
     """Number of prompt tokens, counted once."""
     output_tokens: _builtins.int
     """Number of generated tokens, of all answers together."""
+    cached_tokens: _builtins.int
+    """Those of the prompt's tokens that came from the prefix cache and were not computed, [0, prompt_tokens); of
+    answer 0 if there are several. Zero if there were none.
+    """
     @_builtins.property
     def timings(self) -> Global___Timings:
         """What it took, step by step; for answer 0 if there are several."""
@@ -604,10 +609,11 @@ class GenerateFinished(_message.Message):
         prompt_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
         timings: Global___Timings | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
