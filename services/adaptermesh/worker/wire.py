@@ -186,6 +186,22 @@ def load_message(status: EngineStatus) -> worker_pb2.Load:
         waiting_tokens=status.waiting_tokens,
         kv_used_tokens=status.kv_used_tokens,
         kv_total_tokens=status.kv_total_tokens,
+        budgets=_budgets(status),
+    )
+
+
+def _budgets(status: EngineStatus) -> worker_pb2.Budgets:
+    tiers = status.tiers
+    return worker_pb2.Budgets(
+        device_used_bytes=tiers.device_used_bytes,
+        device_used_slots=tiers.device_used_slots,
+        host_used_bytes=tiers.host_used_bytes,
+        host_budget_bytes=tiers.host_budget_bytes,
+        disk_used_bytes=tiers.disk_used_bytes,
+        disk_budget_bytes=tiers.disk_budget_bytes,
+        kv_used_bytes=status.kv_used_bytes,
+        kv_cached_bytes=status.kv_cached_bytes,
+        kv_total_bytes=status.kv_total_bytes,
     )
 
 

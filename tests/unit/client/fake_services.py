@@ -25,6 +25,17 @@ BASE = adapter_pb2.BaseModel(
     model_id="tiny", digest="sha256:" + "b" * 64, architecture="LlamaForCausalLM", hidden_size=8, num_layers=2
 )
 MIB = 2**20
+BUDGETS = worker_pb2.Budgets(
+    device_used_bytes=3 * MIB,
+    device_used_slots=1,
+    host_used_bytes=256 * MIB,
+    host_budget_bytes=1024 * MIB,
+    disk_used_bytes=5 * MIB,
+    disk_budget_bytes=10 * MIB,
+    kv_used_bytes=MIB,
+    kv_cached_bytes=2 * MIB,
+    kv_total_bytes=8 * MIB,
+)
 STEP = 50_000
 PAGE = 2
 """Fakes send small pages, whatever is asked for."""
@@ -331,6 +342,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
 
     def __init__(self, workers: list[str]) -> None:
         self.workers = workers
+        self.budgets: worker_pb2.Budgets | None = BUDGETS
 
     async def ListWorkers(self, request: Any, context: Any) -> router_pb2.ListWorkersResponse:
         return router_pb2.ListWorkersResponse(
@@ -338,7 +350,9 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
                 router_pb2.WorkerView(
                     info=worker_info(f"w-{index}", address),
                     state=worker_pb2.WORKER_STATE_READY,
-                    load=worker_pb2.Load(running_requests=2, kv_used_tokens=10, kv_total_tokens=100),
+                    load=worker_pb2.Load(
+                        running_requests=2, kv_used_tokens=10, kv_total_tokens=100, budgets=self.budgets
+                    ),
                     residencies=[residency("sha256:" + "a" * 64, adapter_pb2.TIER_DEVICE)],
                     booked_requests=1,
                 )

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
@@ -16,11 +17,17 @@ from adaptermesh.worker.engine.request import (
     Request,
     Timeline,
 )
-from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView, TierBudgets
 
 
 def status(**fields: int) -> EngineStatus:
-    values = {"running": 0, "waiting": 0, "waiting_tokens": 0, "kv_used_tokens": 0, "kv_total_tokens": 1024}
+    values: dict[str, Any] = {
+        "running": 0,
+        "waiting": 0,
+        "waiting_tokens": 0,
+        "kv_used_tokens": 0,
+        "kv_total_tokens": 1024,
+    }
     return EngineStatus(**{**values, **fields}, residencies=())
 
 
@@ -118,7 +125,7 @@ class ScriptedEngine:
     def fail(self, request_id: str, error: MeshError) -> None:
         self.play(lambda: self.listeners[request_id].on_error(error))
 
-    def report(self, **fields: int) -> None:
+    def report(self, **fields: int | TierBudgets) -> None:
         """The load changed."""
         self._status = replace(self._status, **fields)  # type: ignore[arg-type]
         self._changed()

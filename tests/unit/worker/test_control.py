@@ -8,8 +8,9 @@ from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.tiers import Tier
 from adaptermesh.rpc.status import mesh_error_from
-from adaptermesh.worker.engine.status import ResidencyView
+from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
 from tests.unit.worker.conftest import MAX_CONTEXT, Worker
+from tests.unit.worker.fake_peers import until
 
 DIGEST = digest_bytes(b"adapter")
 
@@ -25,6 +26,8 @@ async def failed_load(
 async def test_the_status_says_who_the_worker_is_and_what_it_holds(worker: Worker) -> None:
     worker.engine.hold(ResidencyView(DIGEST, Tier.HOST, pinned=True, requests=2, size_bytes=99))
     worker.engine.report(running=1, waiting=2, waiting_tokens=3, kv_used_tokens=4)
+    worker.engine.report(kv_used_bytes=7, kv_cached_bytes=8, kv_total_bytes=9)
+    worker.engine.report(tiers=TierBudgets(1, 2, 3, 4, 5, 6))
     status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest())
     assert status.info.address == f"127.0.0.1:{worker.port}"
     assert status.info.worker_id.startswith(f"127.0.0.1-{worker.port}-")
@@ -34,6 +37,18 @@ async def test_the_status_says_who_the_worker_is_and_what_it_holds(worker: Worke
     load = status.load
     assert (load.running_requests, load.waiting_requests, load.waiting_tokens) == (1, 2, 3)
     assert (load.kv_used_tokens, load.kv_total_tokens) == (4, 1024)
+    assert load.budgets == worker_pb2.Budgets(
+        device_used_bytes=1,
+        device_used_slots=2,
+        host_used_bytes=3,
+        host_budget_bytes=4,
+        disk_used_bytes=5,
+        disk_budget_bytes=6,
+        kv_used_bytes=7,
+        kv_cached_bytes=8,
+        kv_total_bytes=9,
+    )
+    await until(lambda: any(delta.load == load for delta in worker.router.deltas()))
     (residency,) = status.residencies
     assert (residency.digest, residency.tier) == (DIGEST, adapter_pb2.TIER_HOST)
     assert (residency.pinned, residency.requests, residency.size_bytes) == (True, 2, 99)

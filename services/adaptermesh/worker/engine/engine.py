@@ -141,8 +141,10 @@ class Engine:
                 kv_cached_tokens=self._blocks.reclaimable * self._blocks.block_tokens,
                 kv_total_bytes=self._runner.kv_bytes,
                 kv_used_bytes=self._blocks.used * self._runner.kv_block_bytes,
+                kv_cached_bytes=self._blocks.reclaimable * self._runner.kv_block_bytes,
                 prefix_query_tokens=self._scheduler.prefix_query_tokens,
                 prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+                tiers=self._residency.budgets(),
             )
 
     def set_change_callback(self, callback: Callable[[], None]) -> None:

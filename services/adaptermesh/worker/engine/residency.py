@@ -20,7 +20,7 @@ from adaptermesh.worker.engine.host_arena import HostCopy
 from adaptermesh.worker.engine.request import Timeline
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.status import ResidencyView
+from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
 from adaptermesh.worker.engine.tiers import Entry, TierTable
 from adaptermesh.worker.engine.transfers import Transfers, no_room
 
@@ -175,6 +175,17 @@ class Residency:
             ResidencyView(entry.digest, entry.tier, entry.pinned, len(entry.holders), entry.size_bytes)
             for entry in self._table
             if entry.tier > Tier.STORE
+        )
+
+    def budgets(self) -> TierBudgets:
+        table = self._table
+        return TierBudgets(
+            device_used_bytes=self._slots.size_bytes,
+            device_used_slots=table.slots_used,
+            host_used_bytes=table.host_used,
+            host_budget_bytes=table.host_budget,
+            disk_used_bytes=table.disk_used,
+            disk_budget_bytes=table.disk_budget,
         )
 
     def _take_slot(self, entry: Entry) -> bool:

@@ -79,9 +79,10 @@ class TierTable:
 
     def __init__(self, clock: Clock, slots: int, host_bytes: int, disk_bytes: int) -> None:
         self._clock = clock
-        self._host_budget = host_bytes
-        self._disk_budget = disk_bytes
+        self.host_budget = host_bytes
+        self.disk_budget = disk_bytes
         self._entries: dict[str, Entry] = {}
+        self._slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._held: dict[str, str] = {}
         self.host_used = 0
@@ -89,6 +90,10 @@ class TierTable:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
+
+    @property
+    def slots_used(self) -> int:
+        return self._slots - len(self._free_slots)
 
     def get(self, digest: str) -> Entry | None:
         return self._entries.get(digest)
@@ -143,7 +148,7 @@ class TierTable:
 
     def fits_host(self, size_bytes: int) -> bool:
         """Whether it could ever be there."""
-        return size_bytes <= self._host_budget
+        return size_bytes <= self.host_budget
 
     def postpone(self, digest: str) -> None:
         """The flight waits for room."""
@@ -241,7 +246,7 @@ class TierTable:
             self.disk_used += size_bytes
         now = self._clock.monotonic()
         gone: list[str] = []
-        while self.disk_used > self._disk_budget:
+        while self.disk_used > self.disk_budget:
             found = [e for e in self._entries.values() if e.on_disk and e.flight is not Flight.DISK]
             if not found:
                 break
@@ -269,7 +274,7 @@ class TierTable:
 
     def _host_victims(self, size_bytes: int) -> list[Entry] | None:
         """The least valuable idle host copies that make room together; None if all don't suffice."""
-        short = self.host_used + size_bytes - self._host_budget
+        short = self.host_used + size_bytes - self.host_budget
         if short <= 0:
             return []
         now = self._clock.monotonic()

@@ -9,6 +9,7 @@ import torch
 
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.status import TierBudgets
 
 Prompts = Callable[[int, int], list[list[int]]]
 
@@ -286,6 +287,24 @@ def test_an_idle_resident_adapter_stays_listed(lab: Any, make_bench: Any) -> Non
     [view] = bench.engine.status().residencies
     assert (view.digest, view.tier, view.requests) == (adapter.digest, Tier.DEVICE, 0)
     assert view.size_bytes == len(adapter.data)
+
+
+def test_the_status_tells_what_each_tier_holds_and_may_hold(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_slots=2, host_bytes=2**22, disk_bytes=2**21)
+    assert bench.engine.status().tiers == TierBudgets(0, 0, 0, 2**22, 0, 2**21)
+    first, second = some(lab, 2)
+    bench.run(bench.submit(first, [1], 2), bench.submit(second, [1], 2))
+    held = len(first.data) + len(second.data)
+    full = bench.engine.status().tiers
+    assert (full.host_used_bytes, full.disk_used_bytes, full.device_used_slots) == (held, held, 2)
+    assert full.device_used_bytes == bench.engine._slots.size_bytes > 0
+    bench.engine.evict(first.digest)
+    left = bench.engine.status().tiers
+    assert (left.host_used_bytes, left.disk_used_bytes, left.device_used_slots) == (
+        len(second.data),
+        len(second.data),
+        1,
+    )
 
 
 def test_an_op_that_cannot_be_staged_fails_its_requests_and_frees_the_slot(lab: Any, make_bench: Any) -> None:
