@@ -7,7 +7,7 @@ def test_status_shows_every_service_and_what_the_workers_hold(fakes: FakeMesh, i
     for name in ("gateway", "router", "store", "worker"):
         assert fakes.addresses[name] in result.stdout
     assert "4 versions, 3 routes, up to date" in result.stdout
-    assert "1/0/0 of 4 slots" in result.stdout
+    assert "1/0/0 of 4 slots, 100 B, 1 pinned" in " ".join(result.stdout.split())
 
 
 def test_status_shows_what_each_budget_holds(fakes: FakeMesh, invoke: Invoke) -> None:

@@ -353,7 +353,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
                     load=worker_pb2.Load(
                         running_requests=2, kv_used_tokens=10, kv_total_tokens=100, budgets=self.budgets
                     ),
-                    residencies=[residency("sha256:" + "a" * 64, adapter_pb2.TIER_DEVICE)],
+                    residencies=[residency("sha256:" + "a" * 64, adapter_pb2.TIER_DEVICE, pinned=True)],
                     booked_requests=1,
                 )
                 for index, address in enumerate(self.workers)
@@ -377,18 +377,25 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.GetStatusResponse(
             info=worker_info("w-1", "127.0.0.1:1"),
             state=worker_pb2.WORKER_STATE_DRAINING,
-            residencies=[residency(digest, tier) for digest, tier in self.held.items()],
+            residencies=[self._residency(digest) for digest in self.held],
         )
 
     async def LoadAdapter(self, request: Any, context: Any) -> worker_pb2.LoadAdapterResponse:
         self.held[request.digest] = request.tier
         if request.pin:
             self.pinned.add(request.digest)
-        return worker_pb2.LoadAdapterResponse(residency=residency(request.digest, request.tier))
+        return worker_pb2.LoadAdapterResponse(residency=self._residency(request.digest))
+
+    async def UnpinAdapter(self, request: Any, context: Any) -> worker_pb2.UnpinAdapterResponse:
+        self.pinned.discard(request.digest)
+        return worker_pb2.UnpinAdapterResponse(residency=self._residency(request.digest))
 
     async def EvictAdapter(self, request: Any, context: Any) -> worker_pb2.EvictAdapterResponse:
         self.held.pop(request.digest, None)
         return worker_pb2.EvictAdapterResponse()
+
+    def _residency(self, digest: str) -> worker_pb2.Residency:
+        return residency(digest, self.held.get(digest, adapter_pb2.TIER_STORE), digest in self.pinned)
 
 
 def worker_info(worker_id: str, address: str) -> worker_pb2.WorkerInfo:
@@ -397,8 +404,8 @@ def worker_info(worker_id: str, address: str) -> worker_pb2.WorkerInfo:
     )
 
 
-def residency(digest: str, tier: Any) -> worker_pb2.Residency:
-    return worker_pb2.Residency(digest=digest, tier=tier, size_bytes=100)
+def residency(digest: str, tier: Any, pinned: bool = False) -> worker_pb2.Residency:
+    return worker_pb2.Residency(digest=digest, tier=tier, pinned=pinned, size_bytes=100)
 
 
 _REGISTRATIONS: dict[type, tuple[str, Any]] = {

@@ -46,11 +46,14 @@ async def test_adapters_are_loaded_and_evicted_by_hand() -> None:
     fake = fake_worker()
     async with serve(fake) as address, WorkerClient(address) as worker:
         residency = await worker.load(DIGEST, Tier.HOST, pin=True)
-        assert (residency.digest, residency.tier) == (DIGEST, "host")
+        assert (residency.digest, residency.tier, residency.pinned) == (DIGEST, "host", True)
         assert fake.pinned == {DIGEST}
         status = await worker.status()
         assert (status.state, status.load.budgets) == ("draining", None)
         assert [held.tier for held in status.residencies] == ["host"]
+        residency = await worker.unpin(DIGEST)
+        assert (residency.digest, residency.tier, residency.pinned) == (DIGEST, "host", False)
+        assert fake.pinned == set()
         await worker.evict(DIGEST)
         assert (await worker.status()).residencies == ()
 

@@ -130,6 +130,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def LoadAdapter(self, request: Any, context: Context) -> Any:
         raise NotImplementedError
 
+    def UnpinAdapter(self, request: Any, context: Context) -> Any:
+        raise NotImplementedError
+
     def EvictAdapter(self, request: Any, context: Context) -> Any:
         raise NotImplementedError
 

@@ -87,6 +87,13 @@ class ScriptedEngine:
             self.hold(ResidencyView(digest, tier, pinned=pin, requests=0, size_bytes=10))
         self._thread.submit(on_done, self.load_error)
 
+    def unpin(self, digest: str) -> ResidencyView:
+        for view in self._status.residencies:
+            if view.digest == digest:
+                self.hold(replace(view, pinned=False))
+                return replace(view, pinned=False)
+        return ResidencyView(digest, Tier.STORE, pinned=False, requests=0, size_bytes=0)
+
     def evict(self, digest: str) -> None:
         if self.refusal is not None:
             raise self.refusal

@@ -98,6 +98,26 @@ async def test_a_load_with_a_bad_field_is_refused(
     assert (await failed_load(worker, request_)).metadata["field"] == field
 
 
+async def test_a_pin_is_taken_off_and_the_router_hears_of_both(worker: Worker) -> None:
+    def reported() -> list[bool]:
+        return [view.pinned for delta in worker.router.deltas() for view in delta.residencies]
+
+    await worker.stub.LoadAdapter(worker_pb2.LoadAdapterRequest(digest=DIGEST, pin=True))
+    await until(lambda: reported() == [True])
+    for _ in range(2):
+        response = await worker.stub.UnpinAdapter(worker_pb2.UnpinAdapterRequest(digest=DIGEST))
+        assert (response.residency.tier, response.residency.pinned) == (adapter_pb2.TIER_DEVICE, False)
+    await until(lambda: reported() == [True, False])
+
+
+async def test_unpinning_what_is_not_here_says_where_it_is(worker: Worker) -> None:
+    response = await worker.stub.UnpinAdapter(worker_pb2.UnpinAdapterRequest(digest=DIGEST))
+    assert response.residency == worker_pb2.Residency(digest=DIGEST, tier=adapter_pb2.TIER_STORE)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.stub.UnpinAdapter(worker_pb2.UnpinAdapterRequest(digest="ner"))
+    assert mesh_error_from(caught.value).metadata["field"] == "digest"
+
+
 async def test_an_eviction_drops_the_version(worker: Worker) -> None:
     await worker.stub.LoadAdapter(worker_pb2.LoadAdapterRequest(digest=DIGEST))
     await worker.stub.EvictAdapter(worker_pb2.EvictAdapterRequest(digest=DIGEST))

@@ -270,6 +270,22 @@ async def test_a_load_warms_and_an_eviction_forgets(real: RealWorker) -> None:
     await until(lambda: adapter_pb2.TIER_STORE in real.reported_tiers())
 
 
+async def test_a_pin_goes_over_the_wire_and_comes_off_again(real: RealWorker) -> None:
+    adapter = real.lab.adapter(1)
+    real.keep(adapter)
+    load = worker_pb2.LoadAdapterRequest(digest=adapter.digest, tier=adapter_pb2.TIER_HOST, pin=True)
+    assert (await real.stub.LoadAdapter(load)).residency.pinned
+    (residency,) = (await real.status()).residencies
+    assert (residency.tier, residency.pinned) == (adapter_pb2.TIER_HOST, True)
+    unpin = worker_pb2.UnpinAdapterRequest(digest=adapter.digest)
+    assert not (await real.stub.UnpinAdapter(unpin)).residency.pinned
+    (residency,) = (await real.status()).residencies
+    assert (residency.tier, residency.pinned) == (adapter_pb2.TIER_HOST, False)
+    budgets = (await real.status()).load.budgets
+    assert budgets.host_used_bytes == budgets.disk_used_bytes == len(adapter.data)
+    assert budgets.kv_total_bytes > 0
+
+
 async def test_a_drain_lets_the_running_request_end(real: RealWorker) -> None:
     call = real.generate("r1", max_tokens=100)
     await call.read()

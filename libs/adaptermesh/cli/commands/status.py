@@ -119,6 +119,8 @@ def _workers(workers: list[Worker]) -> RenderableType:
         load = worker.load
         counts = [sum(r.tier == tier for r in worker.residencies) for tier in ("device", "host", "disk")]
         held = sum(residency.size_bytes for residency in worker.residencies)
+        pinned = sum(residency.pinned for residency in worker.residencies)
+        pins = f", {pinned} pinned" if pinned else ""
         rows.add_row(
             worker.worker_id,
             worker.device,
@@ -127,7 +129,7 @@ def _workers(workers: list[Worker]) -> RenderableType:
             str(load.running_requests),
             str(load.waiting_requests + worker.booked_requests),
             f"{load.kv_used_tokens}/{load.kv_total_tokens}",
-            f"{'/'.join(map(str, counts))} of {worker.device_slots} slots, {size(held)}",
+            f"{'/'.join(map(str, counts))} of {worker.device_slots} slots, {size(held)}{pins}",
         )
     return rows
 

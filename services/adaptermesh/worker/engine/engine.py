@@ -26,7 +26,7 @@ from adaptermesh.worker.engine.sequence import Sequence as Row
 from adaptermesh.worker.engine.sequence import SequenceState
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.status import EngineStatus
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
 from adaptermesh.worker.engine.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,14 @@ class Engine:
         with self._lock:
             self._residency.load(digest, tier, pin, on_done, context)
             self._lock.notify_all()
+
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets a pinned adapter go like any other; gives where it is now."""
+        with self._lock:
+            view = self._residency.unpin(digest)
+            self._lock.notify_all()
+        self._on_change()
+        return view
 
     def evict(self, digest: str) -> None:
         """Drops an adapter from every tier; raises MeshError FAILED_PRECONDITION if it is in use."""

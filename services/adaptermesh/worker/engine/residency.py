@@ -112,6 +112,14 @@ class Residency:
             self._table.drop_slot(digest)
         self._transfers.resume()
 
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets an adapter go like any other; gives where it is now, in the store if nothing of it is here."""
+        self._table.unpin(digest)
+        # What waits for room may have it now.
+        self._transfers.resume()
+        entry = self._table.get(digest)
+        return _view(Entry(digest) if entry is None else entry)
+
     # The scheduler's `Placer`. Under the lock.
 
     def place(self, digest: str) -> int | None:
@@ -128,6 +136,10 @@ class Residency:
     def in_slot(self, digest: str) -> bool:
         entry = self._table.get(digest)
         return entry is not None and entry.slot is not None
+
+    def gives_way(self, digest: str) -> bool:
+        entry = self._table.get(digest)
+        return entry is not None and entry.kept is not Tier.DEVICE
 
     def unplace(self, digest: str) -> None:
         self._table.unuse(digest)
@@ -171,11 +183,7 @@ class Residency:
         self._holders.fail(holder_ids, error)
 
     def views(self) -> tuple[ResidencyView, ...]:
-        return tuple(
-            ResidencyView(entry.digest, entry.tier, entry.pinned, len(entry.holders), entry.size_bytes)
-            for entry in self._table
-            if entry.tier > Tier.STORE
-        )
+        return tuple(_view(entry) for entry in self._table if entry.tier > Tier.STORE)
 
     def budgets(self) -> TierBudgets:
         table = self._table
@@ -227,12 +235,17 @@ class Residency:
             holder = self._holders[holder_id]
             if holder.on_done is not None and holder.tier <= reached:
                 if holder.pin:
-                    self._table.pin(digest)
+                    self._table.pin(digest, holder.tier)
                 self.drop(holder_id)
                 _tell(holder, None)
 
     def _now_ns(self) -> int:
         return int(self._clock.wall() * 1e9)
+
+
+def _view(entry: Entry) -> ResidencyView:
+    pinned = entry.pinned is not Tier.NONE
+    return ResidencyView(entry.digest, entry.tier, pinned, len(entry.holders), entry.size_bytes)
 
 
 def _tell(holder: Holder, error: MeshError | None) -> None:

@@ -263,6 +263,42 @@ def test_a_load_without_a_free_slot_is_refused_and_a_pinned_slot_is_kept(lab: An
     assert first.digest not in tiers(bench)
 
 
+def test_an_unpinned_adapter_makes_room_for_who_waits(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_slots=1)
+    first, second = some(lab, 2)
+    bench.source.adapters[first.digest] = first
+    bench.engine.load(first.digest, Tier.DEVICE, True, Done())
+    bench.engine.step()
+    waiting = bench.submit(second, [1, 2], 3)
+    for _ in range(5):
+        bench.engine.step()
+    assert waiting.tokens == []
+    view = bench.engine.unpin(first.digest)
+    assert (view.tier, view.pinned) == (Tier.DEVICE, False)
+    bench.run(waiting)
+    assert waiting.tokens == lab.continuation(second, [1, 2], 3)
+    assert tiers(bench)[first.digest] is Tier.HOST
+    gone = bench.engine.unpin("sha256:" + "0" * 64)
+    assert (gone.tier, gone.pinned, gone.requests) == (Tier.STORE, False, 0)
+    bench.assert_empty()
+
+
+def test_adapters_pinned_on_the_host_leave_the_slots_to_all(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_slots=1)
+    adapters = some(lab, 3)
+    bench.source.adapters.update({adapter.digest: adapter for adapter in adapters})
+    for adapter in adapters[:2]:
+        bench.engine.load(adapter.digest, Tier.HOST, True, Done())
+    heard = [bench.submit(adapter, [1, 2], 4) for adapter in adapters * 2]
+    bench.run(*heard)
+    for adapter, one in zip(adapters * 2, heard, strict=True):
+        assert one.tokens == lab.continuation(adapter, [1, 2], 4)
+    held = {view.digest: view for view in bench.engine.status().residencies}
+    assert [held[adapter.digest].pinned for adapter in adapters] == [True, True, False]
+    assert all(held[adapter.digest].tier >= Tier.HOST for adapter in adapters[:2])
+    bench.assert_empty()
+
+
 def test_evicting_spares_what_is_in_use_and_leaves_the_others(lab: Any, make_bench: Any) -> None:
     bench = make_bench()
     used, idle = some(lab, 2)

@@ -424,7 +424,7 @@ class Residency(_message.Message):
     tier: _adapter_pb2.Tier.ValueType
     """The highest tier that holds all of it. TIER_STORE means that the worker no longer has it."""
     pinned: _builtins.bool
-    """Kept from eviction."""
+    """Kept from eviction from the tier in which it was pinned."""
     requests: _builtins.int
     """Requests that use it now."""
     size_bytes: _builtins.int
@@ -460,7 +460,9 @@ class LoadAdapterRequest(_message.Message):
     tier: _adapter_pb2.Tier.ValueType
     """TIER_DISK, TIER_HOST or TIER_DEVICE. Unspecified means TIER_DEVICE."""
     pin: _builtins.bool
-    """Keep it there until it is evicted by name."""
+    """Keep it in that tier, or nearer, until it is unpinned or evicted by name. A version that is pinned already stays
+    pinned in the nearer of both tiers, and without `pin` in its own.
+    """
     def __init__(
         self,
         *,
@@ -499,6 +501,52 @@ class LoadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterRequest(_message.Message):
+    """Asks to pin a version no longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The version's digest."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterRequest: _TypeAlias = UnpinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterResponse(_message.Message):
+    """The version is not pinned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDENCY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def residency(self) -> Global___Residency:
+        """Where it is now. TIER_STORE if the worker has nothing of it."""
+
+    def __init__(
+        self,
+        *,
+        residency: Global___Residency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["residency", b"residency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["residency", b"residency"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
 
 @_typing.final
 class EvictAdapterRequest(_message.Message):
