@@ -13,7 +13,8 @@ class StepBatch:
     """Tokens of all rows, one after the other: decodes first, then prefill chunks.
 
     token_ids, positions: [tokens] int64.
-    outputs: [rows that sample] int64, the tokens whose logits are wanted.
+    outputs: [outputs] int64, the tokens whose logits are wanted: the last one of each row that samples, in
+        the order of the rows, then those that come before a prompt token to score.
     """
 
     token_ids: torch.Tensor

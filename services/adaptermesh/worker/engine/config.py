@@ -32,6 +32,8 @@ class EngineConfig:
         max_batch_rows: Requests in one step.
         max_context_tokens: Longest prompt and output together; the model's own limit wins when it is smaller.
         step_tokens: Tokens of one step; longer prompts are computed in chunks.
+        scored_tokens: Prompt tokens that one step gives log probabilities of; prompts that ask for them are
+            computed in chunks of no more. The logits of each take 4 bytes a token of the vocabulary.
         block_tokens: Tokens of one KV block.
         kv_tokens: Tokens that the KV cache holds in all.
         prefix_cache: Keep computed blocks and share them with requests that begin with the same tokens, for
@@ -62,6 +64,7 @@ class EngineConfig:
     max_batch_rows: int = 32
     max_context_tokens: int = 2048
     step_tokens: int = 512
+    scored_tokens: int = 256
     block_tokens: int = 16
     kv_tokens: int = 32768
     prefix_cache: bool = True
@@ -87,7 +90,10 @@ class EngineConfig:
             raise invalid_field("quantization", f"{self.quantization!r} is neither 'none' nor 'int8'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise invalid_field("dtype", f"{self.dtype!r} is not a dtype the engine computes in")
-        for name in ("max_batch_rows", "max_context_tokens", "block_tokens", "device_slots", "io_threads"):
+        for name in (
+            *("max_batch_rows", "max_context_tokens", "scored_tokens", "block_tokens", "device_slots"),
+            "io_threads",
+        ):
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")
         self._check_fairness()

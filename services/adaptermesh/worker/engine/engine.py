@@ -18,7 +18,7 @@ from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
 from adaptermesh.worker.engine.pace import Pace
 from adaptermesh.worker.engine.penalties import make_history
-from adaptermesh.worker.engine.postprocess import Drawn, Ending, take_token
+from adaptermesh.worker.engine.postprocess import Ending, StepResult, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
 from adaptermesh.worker.engine.runner import Runner
@@ -27,7 +27,7 @@ from adaptermesh.worker.engine.sequence import Sequence as Row
 from adaptermesh.worker.engine.sequence import SequenceState
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.status import EngineStatus
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
 from adaptermesh.worker.engine.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,14 @@ class Engine:
             self._residency.load(digest, tier, pin, on_done, context)
             self._lock.notify_all()
 
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets a pinned adapter go like any other; gives where it is now."""
+        with self._lock:
+            view = self._residency.unpin(digest)
+            self._lock.notify_all()
+        self._on_change()
+        return view
+
     def evict(self, digest: str) -> None:
         """Drops an adapter from every tier; raises MeshError FAILED_PRECONDITION if it is in use."""
         with self._lock:
@@ -143,8 +151,10 @@ class Engine:
                 kv_cached_tokens=self._blocks.reclaimable * self._blocks.block_tokens,
                 kv_total_bytes=self._runner.kv_bytes,
                 kv_used_bytes=self._blocks.used * self._runner.kv_block_bytes,
+                kv_cached_bytes=self._blocks.reclaimable * self._runner.kv_block_bytes,
                 prefix_query_tokens=self._scheduler.prefix_query_tokens,
                 prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+                tiers=self._residency.budgets(),
             )
 
     def set_change_callback(self, callback: Callable[[], None]) -> None:
@@ -232,20 +242,22 @@ class Engine:
             if row.sequence.timeline.scheduled_ns == 0:
                 row.sequence.timeline.scheduled_ns = now
         try:
-            drawn = self._runner.run(plan, self._blocks.take_dirty())
+            result = self._runner.run(plan, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (the top of the step: one bad batch must not end all others)
             self._fail_step(plan, error)
             return
         self._failures = 0
-        self._postprocess(plan, drawn)
+        self._postprocess(plan, result)
 
-    def _postprocess(self, plan: StepPlan, drawn: Sequence[Drawn]) -> None:
-        """Books what was computed, then hands out the new tokens."""
+    def _postprocess(self, plan: StepPlan, result: StepResult) -> None:
+        """Books what was computed, then hands out what it says of prompts, then the new tokens."""
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
             self._scheduler.book(plan)
+        for scored in result.scored:
+            scored.sequence.listener.on_prompt(scored.logprobs)
         now = self._now_ns()
-        for sequence, one in zip(sampled, drawn, strict=True):
+        for sequence, one in zip(sampled, result.drawn, strict=True):
             if sequence.timeline.first_token_ns == 0:
                 sequence.timeline.first_token_ns = now
             ending = take_token(sequence, one, self._base.eos_ids)

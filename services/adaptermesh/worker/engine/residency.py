@@ -20,7 +20,7 @@ from adaptermesh.worker.engine.host_arena import HostCopy
 from adaptermesh.worker.engine.request import Timeline
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.status import ResidencyView
+from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
 from adaptermesh.worker.engine.tiers import Entry, TierTable
 from adaptermesh.worker.engine.transfers import Transfers, no_room
 
@@ -112,6 +112,14 @@ class Residency:
             self._table.drop_slot(digest)
         self._transfers.resume()
 
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets an adapter go like any other; gives where it is now, in the store if nothing of it is here."""
+        self._table.unpin(digest)
+        # What waits for room may have it now.
+        self._transfers.resume()
+        entry = self._table.get(digest)
+        return _view(Entry(digest) if entry is None else entry)
+
     # The scheduler's `Placer`. Under the lock.
 
     def place(self, digest: str) -> int | None:
@@ -128,6 +136,10 @@ class Residency:
     def in_slot(self, digest: str) -> bool:
         entry = self._table.get(digest)
         return entry is not None and entry.slot is not None
+
+    def gives_way(self, digest: str) -> bool:
+        entry = self._table.get(digest)
+        return entry is not None and entry.kept is not Tier.DEVICE
 
     def unplace(self, digest: str) -> None:
         self._table.unuse(digest)
@@ -171,10 +183,17 @@ class Residency:
         self._holders.fail(holder_ids, error)
 
     def views(self) -> tuple[ResidencyView, ...]:
-        return tuple(
-            ResidencyView(entry.digest, entry.tier, entry.pinned, len(entry.holders), entry.size_bytes)
-            for entry in self._table
-            if entry.tier > Tier.STORE
+        return tuple(_view(entry) for entry in self._table if entry.tier > Tier.STORE)
+
+    def budgets(self) -> TierBudgets:
+        table = self._table
+        return TierBudgets(
+            device_used_bytes=self._slots.size_bytes,
+            device_used_slots=table.slots_used,
+            host_used_bytes=table.host_used,
+            host_budget_bytes=table.host_budget,
+            disk_used_bytes=table.disk_used,
+            disk_budget_bytes=table.disk_budget,
         )
 
     def _take_slot(self, entry: Entry) -> bool:
@@ -216,12 +235,17 @@ class Residency:
             holder = self._holders[holder_id]
             if holder.on_done is not None and holder.tier <= reached:
                 if holder.pin:
-                    self._table.pin(digest)
+                    self._table.pin(digest, holder.tier)
                 self.drop(holder_id)
                 _tell(holder, None)
 
     def _now_ns(self) -> int:
         return int(self._clock.wall() * 1e9)
+
+
+def _view(entry: Entry) -> ResidencyView:
+    pinned = entry.pinned is not Tier.NONE
+    return ResidencyView(entry.digest, entry.tier, pinned, len(entry.holders), entry.size_bytes)
 
 
 def _tell(holder: Holder, error: MeshError | None) -> None:

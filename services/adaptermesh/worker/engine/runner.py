@@ -1,5 +1,7 @@
 """Runs a plan: packs its rows into tensors, goes through the model once, draws the tokens."""
 
+import itertools
+
 import torch
 
 from adaptermesh.worker.engine.attention import Span, plan_attention
@@ -8,10 +10,10 @@ from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward.forward import make_forward
 from adaptermesh.worker.engine.kv import KvCache, KvShape
-from adaptermesh.worker.engine.logprobs import token_logprobs
+from adaptermesh.worker.engine.logprobs import score, token_logprobs
 from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
-from adaptermesh.worker.engine.postprocess import Drawn
+from adaptermesh.worker.engine.postprocess import Drawn, Scored, StepResult
 from adaptermesh.worker.engine.sampling import Draw, sample
 from adaptermesh.worker.engine.scheduler import Row, StepPlan
 from adaptermesh.worker.engine.slots import DeviceSlots
@@ -38,8 +40,8 @@ class Runner:
     def kv_block_bytes(self) -> int:
         return self._cache.block_bytes
 
-    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> list[Drawn]:
-        """The tokens drawn for the rows that sample, in their order.
+    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> StepResult:
+        """Draws tokens for the rows that sample and scores the prompts that ask for it.
 
         Raises:
             MeshError: INTERNAL if a row's slot doesn't hold the digest that the request asks for.
@@ -48,9 +50,11 @@ class Runner:
             self._cache.zero(fresh_blocks)
             logits = self._forward.run(self.pack(plan), self._cache)
             draws = [_draw(row) for row in plan.rows if row.samples]
-            tokens = sample(logits, draws)
-            logprobs = token_logprobs(logits, tokens, [draw.params for draw in draws])
-            return [Drawn(*drawn) for drawn in zip(tokens, logprobs, strict=True)]
+            sampled = logits[: len(draws)]
+            tokens = sample(sampled, draws)
+            logprobs = token_logprobs(sampled, tokens, [draw.params for draw in draws])
+            drawn = tuple(Drawn(*one) for one in zip(tokens, logprobs, strict=True))
+            return StepResult(drawn, _score_prompts(plan, logits[len(draws) :]))
 
     def pack(self, plan: StepPlan) -> StepBatch:
         """The batch of a plan; checks every row's slot."""
@@ -60,16 +64,18 @@ class Runner:
         ids: list[int] = []
         positions: list[int] = []
         outputs: list[int] = []
+        scored: list[int] = []
         for row, span in zip(rows, spans, strict=True):
-            end = span.past + span.count
+            end, shift = span.past + span.count, len(ids) - span.past
             ids.extend(row.sequence.tokens[span.past : end])
             positions.extend(range(span.past, end))
             if row.samples:
                 outputs.append(len(ids) - 1)
+            scored.extend(position + shift for position in row.scores)
         return StepBatch(
             token_ids=torch.tensor(ids, device=device),
             positions=torch.tensor(positions, device=device),
-            outputs=torch.tensor(outputs, dtype=torch.int64, device=device),
+            outputs=torch.tensor(outputs + scored, dtype=torch.int64, device=device),
             attention=plan_attention(
                 spans, len(plan.decodes), self._cache.shape.block_tokens, self._base.dtype, device
             ),
@@ -91,6 +97,17 @@ def _segments(plan: StepPlan) -> tuple[Segment, ...]:
                 segments.append(Segment(slot, start, end))
             start = end
     return tuple(segments)
+
+
+def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> tuple[Scored, ...]:
+    """logits: [prompt tokens to score, vocabulary], in the order of the rows."""
+    rows = [row for row in plan.rows if row.scores]
+    if not rows:
+        return ()
+    tokens = [row.sequence.tokens[position + 1] for row in rows for position in row.scores]
+    counts = [row.sequence.request.sampling.prompt_logprobs or 0 for row in rows for _ in row.scores]
+    left = iter(score(logits, tokens, counts))
+    return tuple(Scored(row.sequence, tuple(itertools.islice(left, len(row.scores)))) for row in rows)
 
 
 def _draw(row: Row) -> Draw:

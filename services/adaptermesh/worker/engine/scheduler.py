@@ -29,6 +29,28 @@ class Row:
         """Whether the last of these tokens is the last one known: its logits give the next one."""
         return self.count == self.sequence.pending
 
+    @property
+    def scores(self) -> range:
+        """Positions of those of its tokens whose logits say how likely the prompt's next token is."""
+        sequence = self.sequence
+        if not sequence.unscored:
+            return range(0)
+        # After a preemption the prompt is computed anew, but nothing is told twice.
+        start = max(sequence.computed, sequence.scored - 1)
+        return range(start, min(sequence.computed + self.count, sequence.prompt_tokens - 1))
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What prompts may still take of a step: tokens, and tokens of prompts that are scored."""
+
+    tokens: int
+    scored: int
+
+    def take(self, row: Row) -> None:
+        self.tokens -= row.count
+        self.scored -= len(row.scores)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -79,14 +101,13 @@ class Scheduler:
         decodes, preempted = self._plan_decodes()
         for decode in decodes:
             self._charge(decode)
-        budget = self._config.step_tokens - len(decodes)
+        budget = _Budget(self._config.step_tokens - len(decodes), self._config.scored_tokens)
         prefills: list[Row] = []
         for sequence in self.running:
-            if sequence.pending > 1 and budget > 0:
+            if sequence.pending > 1 and budget.tokens > 0:
                 row = self._chunk(sequence, budget)
                 if row is not None:
                     prefills.append(row)
-                    budget -= row.count
         if not preempted:
             self._admit(prefills, budget)
         if not decodes and not prefills and self.running:
@@ -99,6 +120,7 @@ class Scheduler:
         size = self._blocks.block_tokens
         for row in plan.rows:
             sequence = row.sequence
+            sequence.scored += len(row.scores)
             sequence.computed += row.count
             full = sequence.computed // size
             if self._config.prefix_cache and full > sequence.table.kept:
@@ -126,12 +148,16 @@ class Scheduler:
                     break
         return [Row(sequence, 1) for sequence in self.running if sequence.pending == 1], preempted
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Row | None:
-        """As many tokens of a prompt as the budget and the blocks allow."""
-        count = min(budget, sequence.pending)
-        if not self._blocks.grow(sequence.table, sequence.computed + count):
+    def _chunk(self, sequence: Sequence, budget: _Budget) -> Row | None:
+        """As many tokens of a prompt as the budget and the blocks allow, which it takes."""
+        count = min(budget.tokens, sequence.pending)
+        if sequence.unscored:
+            told = max(0, sequence.scored - 1 - sequence.computed)
+            count = min(count, told + budget.scored)
+        if not count or not self._blocks.grow(sequence.table, sequence.computed + count):
             return None
         row = Row(sequence, count)
+        budget.take(row)
         self._charge(row)
         return row
 
@@ -143,16 +169,19 @@ class Scheduler:
         sequence.charged = max(sequence.charged, end)
         self._counters.charge(sequence.request.tenant, fresh, int(row.samples))
 
-    def _admit(self, prefills: list[Row], budget: int) -> None:
+    def _admit(self, prefills: list[Row], budget: _Budget) -> None:
         """Lets waiting requests join while rows, tokens, blocks and slots last."""
-        if not len(self.waiting) or budget <= 0 or len(self.running) >= self._config.max_batch_rows:
+        if not len(self.waiting) or budget.tokens <= 0 or len(self.running) >= self._config.max_batch_rows:
             return
         passed: list[tuple[Sequence, int]] = []
         joined = 0
         gate = AdapterGate(self._config, self._placer, self.running, self.waiting.starving)
         for sequence in self.waiting.in_order():
-            if budget <= 0 or len(self.running) >= self._config.max_batch_rows:
+            if budget.tokens <= 0 or len(self.running) >= self._config.max_batch_rows:
                 break
+            if sequence.unscored and budget.scored <= 0:
+                # It would hold a row and do nothing until the prompts before it are scored.
+                continue
             if not self._has_room(sequence):
                 # Nobody passes a request that lacks memory: the small ones would starve it.
                 break
@@ -164,7 +193,6 @@ class Scheduler:
             row = self._chunk(sequence, budget)
             if row is not None:
                 prefills.append(row)
-                budget -= row.count
         for sequence, before in passed:
             self.waiting.overtake(sequence, joined - before)
 
@@ -197,7 +225,8 @@ class Scheduler:
         return sequence.keys.first((len(sequence.tokens) - 1) // size, sequence.tokens, size)
 
     def _looks_up(self, sequence: Sequence) -> bool:
-        return self._config.prefix_cache and sequence.request.reuse_prefix
+        # Cached blocks have no logits: a prompt that is not scored yet is computed, all of it.
+        return self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
 
     def _share_prefix(self, sequence: Sequence) -> None:
         sequence.computed = self._blocks.share(sequence.table, self._reusable(sequence))

@@ -3,8 +3,8 @@
 The table is a deterministic state machine: the same calls at the same times of the injected clock give the
 same answers. It isn't thread-safe; `residency` calls it under the engine's lock and carries out what it says.
 
-Never evicted: a slot that a running row uses or that is pinned; a host copy that somebody waits for and that
-has no slot yet; anything that is arriving.
+Never evicted: a slot that a running row uses; a host copy that somebody waits for and that has no slot yet;
+the copy that keeps a pinned adapter in its tier; anything that is arriving.
 """
 
 import enum
@@ -32,14 +32,17 @@ class Flight(enum.Enum):
 
 @dataclass(slots=True)
 class Entry:
-    """One adapter version. `holders` wait for it or run with it; `uses` counts the rows in its slot."""
+    """One adapter version. `holders` wait for it or run with it; `uses` counts the rows in its slot.
+
+    `pinned` is the tier that it must not leave for a farther one; NONE if it may.
+    """
 
     digest: str
     size_bytes: int = 0
     on_disk: bool = False
     on_host: bool = False
     slot: int | None = None
-    pinned: bool = False
+    pinned: Tier = Tier.NONE
     uses: int = 0
     flight: Flight = Flight.NONE
     reserved_bytes: int = 0
@@ -57,13 +60,23 @@ class Entry:
         return Tier.DISK if self.on_disk else Tier.STORE
 
     @property
+    def kept(self) -> Tier:
+        """The tier whose copy the pin keeps: the pinned one or, without a copy there, the next nearer one."""
+        copies = ((Tier.DISK, self.on_disk), (Tier.HOST, self.on_host), (Tier.DEVICE, self.slot is not None))
+        if self.pinned is not Tier.NONE:
+            for tier, held in copies:
+                if held and tier >= self.pinned:
+                    return tier
+        return Tier.NONE
+
+    @property
     def idle_slot(self) -> bool:
-        return self.slot is not None and self.uses == 0 and not self.pinned
+        return self.slot is not None and self.uses == 0 and self.kept is not Tier.DEVICE
 
     @property
     def idle_host(self) -> bool:
-        wanted = self.slot is None and (bool(self.holders) or self.pinned)
-        return self.on_host and not wanted
+        wanted = self.slot is None and bool(self.holders)
+        return self.on_host and not wanted and self.kept is not Tier.HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +92,10 @@ class TierTable:
 
     def __init__(self, clock: Clock, slots: int, host_bytes: int, disk_bytes: int) -> None:
         self._clock = clock
-        self._host_budget = host_bytes
-        self._disk_budget = disk_bytes
+        self.host_budget = host_bytes
+        self.disk_budget = disk_bytes
         self._entries: dict[str, Entry] = {}
+        self._slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._held: dict[str, str] = {}
         self.host_used = 0
@@ -89,6 +103,10 @@ class TierTable:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
+
+    @property
+    def slots_used(self) -> int:
+        return self._slots - len(self._free_slots)
 
     def get(self, digest: str) -> Entry | None:
         return self._entries.get(digest)
@@ -115,8 +133,10 @@ class TierTable:
         self._forget_if_empty(entry)
         return entry if orphan else None
 
-    def pin(self, digest: str) -> None:
-        self._entries[digest].pinned = True
+    def pin(self, digest: str, tier: Tier) -> None:
+        """Keeps an adapter from leaving the tier, or the nearer one in which it is pinned already."""
+        entry = self._entries[digest]
+        entry.pinned = max(entry.pinned, tier)
 
     # The way up: store or disk -> host.
 
@@ -143,7 +163,7 @@ class TierTable:
 
     def fits_host(self, size_bytes: int) -> bool:
         """Whether it could ever be there."""
-        return size_bytes <= self._host_budget
+        return size_bytes <= self.host_budget
 
     def postpone(self, digest: str) -> None:
         """The flight waits for room."""
@@ -241,8 +261,13 @@ class TierTable:
             self.disk_used += size_bytes
         now = self._clock.monotonic()
         gone: list[str] = []
-        while self.disk_used > self._disk_budget:
-            found = [e for e in self._entries.values() if e.on_disk and e.flight is not Flight.DISK]
+        while self.disk_used > self.disk_budget:
+            # The new one may go again at once: what is pinned here, or read, must not.
+            found = [
+                e
+                for e in self._entries.values()
+                if e.on_disk and e.flight is not Flight.DISK and (e is entry or e.kept is not Tier.DISK)
+            ]
             if not found:
                 break
             victim = min(
@@ -262,14 +287,14 @@ class TierTable:
     def unpin(self, digest: str) -> None:
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.pinned = False
+            entry.pinned = Tier.NONE
             self._forget_if_empty(entry)
 
     # What a copy is worth.
 
     def _host_victims(self, size_bytes: int) -> list[Entry] | None:
         """The least valuable idle host copies that make room together; None if all don't suffice."""
-        short = self.host_used + size_bytes - self._host_budget
+        short = self.host_used + size_bytes - self.host_budget
         if short <= 0:
             return []
         now = self._clock.monotonic()

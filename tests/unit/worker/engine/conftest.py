@@ -65,6 +65,14 @@ class Heard:
     error: MeshError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+
+    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        assert not self.ended.is_set()
+        assert not self.tokens
+        self.prompt_logprobs.extend(logprobs)
+        self.pieces.append(len(logprobs))
 
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         assert not self.ended.is_set()
