@@ -15,6 +15,7 @@ gathers only the blocks that lie in it. Scores that are capped are computed expl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,6 +32,22 @@ class Span:
     past: int
     count: int
     blocks: tuple[int, ...]
+
+
+class StepAttention(Protocol):
+    """A step's attention; see `AttentionPlan.attend` for the contract."""
+
+    def attend(
+        self,
+        cache: KvCache,
+        layer: int,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        scaling: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adaptermesh.worker.engine.attention import AttentionPlan
+from adaptermesh.worker.engine.attention import StepAttention
 from adaptermesh.worker.engine.slots import AdapterPlan
 
 
@@ -19,5 +19,5 @@ class StepBatch:
     token_ids: torch.Tensor
     positions: torch.Tensor
     outputs: torch.Tensor
-    attention: AttentionPlan
+    attention: StepAttention
     adapters: AdapterPlan

@@ -20,6 +20,9 @@ class EngineConfig:
             measure a shape. Its answers mean nothing.
         forward: "auto" takes the lean forward where the architecture has one, "plain" always goes through
             the modules of transformers.
+        attention: "auto": on a CPU by gathering the keys; on CUDA over pages, by the first that gives right
+            results there: torch's "varlen", our "triton" kernel, else "gather". Or one of them by name, or
+            "plain", the slow twin of those over pages.
         pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
             small batches faster. No effect on CUDA.
         quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits. Faster
@@ -51,6 +54,7 @@ class EngineConfig:
     threads: int = 0
     load_format: str = "auto"
     forward: str = "auto"
+    attention: str = "auto"
     pack_weights: bool = True
     quantization: str = "none"
     max_batch_rows: int = 32
@@ -77,6 +81,8 @@ class EngineConfig:
             raise invalid_field("load_format", f"{self.load_format!r} is neither 'auto' nor 'dummy'")
         if self.forward not in ("auto", "plain"):
             raise invalid_field("forward", f"{self.forward!r} is neither 'auto' nor 'plain'")
+        if self.attention not in ("auto", "gather", "varlen", "triton", "plain"):
+            raise invalid_field("attention", f"{self.attention!r} is no way to attend")
         if self.quantization not in ("none", "int8"):
             raise invalid_field("quantization", f"{self.quantization!r} is neither 'none' nor 'int8'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

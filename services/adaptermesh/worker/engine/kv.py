@@ -139,6 +139,8 @@ class KvCache:
         )
         self._by_block = self.data.flatten(3).flatten(2).unbind(0)
         self._by_token = self.data.flatten(1, 2).unbind(0)
+        self._keys = self.data[:, :, :, : shape.kv_heads].unbind(0)
+        self._values = self.data[:, :, :, shape.kv_heads :].unbind(0)
 
     @property
     def size_bytes(self) -> int:
@@ -152,6 +154,14 @@ class KvCache:
         """Zeroes blocks in every layer."""
         if blocks:
             self.data.index_fill_(1, torch.tensor(blocks, device=self.data.device), 0.0)
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[pages, block_tokens, kv_heads, head_dim], a view."""
+        return self._keys[layer]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[pages, block_tokens, kv_heads, head_dim], a view."""
+        return self._values[layer]
 
     def write(self, layer: int, places: torch.Tensor, kv: torch.Tensor) -> None:
         """Stores tokens.

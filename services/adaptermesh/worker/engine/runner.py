@@ -2,7 +2,8 @@
 
 import torch
 
-from adaptermesh.worker.engine.attention import Span, plan_attention
+from adaptermesh.worker.engine.attention import Span
+from adaptermesh.worker.engine.attention_choice import AttentionFacts, choose_attention
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
@@ -25,6 +26,10 @@ class Runner:
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
         self._forward = make_forward(base, config)
+        text = base.model.config.get_text_config()
+        caps = getattr(text, "attn_logit_softcapping", None) is not None
+        facts = AttentionFacts(shape, text.num_attention_heads, base.dtype, base.device, caps)
+        self._plan_attention = choose_attention(config.attention, facts)
 
     @property
     def kv_bytes(self) -> int:
@@ -67,9 +72,7 @@ class Runner:
             token_ids=torch.tensor(ids, device=device),
             positions=torch.tensor(positions, device=device),
             outputs=torch.tensor(outputs, dtype=torch.int64, device=device),
-            attention=plan_attention(
-                spans, len(plan.decodes), self._cache.shape.block_tokens, self._base.dtype, device
-            ),
+            attention=self._plan_attention(spans, len(plan.decodes)),
             adapters=self._slots.plan(StepTokens(_segments(plan))),
         )
 
