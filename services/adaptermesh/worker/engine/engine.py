@@ -9,6 +9,7 @@ from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.admission import check_request
+from adaptermesh.worker.engine.arrivals import CudaCopies
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
@@ -53,7 +54,11 @@ class Engine:
         self._max_context = min(config.max_context_tokens, base.max_context_tokens)
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
-        self._slots = DeviceSlots(config.device_slots, fast_ops(base.sites, base.dtype, base.device))
+        ops = fast_ops(base.sites, base.dtype, base.device)
+        copies = None
+        if base.device.type == "cuda":
+            copies = CudaCopies(base.device, base.dtype, base.sites.num_layers)
+        self._slots = DeviceSlots(config.device_slots, ops, copies)
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
@@ -242,6 +247,7 @@ class Engine:
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
             self._scheduler.book(plan)
+            self._residency.note_arrivals()
         now = self._now_ns()
         for sequence, one in zip(sampled, drawn, strict=True):
             if sequence.timeline.first_token_ns == 0:

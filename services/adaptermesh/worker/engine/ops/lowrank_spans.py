@@ -7,7 +7,7 @@ one by one, those of long ones (prefills) in tiles that share their rows. Source
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
@@ -140,6 +140,70 @@ def plan_spans(
             sites[name] = rows
     found = _upload_spans(tokens, slots, list(dict.fromkeys(sites.values())), device)
     return {name: SpanSitePlan(found[rows], arenas[name].all_rows(), product) for name, rows in sites.items()}
+
+
+class CapturedSpans:
+    """The spans of steps of one token a row, in buffers that stay where they are; every site has its own.
+
+    `changes` counts what slots have gained and lost: as long as it and the rows' slots are as they were, the
+    buffers are right already. The host's side is written again only after the step before has given its
+    tokens, so its copy is done.
+    """
+
+    def __init__(
+        self,
+        arenas: Mapping[str, Arena],
+        rows: int,
+        rank: int,
+        product: SpanProduct,
+        device: torch.device,
+        changes: Callable[[], int],
+    ) -> None:
+        self._arenas = arenas
+        self._rank = rank
+        self._product = product
+        self._changes = changes
+        self._filled: tuple[object, ...] = ()
+        shape = (len(arenas), rows, SPAN_FIELDS)
+        self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._singles = torch.arange(rows, dtype=torch.int32, device=device)
+        self._no_tiles = torch.empty((0, 2), dtype=torch.int32, device=device)
+        self._inner = torch.empty(rows * rank, device=device)
+
+    def plan(self, rows: int) -> Mapping[str, SitePlan]:
+        """The sites' plans, over the arenas as they are now."""
+        return {
+            name: SpanSitePlan(
+                TokenSpans(spans[:rows], self._singles[:rows], self._no_tiles, self._inner, self._rank),
+                arena.all_rows(),
+                self._product,
+            )
+            for (name, arena), spans in zip(self._arenas.items(), self._device.unbind(0), strict=True)
+        }
+
+    def fill(self, slots: Sequence[int], rows: int) -> None:
+        """Writes a step.
+
+        Raises:
+            ValueError: A rank is larger than there is room for. The step must not be replayed.
+        """
+        wanted = (*slots, rows, self._changes())
+        if wanted == self._filled:
+            return
+        self._filled = ()
+        host = self._host.numpy()
+        for site, arena in zip(host, self._arenas.values(), strict=True):
+            found = [arena.rows_of(slot) or (0, 0) for slot in slots]
+            if max(end - start for start, end in found) > self._rank:
+                raise ValueError(f"a rank is above the {self._rank} of this capture")
+            # Each row has room for the largest rank in the scratch, whatever its own is.
+            site[: len(found)] = [
+                (start, end - start, row * self._rank) for row, (start, end) in enumerate(found)
+            ]
+            site[len(found) : rows] = 0
+        self._device.copy_(self._host, non_blocking=True)
+        self._filled = wanted
 
 
 def _upload_spans(
