@@ -5,6 +5,8 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
+import torch
+
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
 from adaptermesh.core.tiers import Tier
@@ -202,6 +204,9 @@ class Engine:
         return False
 
     def _loop(self) -> None:
+        if self._base.device.index is not None:
+            # A thread starts on the first card, and kernels go where the thread is.
+            torch.cuda.set_device(self._base.device)
         while True:
             with self._lock:
                 if self._stopping:

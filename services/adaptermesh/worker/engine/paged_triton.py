@@ -13,13 +13,17 @@ import triton.language as tl
 from adaptermesh.worker.engine.attention import ScoreRule
 from adaptermesh.worker.engine.paged_attention import PagedRows
 
-_KEYS = 64
+_MOST_KEYS = 64
+_TILE_BYTES = 16384
+"""Of the keys that a program holds at once; several such tiles have to fit into a processor's memory."""
 _LEAST_QUERIES = 16
 """The smallest tile that a matrix product takes."""
+_ANYTHING = ["starts", "used", "table", "tiles", "table_stride", "window"]
+"""These differ from step to step: a kernel for each alignment would be compiled anew."""
 _FACTORS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANYTHING)
 def _attend(
     q,
     keys,
@@ -140,6 +144,7 @@ def _launch(
     _, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
     shared = heads // kv_heads
+    width = max(_LEAST_QUERIES, triton.next_power_of_2(dim))
     _attend[(tiles, kv_heads)](
         q,
         keys,
@@ -163,9 +168,9 @@ def _launch(
         TOKENS=tokens,
         QUERIES=max(_LEAST_QUERIES, triton.next_power_of_2(tokens * shared)),
         DIM=dim,
-        WIDTH=max(_LEAST_QUERIES, triton.next_power_of_2(dim)),
+        WIDTH=width,
         PAGE=page,
-        KEYS=_KEYS,
+        KEYS=min(_MOST_KEYS, _TILE_BYTES // (width * q.element_size())),
         TILED=tiled,
         CAPPED=rule.softcap is not None,
         WINDOWED=window is not None,

@@ -15,6 +15,8 @@ from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.paged_attention import PagedRows, PagedWay, plain_paged, plan_paged
 
 CPU = torch.device("cpu")
+# Where the kernel runs: compiled on a card, in Triton's interpreter without one.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE = 4
 SPANS = [
     Span(0, 1, (1,)),
@@ -31,7 +33,7 @@ def make_facts(heads: int = 6, kv_heads: int = 2, dim: int = 24, **changes: Any)
 
 def make_cache(facts: AttentionFacts) -> KvCache:
     """Filled; block 11 and what lies behind each row's keys hold infinities."""
-    cache = KvCache(facts.shape, facts.dtype, CPU)
+    cache = KvCache(facts.shape, facts.dtype, facts.device)
     cache.data[:, 1:] = torch.randn(cache.data[:, 1:].shape).to(facts.dtype)
     cache.data[:, 11] = torch.inf
     for span in SPANS:
@@ -41,8 +43,10 @@ def make_cache(facts: AttentionFacts) -> KvCache:
     return cache
 
 
-def triton_way() -> PagedWay:
+def triton_way(device: torch.device = CPU) -> PagedWay:
     pytest.importorskip("triton", reason="needs Triton: pip install triton (Linux on x86-64)")
+    if device.type != DEVICE.type:
+        pytest.skip("needs Triton's interpreter, which is off where there is a card: see tests/gpu")
     from adaptermesh.worker.engine.paged_triton import triton_paged
 
     return triton_paged
@@ -75,9 +79,9 @@ def test_the_twin_equals_gathering(window: int | None, softcap: float | None) ->
 def test_the_kernel_equals_the_twin(
     window: int | None, softcap: float | None, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> None:
-    way, facts = triton_way(), make_facts(heads, kv_heads, dim, dtype=dtype)
-    cache, q = make_cache(facts), torch.randn(17, heads, dim).to(dtype)
-    rows = plan_paged(SPANS, 2, way, PAGE, 4, CPU).rows
+    way, facts = triton_way(DEVICE), make_facts(heads, kv_heads, dim, dtype=dtype, device=DEVICE)
+    cache, q = make_cache(facts), torch.randn(17, heads, dim).to(DEVICE, dtype)
+    rows = plan_paged(SPANS, 2, way, PAGE, 4, DEVICE).rows
     rule = ScoreRule(dim**-0.5, softcap)
     step = (q, cache.keys(0), cache.values(0), rows, rule, window)
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
@@ -85,9 +89,8 @@ def test_the_kernel_equals_the_twin(
 
 
 def test_contexts_of_many_pages_and_queries_that_are_a_slice() -> None:
-    way, facts = triton_way(), make_facts(4, 2, 32)
-    shape = KvShape(2, 2, 32, 200, PAGE)
-    cache = KvCache(shape, torch.float32, CPU)
+    way = triton_way(DEVICE)
+    cache = KvCache(KvShape(2, 2, 32, 200, PAGE), torch.float32, DEVICE)
     cache.data.normal_()
     blocks = torch.randperm(200)[:180].add(1).tolist()
     spans = [
@@ -95,22 +98,22 @@ def test_contexts_of_many_pages_and_queries_that_are_a_slice() -> None:
         Span(200, 70, tuple(blocks[80:160])),
         Span(0, 5, (blocks[170],) * 2),
     ]
-    rows = plan_paged(spans, 1, way, PAGE, 32, CPU).rows
-    joint = torch.randn(76, 8, 32)
+    rows = plan_paged(spans, 1, way, PAGE, 32, DEVICE).rows
+    joint = torch.randn(76, 8, 32, device=DEVICE)
     step = (joint[:, :4], cache.keys(1), cache.values(1), rows, ScoreRule(0.3, None), None)
     torch.testing.assert_close(way(*step), plain_paged(*step), rtol=1e-4, atol=1e-5)
-    assert facts.heads == 4
 
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_row_that_sees_nothing_reads_nothing_and_gives_zero(kernel: bool) -> None:
-    way = triton_way() if kernel else plain_paged
+    way = triton_way(DEVICE) if kernel else plain_paged
     facts = make_facts()
-    cache = KvCache(facts.shape, torch.float32, CPU)
+    cache = KvCache(facts.shape, torch.float32, DEVICE)
     cache.data.fill_(torch.nan)
-    rows = plan_paged([Span(-1, 1, (0,)), Span(-1, 1, (3,))], 2, way, PAGE, 4, CPU).rows
-    out = way(torch.randn(2, 6, 24), cache.keys(0), cache.values(0), rows, ScoreRule(1.0, None), None)
-    assert torch.equal(out, torch.zeros(2, 6, 24))
+    rows = plan_paged([Span(-1, 1, (0,)), Span(-1, 1, (3,))], 2, way, PAGE, 4, DEVICE).rows
+    q = torch.randn(2, 6, 24, device=DEVICE)
+    out = way(q, cache.keys(0), cache.values(0), rows, ScoreRule(1.0, None), None)
+    assert torch.equal(out, torch.zeros_like(q))
 
 
 class FakeVarlen:

@@ -19,6 +19,7 @@ from adaptermesh.worker.engine.upload import to_device
 
 TILE_TOKENS = 16
 """Tokens of a tile; a segment shorter than this is computed token by token."""
+_TOLERANCE = 5e-2
 SPAN_FIELDS = 3
 """First row, rank, place in the inner product."""
 
@@ -90,7 +91,31 @@ def span_product(dtype: torch.dtype, device: torch.device) -> SpanProduct | None
         return None
     from adaptermesh.worker.engine.ops.lowrank_triton import triton_product
 
+    problem = trial(triton_product, dtype, device)
+    if problem:
+        log.warning("adapters are computed by dense products, which is slower", extra={"reason": problem})
+        return None
     return triton_product
+
+
+def trial(product: SpanProduct, dtype: torch.dtype, device: torch.device) -> str:
+    """What is wrong with a product, by one small step; empty if nothing is. It also compiles the kernels."""
+    a, b, x, y = (
+        torch.linspace(-1.0, 1.0, rows * columns, device=device).view(rows, columns).to(dtype)
+        for rows, columns in ((8, 64), (8, 48), (20, 64), (20, 48))
+    )
+    rows = {0: (1, 4), 1: (4, 8)}
+    tokens = StepTokens((Segment(-1, 0, 1), Segment(0, 1, 3), Segment(1, 3, 20)))
+    spans = _upload_spans(tokens, [0, 1], [tuple(rows.values())], device)[tuple(rows.values())]
+    expected, scales = y.clone(), torch.full((8,), 0.5, device=device)
+    with torch.inference_mode():
+        plain_product(spans, a.t(), b, scales, x, expected)
+        try:
+            product(spans, a.t(), b, scales, x, y)
+            right = torch.allclose(y.float(), expected.float(), rtol=_TOLERANCE, atol=_TOLERANCE)
+        except Exception as error:  # noqa: BLE001 (a kernel's refusal has any type; it is reported)
+            return f"{type(error).__name__}: {error}"
+    return "" if right else "its result is wrong"
 
 
 def plain_product(

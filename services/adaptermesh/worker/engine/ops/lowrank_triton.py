@@ -17,10 +17,12 @@ _EXPAND_ROWS = 16
 _EXPAND_COLUMNS = 256
 _TILE_ROWS = 16
 _TILE_COLUMNS = 128
+_ANYWHERE = ["singles", "tiles", "spans"]
+"""These lie anywhere in the step's one tensor: a kernel for each alignment would be compiled anew."""
 _FACTORS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANYWHERE)
 def _shrink_tokens(
     x, a, scales, inner, singles, spans, width, x_stride, a_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -47,7 +49,7 @@ def _shrink_tokens(
         tl.store(inner + place + rows, tl.sum(total, 1) * scale, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANYWHERE)
 def _expand_tokens(
     inner, b, y, singles, spans, width, b_stride, y_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -75,7 +77,7 @@ def _expand_tokens(
         tl.store(target, (before.to(tl.float32) + total).to(before.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANYWHERE)
 def _shrink_tiles(
     x,
     a,
@@ -125,7 +127,7 @@ def _shrink_tiles(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANYWHERE)
 def _expand_tiles(
     inner,
     b,

@@ -10,7 +10,7 @@ from adaptermesh.artifact.sites import Site
 from adaptermesh.worker.engine.ops import lowrank_spans
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
-from adaptermesh.worker.engine.ops.lowrank_spans import SpanProduct, plain_product
+from adaptermesh.worker.engine.ops.lowrank_spans import SpanProduct, TokenSpans, plain_product, trial
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton (Linux on x86-64)")
@@ -171,10 +171,42 @@ def test_sites_with_equal_rows_share_one_tensor() -> None:
     assert plan["q"].tokens is plan["down"].tokens  # type: ignore[attr-defined]
 
 
-def test_the_kernels_are_chosen_on_cuda_only() -> None:
+def wrong(
+    tokens: TokenSpans,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    plain_product(tokens, a, b, 1.2 * scales, x, y)
+
+
+def refusing(
+    tokens: TokenSpans,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_product_is_tried_before_it_is_taken(dtype: torch.dtype) -> None:
+    assert trial(triton_product, dtype, DEVICE) == ""
+    assert trial(wrong, dtype, DEVICE) == "its result is wrong"
+    assert "no kernel image" in trial(refusing, dtype, DEVICE)
+
+
+def test_the_kernels_are_chosen_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank_spans, "trial", lambda product, dtype, device: "")
     assert lowrank_spans.span_product(torch.float32, torch.device("cpu")) is None
     assert lowrank_spans.span_product(torch.bfloat16, torch.device("cuda")) is triton_product
     assert lowrank_spans.span_product(torch.float64, torch.device("cuda")) is None
+    monkeypatch.setattr(lowrank_spans, "trial", lambda product, dtype, device: "its result is wrong")
+    assert lowrank_spans.span_product(torch.bfloat16, torch.device("cuda")) is None
 
 
 def test_without_triton_the_dense_products_serve(monkeypatch: pytest.MonkeyPatch) -> None:
