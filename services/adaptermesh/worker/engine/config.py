@@ -25,6 +25,11 @@ class EngineConfig:
             transformers). One of these names takes that way or is refused.
         kernel_dir: Folder in which the native kernels are built once for the machine, if they did not come
             with the package.
+        attention: "auto": on a CPU by gathering the keys; on CUDA over pages, by the first that gives right
+            results there: torch's "varlen", our "triton" kernel, else "gather". Or one of them by name, or
+            "plain", the slow twin of those over pages.
+        cuda_graphs: On CUDA, record steps of decodes and replay them. No effect on a CPU.
+        max_graphs: Graphs that may be recorded; steps that would need more run without.
         pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
             small batches faster. No effect on CUDA.
         quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits. Faster
@@ -59,6 +64,9 @@ class EngineConfig:
     load_format: str = "auto"
     forward: str = "auto"
     kernel_dir: Path = field(default_factory=lambda: Path.home() / ".adaptermesh" / "kernels")
+    attention: str = "auto"
+    cuda_graphs: bool = True
+    max_graphs: int = 32
     pack_weights: bool = True
     quantization: str = "none"
     max_batch_rows: int = 32
@@ -86,13 +94,15 @@ class EngineConfig:
             raise invalid_field("load_format", f"{self.load_format!r} is neither 'auto' nor 'dummy'")
         if self.forward not in FORWARDS:
             raise invalid_field("forward", f"{self.forward!r} is none of {', '.join(FORWARDS)}")
+        if self.attention not in ("auto", "gather", "varlen", "triton", "plain"):
+            raise invalid_field("attention", f"{self.attention!r} is no way to attend")
         if self.quantization not in ("none", "int8"):
             raise invalid_field("quantization", f"{self.quantization!r} is neither 'none' nor 'int8'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise invalid_field("dtype", f"{self.dtype!r} is not a dtype the engine computes in")
         for name in (
             *("max_batch_rows", "max_context_tokens", "scored_tokens", "block_tokens", "device_slots"),
-            "io_threads",
+            *("io_threads", "max_graphs"),
         ):
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")

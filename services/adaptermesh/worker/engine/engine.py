@@ -5,10 +5,13 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
+import torch
+
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.admission import check_request
+from adaptermesh.worker.engine.arrivals import CudaCopies
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
@@ -55,7 +58,11 @@ class Engine:
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
         kernels = find_kernels(base, config)
-        self._slots = DeviceSlots(config.device_slots, fast_ops(base.sites, base.dtype, base.device, kernels))
+        ops = fast_ops(base.sites, base.dtype, base.device, kernels)
+        copies = None
+        if base.device.type == "cuda":
+            copies = CudaCopies(base.device, base.dtype, base.sites.num_layers)
+        self._slots = DeviceSlots(config.device_slots, ops, copies)
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
@@ -209,6 +216,9 @@ class Engine:
         return False
 
     def _loop(self) -> None:
+        if self._base.device.index is not None:
+            # A thread starts on the first card, and kernels go where the thread is.
+            torch.cuda.set_device(self._base.device)
         while True:
             with self._lock:
                 if self._stopping:
@@ -254,6 +264,7 @@ class Engine:
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
             self._scheduler.book(plan)
+            self._residency.note_arrivals()
         for scored in result.scored:
             scored.sequence.listener.on_prompt(scored.logprobs)
         now = self._now_ns()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.arrivals import Arrival
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.holders import Holder, Holders, OnDone, OnFailed
@@ -59,6 +60,7 @@ class Residency:
         )
         self._staging: list[Staging] = []
         self._unloads: list[int] = []
+        self._arriving: list[tuple[str, int, Arrival]] = []
         self._load_ids = itertools.count()
 
     def close(self, error: MeshError) -> None:
@@ -164,7 +166,7 @@ class Residency:
             self._slots.unload(job.slot)
             start_ns = self._now_ns()
             try:
-                self._slots.load(job.slot, job.digest, job.copy.manifest, job.copy.data)
+                arrival = self._slots.load(job.slot, job.digest, job.copy.manifest, job.copy.data)
             except MeshError as error:
                 failed.append((job.digest, error))
                 continue
@@ -174,7 +176,19 @@ class Residency:
                 failed.append((job.digest, MeshError(Code.INTERNAL, Reason.INTERNAL, f"staging: {error}")))
                 continue
             self._staged(job.digest, start_ns, self._now_ns())
+            if arrival is not None:
+                self._arriving.append((job.digest, start_ns, arrival))
         return failed
+
+    def note_arrivals(self) -> None:
+        """Corrects the times of copies that were still under way when they were staged. Under the lock."""
+        arriving, self._arriving = self._arriving, []
+        for digest, start_ns, arrival in arriving:
+            elapsed_ns = arrival.elapsed_ns()
+            if elapsed_ns is None:
+                self._arriving.append((digest, start_ns, arrival))
+            else:
+                self._note_copy(digest, start_ns, start_ns + elapsed_ns)
 
     def stage_failed(self, digest: str, error: MeshError) -> None:
         """Frees the slot that could not be filled. Its rows have left it. Under the lock."""
@@ -217,12 +231,16 @@ class Residency:
 
     def _staged(self, digest: str, start_ns: int, end_ns: int) -> None:
         with self._lock:
-            entry = self._table.get(digest)
-            for holder_id in entry.holders if entry is not None else ():
-                timeline = self._holders[holder_id].timeline
-                timeline.h2d_start_ns, timeline.h2d_end_ns = start_ns, end_ns
+            self._note_copy(digest, start_ns, end_ns)
             self._settle_loads(digest)
             self._transfers.resume()
+
+    def _note_copy(self, digest: str, start_ns: int, end_ns: int) -> None:
+        entry = self._table.get(digest)
+        for holder_id in entry.holders if entry is not None else ():
+            timeline = self._holders[holder_id].timeline
+            if timeline.h2d_start_ns in (0, start_ns):
+                timeline.h2d_start_ns, timeline.h2d_end_ns = start_ns, end_ns
 
     def _settle_loads(self, digest: str) -> None:
         """Ends the loads whose tier is reached."""

@@ -4,11 +4,13 @@ import itertools
 
 import torch
 
-from adaptermesh.worker.engine.attention import Span, plan_attention
+from adaptermesh.worker.engine.attention import Span
+from adaptermesh.worker.engine.attention_choice import AttentionFacts, choose_attention
 from adaptermesh.worker.engine.base import Base
-from adaptermesh.worker.engine.batch import StepBatch
+from adaptermesh.worker.engine.batch import HostStep, StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward.forward import make_forward
+from adaptermesh.worker.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.logprobs import score, token_logprobs
 from adaptermesh.worker.engine.native.library import Kernels
@@ -17,6 +19,8 @@ from adaptermesh.worker.engine.postprocess import Drawn, Scored, StepResult
 from adaptermesh.worker.engine.sampling import Draw, sample
 from adaptermesh.worker.engine.scheduler import Row, StepPlan
 from adaptermesh.worker.engine.slots import DeviceSlots
+from adaptermesh.worker.engine.static_step import StaticStep
+from adaptermesh.worker.engine.upload import to_device
 
 
 class Runner:
@@ -30,6 +34,13 @@ class Runner:
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
         self._forward = make_forward(base, config, kernels)
+        text = base.model.config.get_text_config()
+        caps = getattr(text, "attn_logit_softcapping", None) is not None
+        facts = AttentionFacts(shape, text.num_attention_heads, base.dtype, base.device, caps)
+        self._plan_attention = choose_attention(config.attention, facts)
+        self._graphs: DecodeGraphs | None = None
+        if config.cuda_graphs and base.device.type == "cuda":
+            self.record_with(CudaRecorder(), config)
 
     @property
     def kv_bytes(self) -> int:
@@ -48,7 +59,7 @@ class Runner:
         """
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
-            logits = self._forward.run(self.pack(plan), self._cache)
+            logits = self._logits(self.pack(plan))
             draws = [_draw(row) for row in plan.rows if row.samples]
             sampled = logits[: len(draws)]
             tokens = sample(sampled, draws)
@@ -56,9 +67,9 @@ class Runner:
             drawn = tuple(Drawn(*one) for one in zip(tokens, logprobs, strict=True))
             return StepResult(drawn, _score_prompts(plan, logits[len(draws) :]))
 
-    def pack(self, plan: StepPlan) -> StepBatch:
-        """The batch of a plan; checks every row's slot."""
-        rows, device = plan.rows, self._base.device
+    def pack(self, plan: StepPlan) -> HostStep:
+        """The step of a plan; checks every row's slot."""
+        rows = plan.rows
         self._slots.check((row.sequence.slot, row.sequence.digest) for row in rows)
         spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
         ids: list[int] = []
@@ -72,15 +83,44 @@ class Runner:
             if row.samples:
                 outputs.append(len(ids) - 1)
             scored.extend(position + shift for position in row.scores)
-        return StepBatch(
-            token_ids=torch.tensor(ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            outputs=torch.tensor(outputs + scored, dtype=torch.int64, device=device),
-            attention=plan_attention(
-                spans, len(plan.decodes), self._cache.shape.block_tokens, self._base.dtype, device
-            ),
-            adapters=self._slots.plan(StepTokens(_segments(plan))),
+        return HostStep(
+            token_ids=ids,
+            positions=positions,
+            outputs=outputs + scored,
+            spans=tuple(spans),
+            slots=tuple(row.sequence.slot for row in rows),
+            decodes=len(plan.decodes),
+            tokens=StepTokens(_segments(plan)),
         )
+
+    def record_with(self, recorder: Recorder, config: EngineConfig) -> None:
+        """Makes steps of decodes replays of what `recorder` records; without attention over pages nothing."""
+        way, shape = self._plan_attention.way, self._cache.shape
+        if way is None:
+            return
+        tokens = min(
+            config.max_context_tokens, self._base.max_context_tokens, shape.blocks * shape.block_tokens
+        )
+        width = -(-tokens // shape.block_tokens)
+        static = StaticStep(config.max_batch_rows, width, way, self._cache, self._base.device)
+        self._graphs = DecodeGraphs(
+            self._forward, self._cache, self._slots, static, recorder, config.max_graphs
+        )
+
+    def _logits(self, step: HostStep) -> torch.Tensor:
+        """[rows that sample, vocabulary] float32."""
+        if self._graphs is not None:
+            logits = self._graphs.run(step)
+            if logits is not None:
+                return logits
+        return self._forward.run(self._upload(step), self._cache)
+
+    def _upload(self, step: HostStep) -> StepBatch:
+        device = self._base.device
+        packed = to_device([*step.token_ids, *step.positions, *step.outputs], device, torch.int64)
+        ids, positions, outputs = packed.split([len(step.token_ids), len(step.positions), len(step.outputs)])
+        attention = self._plan_attention(step.spans, step.decodes)
+        return StepBatch(ids, positions, outputs, attention, self._slots.plan(step.tokens), step.spans)
 
 
 def _segments(plan: StepPlan) -> tuple[Segment, ...]:

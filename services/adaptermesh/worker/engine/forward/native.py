@@ -188,7 +188,7 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
     rows: list[tuple[int, int, int, int]] = []
     tables: list[int] = []
     first = 0
-    for span in batch.attention.spans:
+    for span in batch.spans:
         rows.append((first, span.count, span.past, len(tables)))
         tables.extend(span.blocks)
         first += span.count

@@ -18,7 +18,7 @@ from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.artifact.sites import Site, SiteMap
 from adaptermesh.worker.engine.native.library import Adapters, Kernels
 from adaptermesh.worker.engine.native.memory import page_memory
-from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.op import LayerLanded, SitePlan, StepTokens, TensorReader, ignore_landed
 
 _LINE = 16
 """Floats of a cache line: where each tensor begins."""
@@ -68,7 +68,13 @@ class NativeLowRank:
         self._slots: dict[int, AdapterRows] = {}
         self._spare: torch.Tensor | None = None
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+    def load(
+        self,
+        slot: int,
+        modules: Sequence[ModuleOp],
+        read: TensorReader,
+        landed: LayerLanded = ignore_landed,
+    ) -> None:
         if not modules:
             return
         ordered = sorted(modules, key=lambda module: (module.layer, self._sites[module.site][0]))
@@ -80,6 +86,7 @@ class NativeLowRank:
             place = self._sites[module.site][0]
             table[place, module.layer] = self._fill(memory[start : start + size], module, read)
             start += size
+            landed(module.layer)
         used = sum(1 << place for place in {self._sites[module.site][0] for module in modules})
         self._slots[slot] = AdapterRows(memory, table, max(module.rank for module in modules), used)
 

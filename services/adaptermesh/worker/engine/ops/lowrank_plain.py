@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
-from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.op import (
+    LayerLanded,
+    SitePlan,
+    StepTokens,
+    TensorReader,
+    ignore_landed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,13 @@ class PlainLowRank:
         self._device = device
         self._slots: dict[int, dict[tuple[str, int], _Module]] = {}
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+    def load(
+        self,
+        slot: int,
+        modules: Sequence[ModuleOp],
+        read: TensorReader,
+        landed: LayerLanded = ignore_landed,
+    ) -> None:
         self._slots[slot] = {
             (module.site, module.layer): _Module(
                 read(module.tensors["A"]).to(self._device, self._dtype, copy=True),
@@ -33,6 +45,8 @@ class PlainLowRank:
             )
             for module in modules
         }
+        for layer in sorted({module.layer for module in modules}):
+            landed(layer)
 
     def unload(self, slot: int) -> None:
         self._slots.pop(slot, None)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
 
 TensorReader = Callable[[str], torch.Tensor]
-"""Gives a canonical tensor by its name, in host memory."""
+"""Gives a canonical tensor by its name, in host memory or on its way to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ class StepTokens:
         return frozenset(segment.slot for segment in self.segments if segment.slot >= 0)
 
 
+LayerLanded = Callable[[int], None]
+"""Called with a layer once all copies to it are made, or queued."""
+
+
+def ignore_landed(layer: int) -> None:
+    """For who needs not know."""
+
+
 class SitePlan(Protocol):
     """One site's share of one step."""
 
@@ -46,8 +54,14 @@ class SitePlan(Protocol):
 class Op(Protocol):
     """Holds one kind of op for all slots on one device."""
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
-        """Copies an adapter's tensors of this kind into a slot that is empty."""
+    def load(
+        self,
+        slot: int,
+        modules: Sequence[ModuleOp],
+        read: TensorReader,
+        landed: LayerLanded = ignore_landed,
+    ) -> None:
+        """Copies an adapter's tensors of this kind into a slot that is empty, layer by layer."""
         ...
 
     def unload(self, slot: int) -> None:
@@ -61,4 +75,34 @@ class Op(Protocol):
     @property
     def size_bytes(self) -> int:
         """Bytes on the device."""
+        ...
+
+
+class CapturedOp(Protocol):
+    """An op's part of steps of one token a row, over buffers that stay where they are."""
+
+    def plan(self, rows: int) -> Mapping[str, SitePlan]:
+        """What the first `rows` rows do, by site, whatever the buffers hold when it is applied."""
+        ...
+
+    def fill(self, slots: Sequence[int], rows: int) -> None:
+        """Writes a step: the slot of each of its rows, -1 for the base; none for the rows up to `rows`."""
+        ...
+
+
+@runtime_checkable
+class CapturableOp(Op, Protocol):
+    """An op that can be part of a recorded step."""
+
+    @property
+    def layout(self) -> int:
+        """Differs after what makes an earlier capture wrong: memory that moved, a site's first adapter."""
+        ...
+
+    def rank_of(self, slots: Sequence[int]) -> int:
+        """The largest rank of some slots, at any site."""
+        ...
+
+    def capture(self, rows: int, rank: int) -> CapturedOp | None:
+        """Buffers for that many rows of at most that rank; None if this op can't be recorded here."""
         ...
