@@ -4,6 +4,7 @@ A token's result does not depend on what else is in its batch, to the last bit: 
 everywhere.
 """
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.panels import Panels, Weight
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
-from adaptermesh.worker.engine.native.library import SITES, Kernels, Layer, Matrix, Model, Site, Step
+from adaptermesh.worker.engine.native.library import SITES, Adapters, Kernels, Layer, Matrix, Model, Step
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 
 NATIVE_ARCHITECTURES = frozenset(
@@ -58,7 +59,7 @@ class NativeForward:
         logits = torch.empty(len(outputs), self._model.vocabulary)
         tokens = len(hidden)
         spans, tables = _pack_spans(batch)
-        sites, held = _pack_sites(batch)
+        adapters, held = _pack_adapters(batch)
         step = Step(
             hidden=hidden.data_ptr(),
             cosines=cos.data_ptr(),
@@ -68,7 +69,7 @@ class NativeForward:
             outputs=outputs.data_ptr(),
             logits=logits.data_ptr(),
             scratch=self._scratch_for(tokens).data_ptr(),
-            sites=sites,
+            adapters=adapters,
             tokens=tokens,
             span_count=len(spans),
             output_count=len(outputs),
@@ -112,6 +113,7 @@ class NativeForward:
             inner=config.intermediate_size,
             vocabulary=model.lm_head.weight.shape[0],
             block=block_tokens,
+            sites=_site_places(self._base),
             window=_window(self._base),
             epsilon=config.rms_norm_eps,
             scaling=self._base.head_dim**-0.5,
@@ -157,6 +159,12 @@ def _check(base: Base, kernels: Kernels | None, block_tokens: int) -> Kernels:
     return kernels
 
 
+def _site_places(base: Base) -> Any:
+    """Where each of SITES stands in the tables of the low-rank op."""
+    names = [site.name for site in base.sites.sites]
+    return (ctypes.c_int32 * len(SITES))(*(names.index(name) for name in SITES))
+
+
 def _window(base: Base) -> int:
     """Positions that a token sees, itself included; 0: all.
 
@@ -197,18 +205,14 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
     return np.array(rows, np.int32).reshape(-1, 4), np.array(tables, np.int32)
 
 
-def _pack_sites(batch: StepBatch) -> tuple[Any, object]:
-    """The low-rank part of each site, and what it points to."""
-    sites = (Site * len(SITES))()
+def _pack_adapters(batch: StepBatch) -> tuple[Adapters, object]:
+    """The low-rank part of the step, and what it points to."""
     if not batch.adapters.tokens.active_slots:
-        return sites, None
+        return Adapters(), None
     op = batch.adapters.ops.get("lowrank")
     if not isinstance(op, NativeLowRank) or len(batch.adapters.ops) > 1:
         # An op that is passed over would answer with the base.
         kinds = ", ".join(sorted(batch.adapters.ops))
         raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
-    found = op.rows_of(batch.adapters.tokens)
-    for index, name in enumerate(SITES):
-        if name in found:
-            sites[index] = found[name].rows
-    return sites, found
+    rows = op.rows_of(batch.adapters.tokens)
+    return rows.adapters, rows

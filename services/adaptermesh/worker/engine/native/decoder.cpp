@@ -30,7 +30,8 @@ struct Model {
   int32_t inner;
   int32_t vocabulary;
   int32_t block;
-  int32_t window;  // positions that a token sees, itself included; 0: all
+  int32_t sites[kSites];  // where each site stands in an adapter's table
+  int32_t window;         // positions that a token sees, itself included; 0: all
   float epsilon;
   float scaling;
 };
@@ -52,7 +53,7 @@ struct Step {
   const int32_t* outputs;  // tokens whose logits are wanted
   float* logits;           // [outputs, vocabulary]
   float* scratch;          // scratch_floats(model, tokens)
-  Site sites[kSites];
+  Adapters adapters;
   int32_t tokens;
   int32_t span_count;
   int32_t output_count;
@@ -88,7 +89,8 @@ Scratch lay_out(const Model& model, int64_t tokens, float* memory) {
 // A share of one joint product: its outputs go to columns [offset, offset + columns) of y.
 struct Part {
   const Matrix* matrix;
-  const Site* site;
+  bool adapted;
+  Site site;
   int columns;
   int offset;
 };
@@ -150,12 +152,13 @@ class Pass {
     member.phase(step_.tokens, [&](int token) {
       float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
       normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_in, model_.hidden, model_.epsilon, x);
-      for (int site : {kQ, kK, kV}) shrink_if_used(site, index, token, x);
+      for (SiteIndex site : {kQ, kK, kV})
+        if (used(site)) shrink(at(site, index, model_.hidden), token, x);
     });
-    const Part parts[] = {{&layer.q, used(kQ), q_width, 0},
-                          {&layer.k, used(kK), kv_width, q_width},
-                          {&layer.v, used(kV), kv_width, q_width + kv_width}};
-    product<3>(member, parts, index, scratch_.x, model_.hidden, step_.tokens,
+    const Part parts[] = {{&layer.q, used(kQ), at(kQ, index, model_.hidden), q_width, 0},
+                          {&layer.k, used(kK), at(kK, index, model_.hidden), kv_width, q_width},
+                          {&layer.v, used(kV), at(kV, index, model_.hidden), kv_width, q_width + kv_width}};
+    product<3>(member, parts, scratch_.x, model_.hidden, step_.tokens,
                [&](int token, int offset, int count, const float* y) {
                  std::memcpy(scratch_.qkv + token * width + offset, y, count * sizeof(float));
                });
@@ -165,7 +168,9 @@ class Pass {
       attend_task(attention_[task / model_.kv_heads], task % model_.kv_heads, cache);
     });
     if (used(kO))
-      member.phase(step_.tokens, [&](int token) { shrink_if_used(kO, index, token, scratch_.mixed + static_cast<int64_t>(token) * q_width); });
+      member.phase(step_.tokens, [&](int token) {
+        shrink(at(kO, index, q_width), token, scratch_.mixed + static_cast<int64_t>(token) * q_width);
+      });
     add_product(member, layer.o, kO, index, scratch_.mixed, q_width);
   }
 
@@ -173,11 +178,14 @@ class Pass {
     member.phase(step_.tokens, [&](int token) {
       float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
       normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_mid, model_.hidden, model_.epsilon, x);
-      for (int site : {kGate, kUp}) shrink_if_used(site, index, token, x);
+      for (SiteIndex site : {kGate, kUp})
+        if (used(site)) shrink(at(site, index, model_.hidden), token, x);
     });
     gated_product(member, layer, index);
     if (used(kDown))
-      member.phase(step_.tokens, [&](int token) { shrink_if_used(kDown, index, token, scratch_.inner + static_cast<int64_t>(token) * model_.inner); });
+      member.phase(step_.tokens, [&](int token) {
+        shrink(at(kDown, index, model_.inner), token, scratch_.inner + static_cast<int64_t>(token) * model_.inner);
+      });
     add_product(member, layer.down, kDown, index, scratch_.inner, model_.inner);
   }
 
@@ -187,8 +195,8 @@ class Pass {
       normalise(step_.hidden + static_cast<int64_t>(step_.outputs[row]) * model_.hidden, model_.norm_out, model_.hidden,
                 model_.epsilon, scratch_.x + static_cast<int64_t>(row) * model_.hidden);
     });
-    const Part parts[] = {{&model_.head, nullptr, model_.vocabulary, 0}};
-    product<1>(member, parts, 0, scratch_.x, model_.hidden, step_.output_count,
+    const Part parts[] = {{&model_.head, false, Site{}, model_.vocabulary, 0}};
+    product<1>(member, parts, scratch_.x, model_.hidden, step_.output_count,
                [&](int row, int offset, int count, const float* y) {
                  std::memcpy(step_.logits + static_cast<int64_t>(row) * model_.vocabulary + offset, y, count * sizeof(float));
                });
@@ -237,17 +245,19 @@ class Pass {
     }
   }
 
-  const Site* used(int site) const { return step_.sites[site].a ? &step_.sites[site] : nullptr; }
+  bool used(SiteIndex site) const { return step_.adapters.used >> model_.sites[site] & 1; }
 
-  void shrink_if_used(int site, int layer, int token, const float* x) const {
-    if (used(site)) shrink(step_.sites[site], layer, token, x);
+  Site at(SiteIndex site, int layer, int inputs) const {
+    const int place = model_.sites[site];
+    const int64_t before = static_cast<int64_t>(place) * step_.tokens * step_.adapters.max_rank;
+    return {&step_.adapters, place * model_.layer_count + layer, inputs, step_.adapters.inner + before};
   }
 
   static int group_of(int panels, int threads) { return panels >= 32 * threads ? 4 : panels >= 8 * threads ? 2 : 1; }
 
   // y = x W^T and the adapters' part, for parts that read the same x; `put` takes a token's outputs of a panel.
   template <int N, class Put>
-  void product(Team::Member& member, const Part (&parts)[N], int layer, const float* x, int64_t stride, int tokens, Put put) const {
+  void product(Team::Member& member, const Part (&parts)[N], const float* x, int64_t stride, int tokens, Put put) const {
     int groups[N + 1] = {0}, sizes[N];
     for (int n = 0; n < N; ++n) {
       sizes[n] = group_of(parts[n].matrix->panel_count, step_.threads);
@@ -263,10 +273,10 @@ class Pass {
       for (int begin = 0; begin < tokens; begin += kTokens) {
         const int end = begin + kTokens < tokens ? begin + kTokens : tokens;
         Expectation expectation;
-        if (part.site) expectation.want(*part.site, layer, begin, end, first, last - first);
+        if (part.adapted) expectation.want(part.site, begin, end, first, last - first);
         for (int panel = first; panel < last; ++panel) {
           panel_product(*part.matrix, panel, x + begin * stride, stride, end - begin, y, [&] { expectation.some(kExpected); });
-          if (part.site) expand(*part.site, layer, begin, end, panel, y);
+          if (part.adapted) expand(part.site, begin, end, panel, y);
           const int columns = part.columns - panel * kPanel;
           for (int token = begin; token < end; ++token)
             put(token, part.offset + panel * kPanel, columns < kPanel ? columns : kPanel, y + (token - begin) * kPanel);
@@ -276,9 +286,10 @@ class Pass {
   }
 
   // hidden += x W^T and the adapters' part.
-  void add_product(Team::Member& member, const Matrix& matrix, int site, int layer, const float* x, int64_t stride) const {
-    const Part parts[] = {{&matrix, used(site), model_.hidden, 0}};
-    product<1>(member, parts, layer, x, stride, step_.tokens, [&](int token, int offset, int count, const float* y) {
+  void add_product(Team::Member& member, const Matrix& matrix, SiteIndex site, int layer, const float* x,
+                   int64_t stride) const {
+    const Part parts[] = {{&matrix, used(site), at(site, layer, matrix.inputs), model_.hidden, 0}};
+    product<1>(member, parts, x, stride, step_.tokens, [&](int token, int offset, int count, const float* y) {
       float* to = step_.hidden + static_cast<int64_t>(token) * model_.hidden + offset;
       for (int i = 0; i < count; ++i) to[i] += y[i];
     });
@@ -286,7 +297,7 @@ class Pass {
 
   // inner = silu(gate) * up, a panel of both at a time.
   void gated_product(Team::Member& member, const Layer& layer, int index) const {
-    const Site *gate = used(kGate), *up = used(kUp);
+    const Site gate = at(kGate, index, model_.hidden), up = at(kUp, index, model_.hidden);
     const int panels = layer.gate.panel_count, size = group_of(panels, step_.threads);
     member.phase((panels + size - 1) / size, [&](int task) {
       const int first = task * size, last = first + size < panels ? first + size : panels;
@@ -295,14 +306,14 @@ class Pass {
         const int end = begin + kTokens < step_.tokens ? begin + kTokens : step_.tokens;
         const float* x = scratch_.x + static_cast<int64_t>(begin) * model_.hidden;
         Expectation expectation;
-        for (const Site* site : {gate, up})
-          if (site) expectation.want(*site, index, begin, end, first, last - first);
+        if (used(kGate)) expectation.want(gate, begin, end, first, last - first);
+        if (used(kUp)) expectation.want(up, begin, end, first, last - first);
         const auto between = [&] { expectation.some(kExpected); };
         for (int panel = first; panel < last; ++panel) {
           panel_product(layer.gate, panel, x, model_.hidden, end - begin, left, between);
-          if (gate) expand(*gate, index, begin, end, panel, left);
+          if (used(kGate)) expand(gate, begin, end, panel, left);
           panel_product(layer.up, panel, x, model_.hidden, end - begin, right, between);
-          if (up) expand(*up, index, begin, end, panel, right);
+          if (used(kUp)) expand(up, begin, end, panel, right);
           const int columns = model_.inner - panel * kPanel, count = columns < kPanel ? columns : kPanel;
           for (int token = begin; token < end; ++token) {
             float *g = left + (token - begin) * kPanel, *u = right + (token - begin) * kPanel;
@@ -352,20 +363,26 @@ void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_
       }
 }
 
-// y += s B (A x) at one site outside of a step. Rows of x and y are `x_stride` and `y_stride` floats apart.
-void adaptermesh_add_lowrank(const Site* site, int32_t layer, const float* x, int64_t x_stride, float* y, int64_t y_stride,
-                             int32_t outputs, int32_t tokens, int32_t threads) {
+void adaptermesh_pack_b(const float* from, int32_t outputs, int32_t rank, float* to) { pack_b(from, outputs, rank, to); }
+
+// y += s B (A x) at one site outside of a step; `index` is that of the site and layer in the tables. Rows of x and y
+// are `x_stride` and `y_stride` floats apart. `inner` of the adapters: [tokens][max_rank].
+void adaptermesh_add_lowrank(const Adapters* adapters, int32_t index, const float* x, int32_t inputs, int64_t x_stride,
+                             float* y, int32_t outputs, int64_t y_stride, int32_t tokens, int32_t threads) {
   constexpr int kBlock = 4;
+  const Site site{adapters, index, inputs, adapters->inner};
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int begin = 0; begin < tokens; begin += kBlock) {
     const int end = begin + kBlock < tokens ? begin + kBlock : tokens;
-    for (int token = begin; token < end; ++token) shrink(*site, layer, token, x + token * x_stride);
-    for (int panel = 0; panel < site->panel_count; ++panel) {
+    for (int token = begin; token < end; ++token) shrink(site, token, x + token * x_stride);
+    for (int first = 0; first < outputs; first += kPanel) {
       alignas(64) float part[kBlock * kPanel] = {};
-      expand(*site, layer, begin, end, panel, part);
-      const int left = outputs - panel * kPanel, count = left < kPanel ? left : kPanel;
-      for (int token = begin; token < end; ++token)
-        for (int i = 0; i < count; ++i) y[token * y_stride + panel * kPanel + i] += part[(token - begin) * kPanel + i];
+      expand(site, begin, end, first / kPanel, part);
+      const int count = outputs - first < kPanel ? outputs - first : kPanel;
+      for (int token = begin; token < end; ++token) {
+        if (!site.rows(token)) continue;
+        for (int i = 0; i < count; ++i) y[token * y_stride + first + i] += part[(token - begin) * kPanel + i];
+      }
     }
   }
 }

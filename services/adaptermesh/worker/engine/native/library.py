@@ -49,26 +49,19 @@ class Model(Structure):
         ("inner", c_int32),
         ("vocabulary", c_int32),
         ("block", c_int32),
+        ("sites", c_int32 * len(SITES)),
         ("window", c_int32),
         ("epsilon", c_float),
         ("scaling", c_float),
     )
 
 
-class Site(Structure):
+class Adapters(Structure):
     _fields_ = (
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("scales", c_void_p),
-        ("a_stride", c_int64),
-        ("b_stride", c_int64),
-        ("scale_stride", c_int64),
-        ("starts", c_void_p),
-        ("ranks", c_void_p),
+        ("tables", c_void_p),
         ("inner", c_void_p),
         ("max_rank", c_int32),
-        ("inputs", c_int32),
-        ("panel_count", c_int32),
+        ("used", c_int32),
     )
 
 
@@ -82,7 +75,7 @@ class Step(Structure):
         ("outputs", c_void_p),
         ("logits", c_void_p),
         ("scratch", c_void_p),
-        ("sites", Site * len(SITES)),
+        ("adapters", Adapters),
         ("tokens", c_int32),
         ("span_count", c_int32),
         ("output_count", c_int32),
@@ -104,17 +97,14 @@ class Kernels:
         self._library.adaptermesh_pack.argtypes = (c_void_p, c_int64, c_int64, c_int32, c_void_p)
         self._library.adaptermesh_run.restype = None
         self._library.adaptermesh_run.argtypes = (POINTER(Model), POINTER(Step))
+        self._library.adaptermesh_pack_b.restype = None
+        self._library.adaptermesh_pack_b.argtypes = (c_void_p, c_int32, c_int32, c_void_p)
         self._library.adaptermesh_add_lowrank.restype = None
         self._library.adaptermesh_add_lowrank.argtypes = (
-            POINTER(Site),
-            c_int32,
-            c_void_p,
-            c_int64,
-            c_void_p,
-            c_int64,
-            c_int32,
-            c_int32,
-            c_int32,
+            *(POINTER(Adapters), c_int32),
+            *(c_void_p, c_int32, c_int64),
+            *(c_void_p, c_int32, c_int64),
+            *(c_int32, c_int32),
         )
         self.panel = int(self._library.adaptermesh_panel())
 
@@ -135,13 +125,24 @@ class Kernels:
         """Runs layers [first_layer, last_layer) of a step, and the head after the last one."""
         self._library.adaptermesh_run(model, step)
 
-    def add_lowrank(self, site: Site, layer: int, x: torch.Tensor, y: torch.Tensor, threads: int) -> None:
-        """Adds s B (A x) to y for each token. x: [tokens, in]; y: [tokens, out]. The columns lie together."""
+    def pack_b(self, b: torch.Tensor, to: torch.Tensor) -> None:
+        """b: [out, rank]. to: [panels, rank, panel] float32, flat, with whatever room is left behind it."""
+        outputs, rank = b.shape
+        b = b.float().contiguous()
+        self._library.adaptermesh_pack_b(b.data_ptr(), outputs, rank, to.data_ptr())
+
+    def add_lowrank(self, adapters: Adapters, index: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds s B (A x) to y for each token. x: [tokens, in]; y: [tokens, out]. The columns lie together.
+
+        `index` is that of the site and layer in the adapters' tables.
+        """
         if x.stride(1) != 1 or y.stride(1) != 1:
             raise ValueError("the columns of x and y must lie together")
         tokens, outputs = y.shape
+        x_part = (x.data_ptr(), x.shape[1], x.stride(0))
+        y_part = (y.data_ptr(), outputs, y.stride(0))
         self._library.adaptermesh_add_lowrank(
-            site, layer, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), outputs, tokens, threads
+            adapters, index, *x_part, *y_part, tokens, torch.get_num_threads()
         )
 
 

@@ -1,32 +1,40 @@
 // The low-rank part of a site: y += s B (A x), each token with its own adapter's rank rows.
 //
-// A and B are read where they lie in the arena. A: [rows, in]. B: an adapter's rows together, in panels of outputs as
-// the base's matrices have them, [panels][rank][kPanel], so that what one panel needs is one run of memory. A token
-// meets its own rows only, in their order, so its result does not depend on who else is in the batch.
+// A token meets its own rows only, in their order, so its result does not depend on who else is in the batch.
 #pragma once
 
 #include "product.h"
 
-// One site in one step. `starts` and `ranks` are by token; rank 0 is a token without an adapter here.
-// a, b, scales: of layer 0; null if no token has rows here. The strides lead from layer to layer, in floats.
-// inner: [tokens, max_rank], s A x once it is computed.
-struct Site {
+// What one adapter has at one site of one layer. A: [rank, in]. B: in panels of outputs as the base's matrices have
+// them, [panels][rank][kPanel], so that what one panel needs is one run of memory. scales: [rank]. Rank 0: nothing.
+struct Rows {
   const float* a;
   const float* b;
   const float* scales;
-  int64_t a_stride;
-  int64_t b_stride;
-  int64_t scale_stride;
-  const int32_t* starts;
-  const int32_t* ranks;
+  int64_t rank;
+};
+
+// The adapters of a step. `tables`: by token its adapter's rows, [sites][layers], or null for the base. `inner`:
+// [sites][tokens][max_rank], s A x once it is computed. `used`: bit n is set if some token has rows at site n.
+struct Adapters {
+  const Rows* const* tables;
   float* inner;
   int32_t max_rank;
-  int32_t inputs;
-  int32_t panel_count;
+  int32_t used;
+};
 
-  const float* rows_of_b(int layer, int64_t start, int rank, int panel) const {
-    return b + layer * b_stride + (start * panel_count + static_cast<int64_t>(panel) * rank) * kPanel;
+// One site of one layer in one step.
+struct Site {
+  const Adapters* adapters;
+  int index;  // of the row of Rows in the tables: site * layers + layer
+  int inputs;
+  float* inner;  // [tokens][max_rank]
+
+  const Rows* rows(int token) const {
+    const Rows* table = adapters->tables[token];
+    return table && table[index].rank ? table + index : nullptr;
   }
+  float* inner_of(int token) const { return inner + static_cast<ptrdiff_t>(token) * adapters->max_rank; }
 };
 
 template <int R>
@@ -51,16 +59,15 @@ static inline void dots(const float* x, const float* a, int inputs, const float*
 }
 
 // Computes `inner` of one token. x: [inputs].
-__attribute__((noinline)) static void shrink(const Site& site, int layer, int token, const float* x) {
-  const int rank = site.ranks[token];
-  if (rank == 0) return;
-  const int64_t start = site.starts[token];
-  const float* a = site.a + layer * site.a_stride + start * site.inputs;
-  const float* scales = site.scales + layer * site.scale_stride + start;
-  float* to = site.inner + static_cast<ptrdiff_t>(token) * site.max_rank;
+static inline void shrink(const Site& site, int token, const float* x) {
+  const Rows* rows = site.rows(token);
+  if (!rows) return;
+  const int rank = static_cast<int>(rows->rank);
+  const ptrdiff_t inputs = site.inputs;
+  float* to = site.inner_of(token);
   int r = 0;
-  for (; r + 4 <= rank; r += 4) dots<4>(x, a + static_cast<ptrdiff_t>(r) * site.inputs, site.inputs, scales + r, to + r);
-  for (; r < rank; ++r) dots<1>(x, a + static_cast<ptrdiff_t>(r) * site.inputs, site.inputs, scales + r, to + r);
+  for (; r + 4 <= rank; r += 4) dots<4>(x, rows->a + r * inputs, site.inputs, rows->scales + r, to + r);
+  for (; r < rank; ++r) dots<1>(x, rows->a + r * inputs, site.inputs, rows->scales + r, to + r);
 }
 
 template <int M>
@@ -88,25 +95,23 @@ static inline void expand_tile(const float* b, int rank, const float* inner, int
 }
 
 // Adds a panel's outputs of tokens [begin, end) to y, [tokens][kPanel].
-__attribute__((noinline)) static void expand(const Site& site, int layer, int begin, int end, int panel, float* y) {
+static inline void expand(const Site& site, int begin, int end, int panel, float* y) {
   for (int token = begin; token < end;) {
-    const int rank = site.ranks[token];
-    const int32_t start = site.starts[token];
-    if (rank == 0) {
-      ++token;
-      continue;
-    }
+    const Rows* rows = site.rows(token);
     int count = 1;
-    while (count < 4 && token + count < end && site.ranks[token + count] == rank && site.starts[token + count] == start)
-      ++count;
-    const float* b = site.rows_of_b(layer, start, rank, panel);
-    const float* inner = site.inner + static_cast<ptrdiff_t>(token) * site.max_rank;
-    float* to = y + static_cast<ptrdiff_t>(token - begin) * kPanel;
-    switch (count) {
-      case 1: expand_tile<1>(b, rank, inner, site.max_rank, to); break;
-      case 2: expand_tile<2>(b, rank, inner, site.max_rank, to); break;
-      case 3: expand_tile<3>(b, rank, inner, site.max_rank, to); break;
-      case 4: expand_tile<4>(b, rank, inner, site.max_rank, to); break;
+    // Tokens of one adapter stand together and share its rows.
+    while (count < 4 && token + count < end && site.rows(token + count) == rows) ++count;
+    if (rows) {
+      const int rank = static_cast<int>(rows->rank), stride = site.adapters->max_rank;
+      const float* b = rows->b + static_cast<ptrdiff_t>(panel) * rank * kPanel;
+      const float* inner = site.inner_of(token);
+      float* to = y + static_cast<ptrdiff_t>(token - begin) * kPanel;
+      switch (count) {
+        case 1: expand_tile<1>(b, rank, inner, stride, to); break;
+        case 2: expand_tile<2>(b, rank, inner, stride, to); break;
+        case 3: expand_tile<3>(b, rank, inner, stride, to); break;
+        case 4: expand_tile<4>(b, rank, inner, stride, to); break;
+      }
     }
     token += count;
   }
@@ -117,15 +122,14 @@ __attribute__((noinline)) static void expand(const Site& site, int layer, int be
 class Expectation {
  public:
   // Panels [panel, panel + panels) of tokens [begin, end).
-  void want(const Site& site, int layer, int begin, int end, int panel, int panels) {
-    int64_t known = -1;
+  void want(const Site& site, int begin, int end, int panel, int panels) {
+    const Rows* known = nullptr;
     for (int token = begin; token < end && wanted_ < kMost; ++token) {
-      const int rank = site.ranks[token];
-      // Tokens of one adapter stand together: their rows are asked for once.
-      if (rank == 0 || site.starts[token] == known) continue;
-      known = site.starts[token];
-      const int lines = panels * rank * kPanel / kLine;
-      runs_[wanted_++] = {site.rows_of_b(layer, known, rank, panel), lines < kMostLines ? lines : kMostLines};
+      const Rows* rows = site.rows(token);
+      if (!rows || rows == known) continue;
+      known = rows;
+      const int64_t lines = panels * rows->rank * kPanel / kLine;
+      runs_[wanted_++] = {rows->b + panel * rows->rank * kPanel, static_cast<int>(lines < kMostLines ? lines : kMostLines)};
     }
   }
 
@@ -155,3 +159,15 @@ class Expectation {
   int run_ = 0;
   int line_ = 0;
 };
+
+// Lays a B of [outputs, rank] out in panels; the last panel is filled up with zeros.
+static inline void pack_b(const float* from, int outputs, int rank, float* to) {
+  for (int first = 0; first < outputs; first += kPanel, to += static_cast<ptrdiff_t>(rank) * kPanel) {
+    const int count = outputs - first < kPanel ? outputs - first : kPanel;
+    const float* rows = from + static_cast<ptrdiff_t>(first) * rank;
+    for (int r = 0; r < rank; ++r) {
+      for (int i = 0; i < count; ++i) to[r * kPanel + i] = rows[static_cast<ptrdiff_t>(i) * rank + r];
+      for (int i = count; i < kPanel; ++i) to[r * kPanel + i] = 0.0f;
+    }
+  }
+}

@@ -20,7 +20,7 @@ def fast_ops(
 ) -> Mapping[str, Op]:
     """The ops that serve, by the kind's name in a manifest. `kernels`: of a CPU that computes float32."""
     if kernels is not None:
-        return {"lowrank": NativeLowRank(sites.sites, sites.num_layers, kernels)}
+        return {"lowrank": NativeLowRank(sites, kernels)}
     return {"lowrank": LowRank(sites.sites, sites.num_layers, dtype, device)}
 
 
