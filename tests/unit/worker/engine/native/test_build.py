@@ -122,7 +122,7 @@ def test_a_compiler_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: p
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_compiler(tmp_path / "bin", monkeypatch, "exit 0")
     (tmp_path / "file").write_text("")
-    with pytest.raises(NoKernels, match="can't be written to .*/file/kernels"):
+    with pytest.raises(NoKernels, match=r"can't be written to .*/file/kernels"):
         build("x86-64-v3", tmp_path / "file" / "kernels")
 
 
