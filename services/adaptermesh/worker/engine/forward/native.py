@@ -50,6 +50,8 @@ class NativeForward:
         self._scratch = torch.empty(0)
         self._cache: KvCache | None = None
         self._threads = torch.get_num_threads()
+        # What is left to torch is small, and its waiting threads would take the cores from the kernels' own.
+        torch.set_num_threads(1)
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         self._use_cache(cache)

@@ -24,7 +24,7 @@ _FLAGS = (
     "-std=c++17",
     "-shared",
     "-fPIC",
-    "-fopenmp",
+    "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",

@@ -65,6 +65,7 @@ struct Step {
 namespace {
 
 constexpr int kPhasesOfLayer = 10;
+constexpr int kPhasesOfHead = 2;
 constexpr int kExpected = 24;     // cache lines of B that are asked for after each tile of the base's product
 constexpr int kQueryTokens = 16;  // tokens of a prompt that one task attends for
 
@@ -121,10 +122,14 @@ void rotate(float* head, const float* cosines, const float* sines, int dim) {
   }
 }
 
-class Pass {
+class Pass : public Job {
  public:
   Pass(const Model& model, const Step& step)
-      : model_(model), step_(step), scratch_(lay_out(model, step.tokens, step.scratch)) {
+      : Job(step.threads, (step.last_layer - step.first_layer) * kPhasesOfLayer + kPhasesOfHead),
+        model_(model),
+        layers_(model.layers, model.layers + model.layer_count),
+        step_(step),
+        scratch_(lay_out(model, step.tokens, step.scratch)) {
     for (int index = 0; index < step.span_count; ++index) {
       const Span& span = step.spans[index];
       for (int first = 0; first < span.count; first += kQueryTokens) {
@@ -134,11 +139,10 @@ class Pass {
     }
   }
 
-  int phases() const { return (step_.last_layer - step_.first_layer) * kPhasesOfLayer + 2; }
-
-  void run(Team::Member& member) const {
+ protected:
+  void run(Team::Member& member) override {
     for (int index = step_.first_layer; index < step_.last_layer; ++index) {
-      const Layer& layer = model_.layers[index];
+      const Layer& layer = layers_[index];
       attention_part(member, layer, index);
       feed_forward(member, layer, index);
     }
@@ -328,8 +332,10 @@ class Pass {
     });
   }
 
-  const Model& model_;
-  const Step& step_;
+  // Copies: a thread that comes late may look at them after the caller has gone on.
+  const Model model_;
+  const std::vector<Layer> layers_;
+  const Step step_;
   Scratch scratch_;
   std::vector<AttentionTask> attention_;
 };
@@ -345,10 +351,9 @@ int64_t adaptermesh_scratch_floats(const Model* model, int64_t tokens) {
 }
 
 // from: [outputs, inputs] float32. to: [panels, inputs, kPanel] of the kind, the last panel filled up with zeros.
-void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_t kind, void* to) {
-  const int64_t panels = (outputs + kPanel - 1) / kPanel;
-#pragma omp parallel for
-  for (int64_t panel = 0; panel < panels; ++panel)
+void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_t kind, void* to, int32_t threads) {
+  const int panels = static_cast<int>((outputs + kPanel - 1) / kPanel);
+  for_each(panels, threads, [=](int64_t panel) {
     for (int64_t k = 0; k < inputs; ++k)
       for (int64_t i = 0; i < kPanel; ++i) {
         const int64_t row = panel * kPanel + i, place = (panel * inputs + k) * kPanel + i;
@@ -361,6 +366,7 @@ void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_
           static_cast<uint16_t*>(to)[place] = static_cast<uint16_t>(bits >> 16);
         }
       }
+  });
 }
 
 void adaptermesh_pack_b(const float* from, int32_t outputs, int32_t rank, float* to) { pack_b(from, outputs, rank, to); }
@@ -371,9 +377,8 @@ void adaptermesh_add_lowrank(const Adapters* adapters, int32_t index, const floa
                              float* y, int32_t outputs, int64_t y_stride, int32_t tokens, int32_t threads) {
   constexpr int kBlock = 4;
   const Site site{adapters, index, inputs, adapters->inner};
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int begin = 0; begin < tokens; begin += kBlock) {
-    const int end = begin + kBlock < tokens ? begin + kBlock : tokens;
+  for_each((tokens + kBlock - 1) / kBlock, threads, [=](int block) {
+    const int begin = block * kBlock, end = begin + kBlock < tokens ? begin + kBlock : tokens;
     for (int token = begin; token < end; ++token) shrink(site, token, x + token * x_stride);
     for (int first = 0; first < outputs; first += kPanel) {
       alignas(64) float part[kBlock * kPanel] = {};
@@ -384,16 +389,8 @@ void adaptermesh_add_lowrank(const Adapters* adapters, int32_t index, const floa
         for (int i = 0; i < count; ++i) y[token * y_stride + first + i] += part[(token - begin) * kPanel + i];
       }
     }
-  }
+  });
 }
 
-void adaptermesh_run(const Model* model, const Step* step) {
-  const Pass pass(*model, *step);
-  Team team(step->threads, pass.phases());
-#pragma omp parallel num_threads(step->threads)
-  {
-    Team::Member member(team, omp_get_thread_num());
-    pass.run(member);
-  }
-}
+void adaptermesh_run(const Model* model, const Step* step) { Pool::shared().run(std::make_shared<Pass>(*model, *step)); }
 }

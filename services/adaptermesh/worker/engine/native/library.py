@@ -89,12 +89,11 @@ class Kernels:
     """The loaded library. Its calls let other Python threads run."""
 
     def __init__(self, path: Path) -> None:
-        # torch is imported before: the library finds torch's OpenMP, so both share one pool of threads.
         self._library = ctypes.CDLL(str(path))
         self._library.adaptermesh_scratch_floats.restype = c_int64
         self._library.adaptermesh_scratch_floats.argtypes = (POINTER(Model), c_int64)
         self._library.adaptermesh_pack.restype = None
-        self._library.adaptermesh_pack.argtypes = (c_void_p, c_int64, c_int64, c_int32, c_void_p)
+        self._library.adaptermesh_pack.argtypes = (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32)
         self._library.adaptermesh_run.restype = None
         self._library.adaptermesh_run.argtypes = (POINTER(Model), POINTER(Step))
         self._library.adaptermesh_pack_b.restype = None
@@ -115,7 +114,8 @@ class Kernels:
         """weight: [out, in] float32. to: [panels, in, panel] float32 or bfloat16, as `kind` says."""
         outputs, inputs = weight.shape
         weight = weight.contiguous()
-        self._library.adaptermesh_pack(weight.data_ptr(), outputs, inputs, kind, to.data_ptr())
+        threads = torch.get_num_threads()
+        self._library.adaptermesh_pack(weight.data_ptr(), outputs, inputs, kind, to.data_ptr(), threads)
 
     def scratch_floats(self, model: Model, tokens: int) -> int:
         """Floats of scratch memory that a step needs."""
