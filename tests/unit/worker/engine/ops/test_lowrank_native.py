@@ -98,7 +98,8 @@ segments = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.none() | modules, segments), min_size=1, max_size=6))
 def test_slots_used_again_and_again_equal_the_plain_twin(
-    kernels: Kernels, actions: list[tuple[int, list[tuple[str, int, int, float]] | None, list[tuple[int, int]]]]
+    kernels: Kernels,
+    actions: list[tuple[int, list[tuple[str, int, int, float]] | None, list[tuple[int, int]]]],
 ) -> None:
     pair, full = Pair(kernels), set[int]()
     for seed, (slot, found, batch) in enumerate(actions):
