@@ -74,9 +74,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "llama, biases": lambda: LlamaConfig(**{**SHAPE, **BIASED}),
     "llama, heads of 256": lambda: LlamaConfig(**{**SHAPE, "head_dim": 256, "num_key_value_heads": 1}),
-    "llama, a window that means nothing": lambda: LlamaConfig(**SHAPE, sliding_window=9),
+    "llama, a window that means nothing": lambda: LlamaConfig(**{**SHAPE, "sliding_window": 9}),
     "mistral": lambda: MistralConfig(**{**SHAPE, **GROUPED}, sliding_window=None),
-    "mistral, window": lambda: MistralConfig(**SHAPE, sliding_window=24, use_sliding_window=False),
+    "mistral, window": lambda: MistralConfig(**{**SHAPE, "sliding_window": 24, "use_sliding_window": False}),
     "mistral, long window": lambda: MistralConfig(**SHAPE, sliding_window=530),
     "qwen2": lambda: Qwen2Config(**{**SHAPE, "hidden_size": 64}, sliding_window=9),
     "qwen2, window": lambda: Qwen2Config(**{**SHAPE, "hidden_size": 64}, **SLIDING),
@@ -167,7 +167,8 @@ class Way:
     def step(self, work: Sequence[tuple[Row, int]]) -> None:
         """Computes the next tokens of some rows; decodes go first."""
         work = sorted(work, key=lambda one: one[1] > 1)
-        spans, ids, positions, segments = [], [], [], list[Segment]()
+        spans, segments = list[Span](), list[Segment]()
+        ids, positions = list[int](), list[int]()
         for row, count in work:
             past = len(row.logits)
             spans.append(Span(past, count, row.blocks[: -(-(past + count) // self.size)]))
