@@ -23,6 +23,8 @@ from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import Base, make_base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.engine import Engine
+from adaptermesh.worker.engine.native.build import NoKernels
+from adaptermesh.worker.engine.native.library import Kernels, load_kernels
 from adaptermesh.worker.engine.request import Outcome, Request
 from adaptermesh.worker.engine.source import AdapterSink
 
@@ -309,6 +311,15 @@ class Bench:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """The native kernels of this machine, built once."""
+    try:
+        return load_kernels(EngineConfig(disk_dir=Path("unused")).kernel_dir)
+    except NoKernels as error:
+        pytest.skip(f"needs native kernels: {error}")
 
 
 @pytest.fixture

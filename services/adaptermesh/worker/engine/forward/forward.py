@@ -11,9 +11,10 @@ from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward.int8 import check_int8
 from adaptermesh.worker.engine.forward.linear import LinearKind
-from adaptermesh.worker.engine.forward.llama import LEAN_ARCHITECTURES, LlamaForward
+from adaptermesh.worker.engine.forward.llama import LlamaForward, is_lean
 from adaptermesh.worker.engine.forward.native import NativeForward
 from adaptermesh.worker.engine.forward.plain import PlainForward
+from adaptermesh.worker.engine.forward.rotation import check_rotation
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import Kernels, load_kernels
@@ -50,9 +51,11 @@ def make_forward(base: Base, config: EngineConfig, kernels: Kernels | None) -> F
     """The fastest way that machine, architecture and config allow, or the one that the config names.
 
     Raises:
-        MeshError: INVALID_ARGUMENT (INVALID_FIELD) if the way that the config names is not open to this base.
+        MeshError: INVALID_ARGUMENT (INVALID_FIELD) if the way that the config names is not open to this base;
+            FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for a base that would be computed wrong.
     """
-    lean = config.forward in ("auto", "lean") and base.facts.architecture in LEAN_ARCHITECTURES
+    check_rotation(base, config.max_context_tokens)
+    lean = config.forward in ("auto", "lean") and is_lean(base)
     if config.quantization == "int8":
         check_int8(base, lean=lean)
         return LlamaForward(base, LinearKind(pack=config.pack_weights, int8=True))
@@ -66,8 +69,8 @@ def make_forward(base: Base, config: EngineConfig, kernels: Kernels | None) -> F
     if lean:
         return LlamaForward(base, LinearKind(pack=config.pack_weights))
     if config.forward == "lean":
-        raise invalid_field("forward", f"{base.facts.architecture} has no lean forward")
-    return PlainForward(base, config.max_context_tokens)
+        raise invalid_field("forward", f"this {base.facts.architecture} has no lean forward")
+    return PlainForward(base)
 
 
 def _unusable(error: NoKernels) -> MeshError:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.panels import Panels, Weight
@@ -115,7 +116,7 @@ class NativeForward:
             vocabulary=model.lm_head.weight.shape[0],
             block=block_tokens,
             sites=_site_places(self._base),
-            window=_window(config),
+            window=_window(self._base),
             epsilon=config.rms_norm_eps,
             scaling=self._base.head_dim**-0.5,
         )
@@ -151,6 +152,10 @@ def _check(base: Base, kernels: Kernels | None, block_tokens: int) -> Kernels:
         raise NoKernels(f"heads of {base.head_dim} are no multiple of {_WIDTH} up to {_MAX_HEAD_DIM}")
     if block_tokens % _WIDTH or _REACH % block_tokens:
         raise NoKernels(f"blocks of {block_tokens} tokens are no multiple of {_WIDTH} that divides {_REACH}")
+    if config.num_attention_heads % base.kv_heads:
+        raise NoKernels(f"{config.num_attention_heads} heads don't share {base.kv_heads} key heads evenly")
+    if 2 * base.model.model.rotary_emb.inv_freq.numel() != base.head_dim:
+        raise NoKernels("its heads are turned in part only")
     if len(set(getattr(config, "layer_types", None) or [None])) > 1:
         raise NoKernels("its layers differ in what they see")
     return kernels
@@ -162,11 +167,18 @@ def _site_places(base: Base) -> Any:
     return (ctypes.c_int32 * len(SITES))(*(names.index(name) for name in SITES))
 
 
-def _window(config: Any) -> int:
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        return int(config.sliding_window)
-    uses = getattr(config, "use_sliding_window", True)
-    return int(getattr(config, "sliding_window", None) or 0) if uses else 0
+def _window(base: Base) -> int:
+    """Positions that a token sees, itself included; 0: all.
+
+    As transformers has it: a Llama has no window, whatever its config says, a Mistral has the one of its
+    config, and a Qwen has it in the layers that are called sliding.
+    """
+    config = base.model.config
+    windowed = {
+        "LlamaForCausalLM": False,
+        "MistralForCausalLM": True,
+    }.get(base.facts.architecture, "sliding_attention" in (getattr(config, "layer_types", None) or []))
+    return int(config.sliding_window or 0) if windowed else 0
 
 
 def _matrices_of(layer: Any) -> list[Any]:
@@ -197,8 +209,12 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
 
 def _pack_adapters(batch: StepBatch) -> tuple[Adapters, object]:
     """The low-rank part of the step, and what it points to."""
-    op = batch.adapters.ops.get("lowrank")
-    if not batch.adapters.tokens.active_slots or not isinstance(op, NativeLowRank):
+    if not batch.adapters.tokens.active_slots:
         return Adapters(), None
+    op = batch.adapters.ops.get("lowrank")
+    if not isinstance(op, NativeLowRank) or len(batch.adapters.ops) > 1:
+        # An op that is passed over would answer with the base.
+        kinds = ", ".join(sorted(batch.adapters.ops))
+        raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
     rows = op.rows_of(batch.adapters.tokens)
     return rows.adapters, rows

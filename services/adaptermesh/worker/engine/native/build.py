@@ -32,12 +32,9 @@ _FLAGS = (
 _TIMEOUT_SECONDS = 300.0
 
 # Kinds of machine, best first: the compiler's name for each and the features of a CPU that it needs.
-_X86: Mapping[str, frozenset[str]] = {
-    "x86-64-v4": frozenset(
-        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"}
-    ),
-    "x86-64-v3": frozenset({"avx2", "fma", "bmi2", "f16c"}),
-}
+_V3 = frozenset({"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_V4 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
+_X86: Mapping[str, frozenset[str]] = {"x86-64-v4": _V3 | _V4, "x86-64-v3": _V3}
 _ARM = "armv8-a"
 
 
@@ -58,14 +55,14 @@ def machine_kind() -> str:
     for kind, needed in _X86.items():
         if needed <= features:
             return kind
-    raise NoKernels("the CPU has no AVX2")
+    raise NoKernels(f"the CPU lacks {', '.join(sorted(_V3 - features))}")
 
 
 def find_library(folder: Path) -> Path:
     """The library for this machine: one that came with the package, or one of the folder, built if absent.
 
     Raises:
-        NoKernels: There is none for this machine, or no compiler.
+        NoKernels: There is none for this machine, and none can be built.
     """
     kind = machine_kind()
     name = library_name(kind)
@@ -83,31 +80,46 @@ def library_name(kind: str) -> str:
 
 
 def build(kind: str, folder: Path) -> Path:
-    """Compiles for a kind of machine; raises NoKernels if there is no compiler or it fails."""
+    """Compiles for a kind of machine.
+
+    Raises:
+        NoKernels: There is no compiler, or it fails, or the folder can't be written.
+    """
     compiler = next((found for name in ("c++", "g++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise NoKernels("there is no C++ compiler: install g++")
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     target = folder / library_name(kind)
-    # Written beside its place and renamed: two processes may build at once, and none loads half a file.
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
-        made = Path(scratch) / target.name
-        command = [compiler, *_FLAGS, f"-march={kind}", "-o", str(made), str(SOURCES / "decoder.cpp")]
-        try:
-            done = subprocess.run(  # noqa: S603 (our own sources, a compiler of the system)
-                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NoKernels(f"{compiler} did not run to its end: {error}") from error
-        if done.returncode != 0:
-            raise NoKernels(f"{compiler} failed: {done.stderr.strip()[:2000]}")
-        made.replace(target)
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # Written beside its place and renamed: two processes may build at once, and none loads half a file.
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
+            made = Path(scratch) / target.name
+            _compile(compiler, kind, made)
+            made.replace(target)
+    except OSError as error:
+        raise NoKernels(f"they can't be written to {folder}: {error}") from error
     return target
+
+
+def _compile(compiler: str, kind: str, to: Path) -> None:
+    command = [compiler, *_FLAGS, f"-march={kind}", "-o", str(to), str(SOURCES / "decoder.cpp")]
+    try:
+        done = subprocess.run(  # noqa: S603 (our own sources, a compiler of the system)
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(f"{compiler} did not run to its end: {error}") from error
+    if done.returncode != 0:
+        raise NoKernels(f"{compiler} failed: {done.stderr.strip()[:2000]}")
 
 
 def cpu_features() -> frozenset[str]:
     """What the system says that the CPU can do; empty where it does not say."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "flags":
             return frozenset(value.split())
@@ -115,7 +127,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) > 1:
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print("usage: python -m adaptermesh.worker.engine.native.build [FOLDER]", file=sys.stderr)  # noqa: T201
         return 2
     folder = Path(arguments[0]) if arguments else BUILT

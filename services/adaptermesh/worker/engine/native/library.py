@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from adaptermesh.worker.engine.native.build import find_library
+from adaptermesh.worker.engine.native.build import NoKernels, find_library
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 """The sites in the order of the kernels' arrays."""
@@ -148,4 +148,8 @@ class Kernels:
 
 def load_kernels(folder: Path) -> Kernels:
     """Loads the kernels for this machine, building them into the folder if need be; raises NoKernels."""
-    return Kernels(find_library(folder))
+    path = find_library(folder)
+    try:
+        return Kernels(path)
+    except OSError as error:
+        raise NoKernels(f"{path} can't be loaded: {error}") from error

@@ -34,9 +34,9 @@ struct Ahead {
   int step;
 };
 
-template <int M>
-static inline void tile(const float* x, ptrdiff_t stride, const float* w, int depth, float* y, bool fresh,
-                        Ahead ahead) {
+// W: float, or uint16_t for bfloat16, which is widened on its way into the registers.
+template <int M, class W>
+static inline void tile(const float* x, ptrdiff_t stride, const W* w, int depth, float* y, bool fresh, Ahead ahead) {
   Vec sums[M][2];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -61,12 +61,13 @@ static inline void tile(const float* x, ptrdiff_t stride, const float* w, int de
   }
 }
 
-static inline void any_tile(int count, const float* x, ptrdiff_t stride, const float* w, int depth, float* y,
-                            bool fresh, Ahead ahead) {
+template <class W>
+static inline void any_tile(int count, const float* x, ptrdiff_t stride, const W* w, int depth, float* y, bool fresh,
+                            Ahead ahead) {
   switch (count) {
 #define CASE(M) \
   case M:       \
-    return tile<M>(x, stride, w, depth, y, fresh, ahead)
+    return tile<M, W>(x, stride, w, depth, y, fresh, ahead)
     CASE(1);
     CASE(2);
     CASE(3);
@@ -85,15 +86,8 @@ static inline void any_tile(int count, const float* x, ptrdiff_t stride, const f
   }
 }
 
-// Values of a block of a panel as float32: where they lie, or widened into `room`.
-static inline const float* widen(const Matrix& matrix, size_t first, int count, float* room) {
-  if (matrix.kind == kFloat32) return static_cast<const float*>(matrix.panels) + first;
-  const uint16_t* from = static_cast<const uint16_t*>(matrix.panels) + first;
-  for (int i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(room + i, &bits, sizeof(bits));
-  }
-  return room;
+static inline void widen(const uint16_t* from, int count, float* to) {
+  for (int i = 0; i < count; i += kLanes) store(to + i, load(from + i));
 }
 
 // x: [count, inputs], rows `stride` apart. y: [count, kPanel]. count <= kTokens. `between` is called after each tile.
@@ -109,13 +103,26 @@ static inline void panel_product(const Matrix& matrix, int panel, const float* x
   for (int k = 0; k < matrix.inputs; k += even) {
     const int depth = matrix.inputs - k < even ? matrix.inputs - k : even;
     const size_t first = static_cast<size_t>(panel) * matrix.inputs + k;
-    const float* w = widen(matrix, first * kPanel, depth * kPanel, room);
+    const float* wide = room;
+    const uint16_t* narrow = nullptr;
+    if (matrix.kind == kFloat32) {
+      wide = static_cast<const float*>(matrix.panels) + first * kPanel;
+    } else {
+      narrow = static_cast<const uint16_t*>(matrix.panels) + first * kPanel;
+      // What several tiles read is widened once, in the first cache.
+      if (groups > 1) widen(narrow, depth * kPanel, room);
+    }
     // The next block is asked for evenly while this one computes: memory and arithmetic work side by side.
     const char* next = static_cast<const char*>(matrix.panels) + (first + depth) * size;
     for (int group = 0, begin = 0; group < groups; ++group) {
       const int end = static_cast<int>(static_cast<int64_t>(count) * (group + 1) / groups);
       const Ahead ahead{next + static_cast<ptrdiff_t>(depth) * size * group / groups, (size + groups - 1) / groups};
-      any_tile(end - begin, x + begin * stride + k, stride, w, depth, y + begin * kPanel, k == 0, ahead);
+      const float* from = x + begin * stride + k;
+      float* to = y + begin * kPanel;
+      if (narrow != nullptr && groups == 1)
+        any_tile(end - begin, from, stride, narrow, depth, to, k == 0, ahead);
+      else
+        any_tile(end - begin, from, stride, wide, depth, to, k == 0, ahead);
       between();
       begin = end;
     }
