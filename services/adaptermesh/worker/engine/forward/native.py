@@ -204,6 +204,8 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
         rows.append((first, span.count, span.past, len(tables)))
         tables.extend(span.blocks)
         first += span.count
+    if first != len(batch.token_ids):
+        raise ValueError(f"the spans have {first} tokens, the batch {len(batch.token_ids)}")
     return np.array(rows, np.int32).reshape(-1, 4), np.array(tables, np.int32)
 
 

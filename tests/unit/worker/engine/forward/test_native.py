@@ -183,6 +183,7 @@ class Way:
             torch.arange(len(ids)),
             plan_attention(spans, decodes, self.size, torch.float32, cpu),
             AdapterPlan(StepTokens(tuple(segments)), self.ops),
+            tuple(spans),
         )
         with torch.inference_mode():
             logits = iter(self.forward.run(batch, self.cache))
@@ -325,6 +326,7 @@ def test_a_step_without_outputs_fills_the_cache(kernels: Kernels) -> None:
         torch.zeros(0, dtype=torch.int64),
         plan_attention(spans, 0, way.size, torch.float32, cpu),
         AdapterPlan(),
+        tuple(spans),
     )
     with torch.inference_mode():
         assert way.forward.run(batch, way.cache).shape == (0, VOCAB)
