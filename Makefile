@@ -17,6 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt 'torch==2.13.0'
 	$(PIP) install -q -c constraints.txt -e '.[all]'
+	@# Without a compiler torch computes everything, slower.
+	-$(BIN)/python -m adaptermesh.worker.engine.native.build
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
