@@ -355,15 +355,15 @@ void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_
   const int panels = static_cast<int>((outputs + kPanel - 1) / kPanel);
   for_each(panels, threads, [=](int64_t panel) {
     for (int64_t k = 0; k < inputs; ++k)
-      for (int64_t i = 0; i < kPanel; ++i) {
-        const int64_t row = panel * kPanel + i, place = (panel * inputs + k) * kPanel + i;
+      for (int i = 0; i < kPanel; ++i) {
+        const int64_t row = panel * kPanel + i, start = (panel * inputs + k) * kPanel;
         const float value = row < outputs ? from[row * inputs + k] : 0.0f;
         if (kind == kFloat32) {
-          static_cast<float*>(to)[place] = value;
+          static_cast<float*>(to)[start + i] = value;
         } else {
           uint32_t bits;
           std::memcpy(&bits, &value, sizeof(bits));
-          static_cast<uint16_t*>(to)[place] = static_cast<uint16_t>(bits >> 16);
+          static_cast<uint16_t*>(to)[start + place_of(i)] = static_cast<uint16_t>(bits >> 16);
         }
       }
   });

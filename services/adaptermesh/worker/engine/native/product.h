@@ -1,8 +1,9 @@
 // y = x W^T for few tokens and for many, with W packed once into panels.
 //
-// A panel holds kPanel outputs: [in][kPanel]. The products of one token with one output are added in the order
-// of the inputs, in blocks of kDepth, whatever else is computed beside it: a token's result is the same to the
-// last bit in every batch.
+// A panel holds kPanel outputs: [in][kPanel]. In bfloat16 the outputs of an input are in pairs, n beside n + kLanes, so
+// that one shift and one mask widen them. The products of one token with one output are added in the order of the
+// inputs, in blocks of kDepth, whatever else is computed beside it: a token's result is the same to the last bit in
+// every batch.
 #pragma once
 
 #include "vector.h"
@@ -34,6 +35,24 @@ struct Ahead {
   int step;
 };
 
+// The outputs of one input.
+static inline void load_row(const float* from, Vec& left, Vec& right) {
+  left = load(from);
+  right = load(from + kLanes);
+}
+
+// bfloat16 numbers are the upper halves of floats.
+static inline void load_row(const uint16_t* from, Vec& left, Vec& right) {
+  typedef VectorOf<kLanes> Of;
+  const Of::Bits pairs = *reinterpret_cast<const Of::UnalignedBits*>(from);
+  const Of::Bits low = pairs << 16, high = pairs & 0xFFFF0000u;
+  std::memcpy(&left, &low, sizeof(left));
+  std::memcpy(&right, &high, sizeof(right));
+}
+
+// Where output `i` of a panel stands in a row of bfloat16.
+static inline int place_of(int i) { return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1; }
+
 // W: float, or uint16_t for bfloat16, which is widened on its way into the registers.
 template <int M, class W>
 static inline void tile(const float* x, ptrdiff_t stride, const W* w, int depth, float* y, bool fresh, Ahead ahead) {
@@ -44,7 +63,8 @@ static inline void tile(const float* x, ptrdiff_t stride, const W* w, int depth,
     sums[m][1] = fresh ? Vec{} : load(y + m * kPanel + kLanes);
   }
   for (int k = 0; k < depth; ++k) {
-    const Vec left = load(w + k * kPanel), right = load(w + k * kPanel + kLanes);
+    Vec left, right;
+    load_row(w + k * kPanel, left, right);
     __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
     if (kPanel > 16) __builtin_prefetch(ahead.from + k * ahead.step + ahead.step / 2, 0, 2);
 #pragma GCC unroll 16
@@ -86,47 +106,37 @@ static inline void any_tile(int count, const float* x, ptrdiff_t stride, const W
   }
 }
 
-static inline void widen(const uint16_t* from, int count, float* to) {
-  for (int i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+template <class W, class Between>
+static inline void panel_sums(const W* panels, int inputs, int panel, const float* x, ptrdiff_t stride, int count,
+                              float* y, Between between) {
+  const int groups = (count + kTile - 1) / kTile;
+  constexpr int kSize = kPanel * sizeof(W);
+  // Blocks of about the same size: a short one would end before the next has come from memory.
+  const int blocks = (inputs + kDepth - 1) / kDepth;
+  const int even = (inputs + blocks - 1) / blocks;
+  for (int k = 0; k < inputs; k += even) {
+    const int depth = inputs - k < even ? inputs - k : even;
+    const W* w = panels + (static_cast<size_t>(panel) * inputs + k) * kPanel;
+    // The next block is asked for evenly while this one computes: memory and arithmetic work side by side.
+    const char* next = reinterpret_cast<const char*>(w + static_cast<size_t>(depth) * kPanel);
+    for (int group = 0, begin = 0; group < groups; ++group) {
+      const int end = static_cast<int>(static_cast<int64_t>(count) * (group + 1) / groups);
+      const Ahead ahead{next + static_cast<ptrdiff_t>(depth) * kSize * group / groups, (kSize + groups - 1) / groups};
+      any_tile(end - begin, x + begin * stride + k, stride, w, depth, y + begin * kPanel, k == 0, ahead);
+      between();
+      begin = end;
+    }
+  }
 }
 
 // x: [count, inputs], rows `stride` apart. y: [count, kPanel]. count <= kTokens. `between` is called after each tile.
 template <class Between>
 static inline void panel_product(const Matrix& matrix, int panel, const float* x, ptrdiff_t stride, int count, float* y,
                                  Between between) {
-  alignas(64) float room[kDepth * kPanel];
-  const int groups = (count + kTile - 1) / kTile;
-  const int size = kPanel * (matrix.kind == kFloat32 ? 4 : 2);
-  // Blocks of about the same size: a short one would end before the next has come from memory.
-  const int blocks = (matrix.inputs + kDepth - 1) / kDepth;
-  const int even = (matrix.inputs + blocks - 1) / blocks;
-  for (int k = 0; k < matrix.inputs; k += even) {
-    const int depth = matrix.inputs - k < even ? matrix.inputs - k : even;
-    const size_t first = static_cast<size_t>(panel) * matrix.inputs + k;
-    const float* wide = room;
-    const uint16_t* narrow = nullptr;
-    if (matrix.kind == kFloat32) {
-      wide = static_cast<const float*>(matrix.panels) + first * kPanel;
-    } else {
-      narrow = static_cast<const uint16_t*>(matrix.panels) + first * kPanel;
-      // What several tiles read is widened once, in the first cache.
-      if (groups > 1) widen(narrow, depth * kPanel, room);
-    }
-    // The next block is asked for evenly while this one computes: memory and arithmetic work side by side.
-    const char* next = static_cast<const char*>(matrix.panels) + (first + depth) * size;
-    for (int group = 0, begin = 0; group < groups; ++group) {
-      const int end = static_cast<int>(static_cast<int64_t>(count) * (group + 1) / groups);
-      const Ahead ahead{next + static_cast<ptrdiff_t>(depth) * size * group / groups, (size + groups - 1) / groups};
-      const float* from = x + begin * stride + k;
-      float* to = y + begin * kPanel;
-      if (narrow != nullptr && groups == 1)
-        any_tile(end - begin, from, stride, narrow, depth, to, k == 0, ahead);
-      else
-        any_tile(end - begin, from, stride, wide, depth, to, k == 0, ahead);
-      between();
-      begin = end;
-    }
-  }
+  if (matrix.kind == kFloat32)
+    panel_sums(static_cast<const float*>(matrix.panels), matrix.inputs, panel, x, stride, count, y, between);
+  else
+    panel_sums(static_cast<const uint16_t*>(matrix.panels), matrix.inputs, panel, x, stride, count, y, between);
   if (matrix.bias != nullptr) {
     const float* bias = matrix.bias + panel * kPanel;
     const Vec left = load(bias), right = load(bias + kLanes);

@@ -19,7 +19,7 @@ struct VectorOf {
   typedef float Unaligned __attribute__((vector_size(N * 4), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(N * 4)));
   typedef uint32_t Bits __attribute__((vector_size(N * 4)));
-  typedef uint16_t Halves __attribute__((vector_size(N * 2), aligned(2), may_alias));
+  typedef uint32_t UnalignedBits __attribute__((vector_size(N * 4), aligned(2), may_alias));
 };
 
 using Vec = VectorOf<kLanes>::F;
@@ -32,17 +32,6 @@ constexpr int lanes() {
 template <class V = Vec>
 static inline V load(const float* from) {
   return *reinterpret_cast<const typename VectorOf<lanes<V>()>::Unaligned*>(from);
-}
-
-// bfloat16 numbers: the upper halves of floats.
-template <class V = Vec>
-static inline V load(const uint16_t* from) {
-  typedef VectorOf<lanes<V>()> Of;
-  const typename Of::Bits bits =
-      __builtin_convertvector(*reinterpret_cast<const typename Of::Halves*>(from), typename Of::Bits) << 16;
-  V value;
-  std::memcpy(&value, &bits, sizeof(V));
-  return value;
 }
 
 template <class V>
