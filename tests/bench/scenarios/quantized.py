@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from adaptermesh.worker.engine.forward.int8 import int8_is_exact
 from tests.bench.bench import Bench, Runner, differences, rates
 from tests.bench.figures import ratio
 from tests.bench.result import Lane, Result
@@ -13,6 +14,8 @@ _PAIRS = ((BASE_INT8, BASE), (MIXED_INT8, MIXED))
 
 
 def run(bench: Bench) -> Result:
+    if not int8_is_exact():
+        return Result((), (), left_out=("int8, which needs a CPU with VNNI",))
     scale = bench.scale
 
     def of(names: list[str | None]) -> Callable[[int], Workload]:
