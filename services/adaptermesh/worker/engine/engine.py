@@ -10,6 +10,7 @@ from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unav
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.admission import check_request
 from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.bell import Bell
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
 from adaptermesh.worker.engine.holders import Holder, OnDone
@@ -49,7 +50,7 @@ class Engine:
         self._base = base
         self._clock = clock
         self._draw_seed = draw_seed
-        self._lock = threading.Condition(threading.RLock())
+        self._lock = Bell()
         self._max_context = min(config.max_context_tokens, base.max_context_tokens)
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
@@ -201,6 +202,7 @@ class Engine:
             with self._lock:
                 if self._stopping:
                     return
+                heard = self._lock.rings
             try:
                 worked = self.step()
             except Exception as error:  # noqa: BLE001 (the top of the thread: no request may be left hanging)
@@ -209,7 +211,7 @@ class Engine:
             if worked:
                 continue
             with self._lock:
-                if not (self._stopping or self._endings):
+                if self._lock.rings == heard and not (self._stopping or self._endings):
                     self._lock.wait(self._deadlines.seconds_left(self._now_ns(), _IDLE_SECONDS))
 
     def _stage(self, plan: StepPlan, unloads: Sequence[int], staging: Sequence[Staging]) -> StepPlan:
