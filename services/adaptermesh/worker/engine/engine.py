@@ -54,7 +54,8 @@ class Engine:
         self._max_context = min(config.max_context_tokens, base.max_context_tokens)
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
-        self._slots = DeviceSlots(config.device_slots, fast_ops(base.sites, base.dtype, base.device))
+        ops = fast_ops(base.sites, base.dtype, base.device)
+        self._slots = DeviceSlots(config.device_slots, base.sites.num_layers, ops)
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )

@@ -50,6 +50,7 @@ class Residency:
         on_failed: OnFailed,
     ) -> None:
         self._slots = slots
+        self._layers = base.sites.num_layers
         self._clock = clock
         self._lock = lock
         self._table = TierTable(clock, config.device_slots, config.host_bytes, config.disk_bytes)
@@ -152,7 +153,8 @@ class Residency:
             self._slots.unload(job.slot)
             start_ns = self._now_ns()
             try:
-                self._slots.load(job.slot, job.digest, job.copy.manifest, job.copy.data)
+                self._slots.reserve(job.slot, job.digest, job.copy.manifest)
+                self._slots.fill(job.slot, self._layers, job.copy.data)
             except MeshError as error:
                 failed.append((job.digest, error))
                 continue

@@ -1,11 +1,11 @@
 """Device slots: which adapter is where on the device, and what it adds to a step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.artifact.manifest import Manifest, ModuleOp, TensorEntry
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.ops.op import Op, SitePlan, StepTokens
 
@@ -26,11 +26,22 @@ class AdapterPlan:
             plan.apply(layer, x, y)
 
 
-class DeviceSlots:
-    """A fixed number of slots; each holds one adapter version or nothing."""
+@dataclass(slots=True)
+class _Parts:
+    """An adapter's modules by op and layer, its tensors by name, and how many of its layers are loaded."""
 
-    def __init__(self, count: int, ops: Mapping[str, Op]) -> None:
+    modules: Mapping[tuple[str, int], Sequence[ModuleOp]]
+    tensors: Mapping[str, TensorEntry]
+    loaded: int = 0
+
+
+class DeviceSlots:
+    """A fixed number of slots; each holds one adapter version, maybe its first layers only, or nothing."""
+
+    def __init__(self, count: int, layers: int, ops: Mapping[str, Op]) -> None:
+        self._layers = layers
         self._digests: list[str | None] = [None] * count
+        self._parts: list[_Parts | None] = [None] * count
         self._ops = ops
 
     @property
@@ -40,8 +51,17 @@ class DeviceSlots:
     def digest(self, slot: int) -> str | None:
         return self._digests[slot]
 
-    def load(self, slot: int, digest: str, manifest: Manifest, data: torch.Tensor) -> None:
-        """Copies an adapter into an empty slot. data: [size_bytes] uint8, the canonical tensor file.
+    def loaded(self, slot: int, digest: str) -> int:
+        """How many of an adapter's leading layers are in a slot; 0 if it holds another one."""
+        parts = self._parts[slot]
+        return 0 if parts is None or self._digests[slot] != digest else parts.loaded
+
+    def is_whole(self, slot: int, digest: str) -> bool:
+        """Whether a slot holds all of an adapter."""
+        return self._digests[slot] == digest and self.loaded(slot, digest) == self._layers
+
+    def reserve(self, slot: int, digest: str, manifest: Manifest) -> None:
+        """Gives an adapter an empty slot and the room that it takes there.
 
         Raises:
             MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for an op that this engine doesn't have.
@@ -49,24 +69,45 @@ class DeviceSlots:
         if self._digests[slot] is not None:
             raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"slot {slot} is not empty")
         check_servable(digest, manifest, self._ops)
-        entries = {entry.name: entry for entry in manifest.tensors}
+        modules: dict[tuple[str, int], list[ModuleOp]] = {}
+        for module in manifest.modules:
+            modules.setdefault((module.op, module.layer), []).append(module)
+        self._digests[slot] = digest
+        self._parts[slot] = _Parts(modules, {entry.name: entry for entry in manifest.tensors})
+        try:
+            for kind, op in self._ops.items():
+                op.reserve(slot, [module for module in manifest.modules if module.op == kind])
+        except BaseException:
+            self.unload(slot)
+            raise
+
+    def fill(self, slot: int, until: int, data: torch.Tensor) -> None:
+        """Copies the layers up to `until` that a reserved slot lacks; empties the slot if that fails.
+
+        data: [size_bytes] uint8, the canonical tensor file; what lies behind those layers is not read.
+        """
+        parts = self._parts[slot]
+        if parts is None:
+            raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"slot {slot} is not reserved")
+        tensors = parts.tensors
 
         def read(name: str) -> torch.Tensor:
-            entry = entries[name]
+            entry = tensors[name]
             raw = data[entry.offset : entry.offset + entry.size]
             return raw.view(_DTYPES[entry.dtype]).view(entry.shape)
 
         try:
-            for kind, op in self._ops.items():
-                op.load(slot, [module for module in manifest.modules if module.op == kind], read)
+            for layer in range(parts.loaded, until):
+                for kind, op in self._ops.items():
+                    op.load_layer(slot, layer, parts.modules.get((kind, layer), ()), read)
+                parts.loaded = layer + 1
         except BaseException:
             self.unload(slot)
             raise
-        self._digests[slot] = digest
 
     def unload(self, slot: int) -> None:
         """Empties a slot. The caller knows that no running row uses it."""
-        self._digests[slot] = None
+        self._digests[slot] = self._parts[slot] = None
         for op in self._ops.values():
             op.unload(slot)
 
@@ -80,12 +121,15 @@ class DeviceSlots:
                 sites.setdefault(site, []).append(plan)
         return AdapterPlan({site: tuple(plans) for site, plans in sites.items()})
 
-    def check(self, rows: Iterable[tuple[int, str | None]]) -> None:
+    def check(self, rows: Iterable[tuple[int, str | None]], layers: int | None = None) -> None:
         """Asserts for each (slot, requested digest) that the slot holds that digest, and no digest is base.
+
+        All of it, or its first `layers` layers.
 
         Raises:
             MeshError: INTERNAL. The step must not run: it would answer with another adapter or the base.
         """
+        needed = self._layers if layers is None else layers
         for slot, digest in rows:
             held = None if slot == BASE_SLOT else self._digests[slot]
             if held != digest or (slot == BASE_SLOT) != (digest is None):
@@ -94,6 +138,13 @@ class DeviceSlots:
                     Reason.INTERNAL,
                     f"slot {slot} holds {held or 'nothing'}, the request asks for {digest or 'the base'}",
                     metadata={"digest": digest or ""},
+                )
+            if digest is not None and self.loaded(slot, digest) < needed:
+                raise MeshError(
+                    Code.INTERNAL,
+                    Reason.INTERNAL,
+                    f"slot {slot} holds {self.loaded(slot, digest)} of the {needed} layers to compute",
+                    metadata={"digest": digest},
                 )
 
 

@@ -70,25 +70,25 @@ class SiteArena:
     def size_bytes(self) -> int:
         return (self._a.numel() + self._b.numel() + self._scale.numel()) * self._a.element_size()
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
-        """Copies one adapter's modules of this site, at most one a layer."""
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
+        """Takes the rows of one adapter's modules of this site, at most one a layer."""
         rank = max(module.rank for module in modules)
         start = self._take(rank)
-        end = start + rank
         scales = {module.scale for module in modules}
-        self.spans[slot] = Span(start, end, scales.pop() if len(scales) == 1 else None)
-        by_layer = {module.layer: module for module in modules}
-        for layer in range(self.layers):
-            module = by_layer.get(layer)
-            used = start if module is None else start + module.rank
-            if module is not None:
-                _copy(self._a[layer, start:used], read(module.tensors["A"]))
-                _copy(self._b[layer, start:used], read(module.tensors["B"]).T)
-                self._scale[layer, start:used] = module.scale
-            if used < end:
-                self._a[layer, used:end] = 0.0
-                self._b[layer, used:end] = 0.0
-                self._scale[layer, used:end] = 0.0
+        self.spans[slot] = Span(start, start + rank, scales.pop() if len(scales) == 1 else None)
+
+    def load_layer(self, slot: int, layer: int, module: ModuleOp | None, read: TensorReader) -> None:
+        """Fills the rows of one layer; with zeros where no module is."""
+        start, end = self.spans[slot].start, self.spans[slot].end
+        used = start if module is None else start + module.rank
+        if module is not None:
+            _copy(self._a[layer, start:used], read(module.tensors["A"]))
+            _copy(self._b[layer, start:used], read(module.tensors["B"]).T)
+            self._scale[layer, start:used] = module.scale
+        if used < end:
+            self._a[layer, used:end] = 0.0
+            self._b[layer, used:end] = 0.0
+            self._scale[layer, used:end] = 0.0
 
     def unload(self, slot: int) -> None:
         span = self.spans.pop(slot, None)
@@ -156,12 +156,18 @@ class LowRank:
     def __init__(self, sites: Iterable[Site], layers: int, dtype: torch.dtype, device: torch.device) -> None:
         self._arenas = {site.name: SiteArena(site, layers, dtype, device) for site in sites}
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
         by_site: dict[str, list[ModuleOp]] = {}
         for module in modules:
             by_site.setdefault(module.site, []).append(module)
         for name, found in by_site.items():
-            self._arenas[name].load(slot, found, read)
+            self._arenas[name].reserve(slot, found)
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        by_site = {module.site: module for module in modules}
+        for name, arena in self._arenas.items():
+            if slot in arena.spans:
+                arena.load_layer(slot, layer, by_site.get(name), read)
 
     def unload(self, slot: int) -> None:
         for arena in self._arenas.values():

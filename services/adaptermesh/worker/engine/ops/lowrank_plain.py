@@ -24,15 +24,16 @@ class PlainLowRank:
         self._device = device
         self._slots: dict[int, dict[tuple[str, int], _Module]] = {}
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
-        self._slots[slot] = {
-            (module.site, module.layer): _Module(
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:  # noqa: ARG002 (it has no arena)
+        self._slots[slot] = {}
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        for module in modules:
+            self._slots[slot][module.site, layer] = _Module(
                 read(module.tensors["A"]).to(self._device, self._dtype, copy=True),
                 read(module.tensors["B"]).to(self._device, self._dtype, copy=True),
                 module.scale,
             )
-            for module in modules
-        }
 
     def unload(self, slot: int) -> None:
         self._slots.pop(slot, None)

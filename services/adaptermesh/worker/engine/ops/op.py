@@ -46,8 +46,12 @@ class SitePlan(Protocol):
 class Op(Protocol):
     """Holds one kind of op for all slots on one device."""
 
-    def load(self, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
-        """Copies an adapter's tensors of this kind into a slot that is empty."""
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
+        """Gives an adapter the room that its modules of this kind take in a slot that is empty."""
+        ...
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        """Copies the tensors of one layer, those of `modules`, into a reserved slot; there may be none."""
         ...
 
     def unload(self, slot: int) -> None:

@@ -12,11 +12,18 @@ from adaptermesh.artifact.sites import Site
 from adaptermesh.worker.engine.ops import lowrank
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
-from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from adaptermesh.worker.engine.ops.op import Op, Segment, StepTokens, TensorReader
 
 CPU = torch.device("cpu")
 SITES = (Site("q", "l.{layer}.q", 16, 24), Site("down", "l.{layer}.d", 40, 16))
 LAYERS = 2
+
+
+def load(op: Op, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+    """All layers."""
+    op.reserve(slot, modules)
+    for layer in range(LAYERS):
+        op.load_layer(slot, layer, [module for module in modules if module.layer == layer], read)
 
 
 class Pair:
@@ -39,8 +46,8 @@ class Pair:
             tensors[a] = torch.randn(rank, site.in_features, generator=generator)
             tensors[b] = torch.randn(site.out_features, rank, generator=generator)
             found.append(ModuleOp(name, layer, "lowrank", rank, scale, {"A": a, "B": b}))
-        self.fast.load(slot, found, tensors.__getitem__)
-        self.plain.load(slot, found, tensors.__getitem__)
+        for op in (self.fast, self.plain):
+            load(op, slot, found, tensors.__getitem__)
 
     def unload(self, slot: int) -> None:
         self.fast.unload(slot)
@@ -181,4 +188,4 @@ def test_a_weight_too_large_for_the_device_is_refused() -> None:
     op = LowRank(SITES, LAYERS, torch.float16, CPU)
     tensors = {"A": torch.full((2, 16), 1e6), "B": torch.ones(24, 2)}
     with pytest.raises(Exception, match="too large"):
-        op.load(0, [ModuleOp("q", 0, "lowrank", 2, 1.0, {"A": "A", "B": "B"})], tensors.__getitem__)
+        load(op, 0, [ModuleOp("q", 0, "lowrank", 2, 1.0, {"A": "A", "B": "B"})], tensors.__getitem__)
