@@ -27,6 +27,9 @@ class EngineConfig:
         max_batch_rows: Requests in one step.
         max_context_tokens: Longest prompt and output together; the model's own limit wins when it is smaller.
         step_tokens: Tokens of one step; longer prompts are computed in chunks.
+        early_tokens: Tokens of prompts that may be on their way through the layers while their adapters
+            still arrive from the store; 0: none. Never more than `step_tokens`. Their hidden states are held
+            between steps. No effect where the forward can't stop between layers.
         block_tokens: Tokens of one KV block.
         kv_tokens: Tokens that the KV cache holds in all.
         prefix_cache: Keep computed blocks and share them with requests that begin with the same tokens, for
@@ -56,6 +59,7 @@ class EngineConfig:
     max_batch_rows: int = 32
     max_context_tokens: int = 2048
     step_tokens: int = 512
+    early_tokens: int = 512
     block_tokens: int = 16
     kv_tokens: int = 32768
     prefix_cache: bool = True
@@ -85,6 +89,8 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")
         self._check_fairness()
+        if self.early_tokens < 0:
+            raise invalid_field("early_tokens", "must not be negative")
         if self.step_tokens < self.max_batch_rows:
             # Each running row decodes in each step: a smaller budget would leave rows behind.
             raise invalid_field("step_tokens", f"{self.step_tokens} is less than max_batch_rows")

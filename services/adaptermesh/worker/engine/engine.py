@@ -22,12 +22,14 @@ from adaptermesh.worker.engine.postprocess import Drawn, Ending, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
 from adaptermesh.worker.engine.runner import Runner
-from adaptermesh.worker.engine.scheduler import Scheduler, StepPlan
+from adaptermesh.worker.engine.scheduler import Scheduler
 from adaptermesh.worker.engine.sequence import Sequence as Row
 from adaptermesh.worker.engine.sequence import SequenceState
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
 from adaptermesh.worker.engine.status import EngineStatus
+from adaptermesh.worker.engine.step_plan import Advance, StepPlan
+from adaptermesh.worker.engine.step_plan import Row as PlanRow
 from adaptermesh.worker.engine.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ class Engine:
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
-        self._scheduler = Scheduler(config, self._blocks, self._residency)
         self._runner = Runner(config, base, self._slots, blocks)
+        self._scheduler = Scheduler(config, self._blocks, self._residency, self._runner.resumable_layers)
         self._rows: dict[str, Row] = {}
         self._deadlines = Deadlines()
         self._pace = Pace()
@@ -191,9 +193,13 @@ class Engine:
             plan = self._stage(plan, unloads, staging)
         if plan.rows:
             self._run(plan)
+        for advance in plan.advances:
+            self._advance(advance)
+        worked = bool(plan.rows or plan.advances)
+        if worked:
             with self._lock:
-                self._pace.note(sum(row.count for row in plan.rows), self._clock.monotonic() - started)
-        if ended or staged or plan.rows:
+                self._pace.note(plan.tokens, self._clock.monotonic() - started)
+        if ended or staged or worked:
             self._on_change()
             return True
         return False
@@ -228,23 +234,45 @@ class Engine:
         return plan.without_ended() if failed else plan
 
     def _run(self, plan: StepPlan) -> None:
-        now = self._now_ns()
-        for row in plan.rows:
-            if row.sequence.timeline.scheduled_ns == 0:
-                row.sequence.timeline.scheduled_ns = now
+        self._note_scheduled(plan.rows)
         try:
             drawn = self._runner.run(plan, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (the top of the step: one bad batch must not end all others)
-            self._fail_step(plan, error)
+            self._fail_step(plan.rows, error)
             return
         self._failures = 0
-        self._postprocess(plan, drawn)
-
-    def _postprocess(self, plan: StepPlan, drawn: Sequence[Drawn]) -> None:
-        """Books what was computed, then hands out the new tokens."""
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
-            self._scheduler.book(plan)
+            self._scheduler.book(plan.rows)
+        self._hand_out(sampled, drawn)
+
+    def _advance(self, advance: Advance) -> None:
+        """Computes the layers that have come of an early prefill; the other rows of the step are done."""
+        rows, started_ns = advance.early.rows, self._note_scheduled(advance.early.rows)
+        try:
+            drawn = self._runner.advance(advance, self._blocks.take_dirty())
+        except Exception as error:  # noqa: BLE001 (as above)
+            self._fail_step(rows, error)
+            return
+        self._failures = 0
+        sampled = [row.sequence for row in rows if row.samples] if advance.finishes else []
+        now = self._now_ns()
+        with self._lock:
+            for row in rows:
+                row.sequence.timeline.note_overlap(started_ns, now)
+            self._scheduler.book_advance(advance)
+        self._hand_out(sampled, drawn)
+
+    def _note_scheduled(self, rows: Sequence[PlanRow]) -> int:
+        """Notes when the first tokens of these rows begin to be computed; gives the time."""
+        now = self._now_ns()
+        for row in rows:
+            if row.sequence.timeline.scheduled_ns == 0:
+                row.sequence.timeline.scheduled_ns = now
+        return now
+
+    def _hand_out(self, sampled: Sequence[Row], drawn: Sequence[Drawn]) -> None:
+        """Appends the new tokens and tells the listeners."""
         now = self._now_ns()
         for sequence, one in zip(sampled, drawn, strict=True):
             if sequence.timeline.first_token_ns == 0:
@@ -258,15 +286,15 @@ class Engine:
         self._release(row)
         row.listener.on_finish(row.outcome(ending.reason))
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+    def _fail_step(self, rows: Sequence[PlanRow], error: Exception) -> None:
         self._failures += 1
-        log.error("a step failed", exc_info=error, extra={"rows": len(plan.rows), "failures": self._failures})
+        log.error("a step failed", exc_info=error, extra={"rows": len(rows), "failures": self._failures})
         reported = (
             error
             if isinstance(error, MeshError)
             else MeshError(Code.INTERNAL, Reason.INTERNAL, f"the step failed: {error}")
         )
-        for row in plan.rows:
+        for row in rows:
             self._end(row.sequence, reported)
 
     def _fail_all(self, error: Exception) -> None:

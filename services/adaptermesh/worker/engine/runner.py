@@ -1,5 +1,7 @@
 """Runs a plan: packs its rows into tensors, goes through the model once, draws the tokens."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
 from adaptermesh.worker.engine.attention import Span, plan_attention
@@ -12,8 +14,8 @@ from adaptermesh.worker.engine.logprobs import token_logprobs
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.postprocess import Drawn
 from adaptermesh.worker.engine.sampling import Draw, sample
-from adaptermesh.worker.engine.scheduler import Row, StepPlan
-from adaptermesh.worker.engine.slots import DeviceSlots
+from adaptermesh.worker.engine.slots import AdapterPlan, DeviceSlots
+from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
 
 
 class Runner:
@@ -43,16 +45,36 @@ class Runner:
         """
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
-            logits = self._forward.run(self.pack(plan), self._cache)
-            draws = [_draw(row) for row in plan.rows if row.samples]
-            tokens = sample(logits, draws)
-            logprobs = token_logprobs(logits, tokens, [draw.params for draw in draws])
-            return [Drawn(*drawn) for drawn in zip(tokens, logprobs, strict=True)]
+            return _drawn(plan.rows, self._forward.run(self.pack(plan), self._cache))
+
+    @property
+    def resumable_layers(self) -> int:
+        """Layers between which a batch can stop; 0 if it can't."""
+        return self._base.sites.num_layers if self._forward.resumable else 0
+
+    def advance(self, advance: Advance, fresh_blocks: list[int]) -> list[Drawn]:
+        """The tokens drawn for the rows of an early prefill that sample, in their order, if this finishes it.
+
+        Raises:
+            MeshError: INTERNAL if the slot doesn't hold those layers of the digest that is asked for.
+        """
+        early, plan = advance.early, StepPlan((), advance.early.rows)
+        with torch.inference_mode():
+            self._cache.zero(fresh_blocks)
+            self._slots.check(_wanted(early.rows), advance.until)
+            if early.passage is None:
+                early.passage = self._forward.start(self._batch(plan), self._cache)
+            # Anew each time: the slots' memory may have moved since the last layers.
+            early.passage.advance(advance.until, self._adapters(plan))
+            return _drawn(early.rows, early.passage.logits()) if advance.finishes else []
 
     def pack(self, plan: StepPlan) -> StepBatch:
         """The batch of a plan; checks every row's slot."""
+        self._slots.check(_wanted(plan.rows))
+        return self._batch(plan)
+
+    def _batch(self, plan: StepPlan) -> StepBatch:
         rows, device = plan.rows, self._base.device
-        self._slots.check((row.sequence.slot, row.sequence.digest) for row in rows)
         spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
         ids: list[int] = []
         positions: list[int] = []
@@ -70,8 +92,24 @@ class Runner:
             attention=plan_attention(
                 spans, len(plan.decodes), self._cache.shape.block_tokens, self._base.dtype, device
             ),
-            adapters=self._slots.plan(StepTokens(_segments(plan))),
+            adapters=self._adapters(plan),
         )
+
+    def _adapters(self, plan: StepPlan) -> AdapterPlan:
+        return self._slots.plan(StepTokens(_segments(plan)))
+
+
+def _wanted(rows: Iterable[Row]) -> Iterator[tuple[int, str | None]]:
+    """The slot and the digest of each row."""
+    return ((row.sequence.slot, row.sequence.digest) for row in rows)
+
+
+def _drawn(rows: Iterable[Row], logits: torch.Tensor) -> list[Drawn]:
+    """Draws for the rows that sample. logits: [those rows, vocabulary]."""
+    draws = [_draw(row) for row in rows if row.samples]
+    tokens = sample(logits, draws)
+    logprobs = token_logprobs(logits, tokens, [draw.params for draw in draws])
+    return [Drawn(*drawn) for drawn in zip(tokens, logprobs, strict=True)]
 
 
 def _segments(plan: StepPlan) -> tuple[Segment, ...]:
