@@ -39,6 +39,15 @@ class Placer(Protocol):
         """Whether an adapter that is whole would get a slot."""
         ...
 
+    @property
+    def empty_slots(self) -> int:
+        """Slots that hold nothing."""
+        ...
+
+    def stage_ahead(self, digest: str) -> None:
+        """Gives an adapter that only lacks a slot an empty one, though no row uses it yet."""
+        ...
+
 
 class AdapterGate:
     """Made anew for each step.

@@ -159,6 +159,15 @@ class Residency:
     def has_slot(self) -> bool:
         return self._table.has_slot
 
+    @property
+    def empty_slots(self) -> int:
+        return self._table.empty_slots
+
+    def stage_ahead(self, digest: str) -> None:
+        entry = self._table.get(digest)
+        if entry is not None and self._table.empty_slots:
+            self._take_slot(entry)
+
     # Filling slots.
 
     def take_staging(self) -> tuple[list[int], list[Staging]]:

@@ -11,6 +11,7 @@ blocks or a slot that they hold, they go back to the queue.
 """
 
 from collections.abc import Iterable
+from itertools import islice
 
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.early_prefills import EarlyPrefills
@@ -70,6 +71,7 @@ class Scheduler:
         if not preempted:
             budget = self._admit(prefills, budget, early=not gave_way)
             advances += self._open_early(budget)
+            self._stage_ahead()
         ordinary = any(not sequence.early for sequence in self.running)
         if ordinary and not (decodes or prefills or advances):
             # Prompts alone fill the cache: one of them starts anew later.
@@ -166,6 +168,17 @@ class Scheduler:
             for row in early.rows:
                 self._charge(row, output=0)
         return self._early.plan(opened, budget)
+
+    def _stage_ahead(self) -> None:
+        """Gives an empty slot to the first waiting adapter that only lacks one; one a step."""
+        if not len(self.waiting) or not self._placer.empty_slots:
+            return
+        # The next ones to run: looking through a long queue in every step would cost more than it gives.
+        most = max(self._config.max_batch_rows, self._config.device_slots)
+        for sequence in islice(self.waiting.in_order(), most):
+            if sequence.digest is not None and self._placer.waits_for_slot(sequence.digest):
+                self._placer.stage_ahead(sequence.digest)
+                return
 
     # Rows.
 

@@ -624,6 +624,22 @@ def test_early_prefills_hold_a_bounded_number_of_tokens(lab: Any, make_bench: An
     bench.assert_empty()
 
 
+def test_a_waiting_adapter_on_the_host_is_staged_ahead_into_an_empty_slot(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(max_batch_rows=1, device_slots=3)
+    adapters = [lab.adapter(100 + number, 1 + number % 4, ("q_proj", "v_proj")) for number in range(4)]
+    heard = [bench.submit(None, [1, 2], 10), *(bench.submit(adapter, [1, 2], 3) for adapter in adapters)]
+    bench.engine.step()
+    # One a step, in the order of the queue, as long as a slot is empty.
+    for count in (1, 2, 3, 3):
+        found = [adapter.digest in bench.engine._slots._digests for adapter in adapters]
+        assert found == [number < count for number in range(4)]
+        bench.engine.step()
+    bench.run(*heard)
+    for one, adapter in zip(heard[1:], adapters, strict=True):
+        assert one.tokens == lab.continuation(adapter, [1, 2], 3)
+    bench.assert_empty()
+
+
 # Any order of events.
 
 KINDS = (

@@ -35,6 +35,7 @@ class FakePlacer:
     """A number of slots, idle ones for whoever asks; adapters arrive on the host, whole, at a given step."""
 
     slots: int
+    empty_slots: int = 0
     arrives: dict[str, int] = field(default_factory=dict)
     step: int = 0
     uses: dict[str, int] = field(default_factory=dict)
@@ -73,6 +74,9 @@ class FakePlacer:
     @property
     def has_slot(self) -> bool:
         return len(self.uses) < self.slots or not all(self.uses.values())
+
+    def stage_ahead(self, digest: str) -> None:
+        raise AssertionError("no slot is empty")
 
     def _on_host(self, digest: str) -> bool:
         return self.arrives.get(digest, 0) <= self.step
