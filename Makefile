@@ -17,6 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt 'torch==2.13.0'
 	$(PIP) install -q -c constraints.txt -e '.[all]'
+	@# Without a compiler torch computes everything, slower.
+	-$(BIN)/python -m adaptermesh.worker.engine.native.build
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -45,6 +47,15 @@ test: $(VENV)/.installed-dev model ## Runs the tests
 .PHONY: bench
 bench: $(VENV)/.installed-dev model ## Measures the engine beside its peers; BENCH="--scenarios throughput" for one
 	$(BIN)/python -m tests.bench $(BENCH)
+
+.PHONY: test-gpu
+test-gpu: ## Runs the tests that need a CUDA card, and the kernels' own; needs what bench-gpu needs, and pytest
+	PYTHONPATH=libs:services $(PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib \
+		tests/gpu tests/unit/worker/engine/ops/test_lowrank_triton.py tests/unit/worker/engine/test_paged_attention.py
+
+.PHONY: bench-gpu
+bench-gpu: ## Measures the engine on a CUDA card; needs torch for it, triton, transformers, peft, pydantic; no network
+	PYTHONPATH=libs:services $(PYTHON) -m tests.bench.gpu $(BENCH)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev ## Format, lint, types, import direction, protos

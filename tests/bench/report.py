@@ -47,15 +47,19 @@ def today() -> str:
 
 
 def markdown(report: dict[str, Any], json_name: str) -> str:
-    """The page: all figures first, then each scenario's lanes and checks."""
+    """The page of the CPU."""
     machine = report["machine"]
-    parts = [
-        _INTRODUCTION.format(json=json_name),
+    line = (
         f"Machine: {machine['cpu']} (family/model/stepping {machine['cpu_family_model_stepping']}), "
         f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}, "
-        f"Python {machine['python']}; of its instruction sets: {', '.join(machine['flags'])}.\n",
-        _figures_table(report),
-    ]
+        f"Python {machine['python']}; of its instruction sets: {', '.join(machine['flags'])}."
+    )
+    return page(_INTRODUCTION.format(json=json_name), line, report)
+
+
+def page(introduction: str, machine: str, report: dict[str, Any]) -> str:
+    """A page: all figures first, then each scenario's lanes and checks."""
+    parts = [introduction, f"{machine}\n", _figures_table(report)]
     parts += [_section(entry) for entry in report["scenarios"].values()]
     return "\n".join(parts)
 

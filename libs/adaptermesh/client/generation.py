@@ -100,6 +100,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """What the model thought of the prompt's next tokens, from its second one on; only if asked for."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More text, and the tokens that it came from; `logprobs` has one for each if they were asked for."""
 
@@ -146,21 +153,26 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event. `finish_reason` is "stop" or "length"; `output_tokens` are those of all answers."""
+    """The last event. `finish_reason` is "stop" or "length"; `output_tokens` are those of all answers.
+
+    `cached_tokens` of the prompt came from the worker's prefix cache and were not computed.
+    """
 
     finish_reason: str
     prompt_tokens: int
     output_tokens: int
     timings: Timings
+    cached_tokens: int = 0
 
 
-Event = Started | Delta | ChoiceFinished | Finished
+Event = Started | PromptLogprobs | Delta | ChoiceFinished | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A whole answer; `text`, `token_ids` and `logprobs` are the first one's if several were asked for.
 
+    `prompt_logprobs` has one for each token of the prompt but the first if they were asked for.
     `ttft` and `duration` are seconds as this client saw them: from the call to the first token, to the end.
     """
 
@@ -169,6 +181,7 @@ class Generation:
     finished: Finished
     ttft: float
     duration: float
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
@@ -247,6 +260,10 @@ def started_of(message: inference_pb2.GenerateStarted, trace_id: str) -> Started
     )
 
 
+def prompt_logprobs_of(message: inference_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(read_logprobs(message.logprobs))
+
+
 def delta_of(message: inference_pb2.GenerateDelta) -> Delta:
     return Delta(message.text, tuple(message.token_ids), read_logprobs(message.logprobs), message.index)
 
@@ -292,6 +309,7 @@ def finished_of(message: inference_pb2.GenerateFinished) -> Finished:
             shared_fetch=timings.shared_fetch,
             fetched_bytes=timings.fetched_bytes,
         ),
+        cached_tokens=message.cached_tokens,
     )
 
 

@@ -26,17 +26,20 @@ from adaptermesh.client.generation import (
     Finished,
     Generation,
     Prompt,
+    PromptLogprobs,
     Started,
     choice_finished_of,
     choices_of,
     delta_of,
     finished_of,
+    prompt_logprobs_of,
     request_of,
     started_of,
 )
 from adaptermesh.client.records import Model
 from adaptermesh.core.clock import Clock, SystemClock
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.rpc import metadata as names
 
@@ -79,10 +82,13 @@ class GenerationStream:
         finished: Finished | None = None
         first_token_at: float | None = None
         parts: list[Delta | ChoiceFinished] = []
+        prompt_logprobs: list[TokenLogprobs] = []
         async for event in self:
             match event:
                 case Started():
                     started = event
+                case PromptLogprobs():
+                    prompt_logprobs.extend(event.logprobs)
                 case Delta():
                     if first_token_at is None:
                         first_token_at = self._clock.monotonic()
@@ -102,6 +108,7 @@ class GenerationStream:
             finished=finished,
             ttft=(now if first_token_at is None else first_token_at) - self._sent_at,
             duration=now - self._sent_at,
+            prompt_logprobs=tuple(prompt_logprobs),
         )
 
     async def _read(self) -> AsyncIterator[Event]:
@@ -111,6 +118,8 @@ class GenerationStream:
                 kind = message.WhichOneof("event")
                 if kind == "started":
                     yield started_of(message.started, await self._trace_id())
+                elif kind == "prompt_logprobs":
+                    yield prompt_logprobs_of(message.prompt_logprobs)
                 elif kind == "delta":
                     yield delta_of(message.delta)
                 elif kind == "choice_finished":

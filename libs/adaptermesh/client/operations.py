@@ -78,13 +78,21 @@ class WorkerClient(Connection):
         return wire.worker_of(await self._call(self._stub.GetStatus, worker_pb2.GetStatusRequest()))
 
     async def load(self, digest: str, tier: Tier = Tier.DEVICE, *, pin: bool = False) -> Residency:
-        """Brings a version to a tier ahead of its first request; returns when it is there."""
+        """Brings a version to a tier ahead of its first request; returns when it is there.
+
+        With `pin` it stays there, or nearer, until `unpin` or `evict`.
+        """
         if tier not in _TIERS:
             raise MeshError(
                 Code.INVALID_ARGUMENT, Reason.INVALID_FIELD, f"a worker has no tier '{tier.name.lower()}'"
             )
         request = worker_pb2.LoadAdapterRequest(digest=digest, tier=_TIERS[tier], pin=pin)
         response = await self._call(self._stub.LoadAdapter, request, self.deadlines.load_seconds)
+        return wire.residency_of(response.residency)
+
+    async def unpin(self, digest: str) -> Residency:
+        """Lets a version go like any other; nothing happens if it is not pinned. `tier` says where it is."""
+        response = await self._call(self._stub.UnpinAdapter, worker_pb2.UnpinAdapterRequest(digest=digest))
         return wire.residency_of(response.residency)
 
     async def evict(self, digest: str) -> None:

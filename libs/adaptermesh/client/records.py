@@ -174,14 +174,34 @@ class Residency:
 
 
 @dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that a worker's adapters and its KV cache hold, and may hold; the device is bounded by its slots.
+
+    `host_used_bytes` includes what is reserved for arriving adapters. `kv_cached_bytes` are in nobody's use:
+    prompts that begin alike find them there until room is short.
+    """
+
+    device_used_bytes: int = 0
+    device_used_slots: int = 0
+    host_used_bytes: int = 0
+    host_budget_bytes: int = 0
+    disk_used_bytes: int = 0
+    disk_budget_bytes: int = 0
+    kv_used_bytes: int = 0
+    kv_cached_bytes: int = 0
+    kv_total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a worker is."""
+    """How busy a worker is. `budgets` is None if the worker does not tell."""
 
     running_requests: int = 0
     waiting_requests: int = 0
     waiting_tokens: int = 0
     kv_used_tokens: int = 0
     kv_total_tokens: int = 0
+    budgets: Budgets | None = None
 
 
 @dataclass(frozen=True, slots=True)

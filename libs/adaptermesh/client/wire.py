@@ -13,6 +13,7 @@ from adaptermesh.client.records import (
     Adapter,
     Alias,
     BaseModel,
+    Budgets,
     Load,
     Model,
     Residency,
@@ -114,8 +115,32 @@ def residency_of(message: worker_pb2.Residency) -> Residency:
     )
 
 
+def _load_of(message: worker_pb2.Load) -> Load:
+    return Load(
+        running_requests=message.running_requests,
+        waiting_requests=message.waiting_requests,
+        waiting_tokens=message.waiting_tokens,
+        kv_used_tokens=message.kv_used_tokens,
+        kv_total_tokens=message.kv_total_tokens,
+        budgets=_budgets_of(message.budgets) if message.HasField("budgets") else None,
+    )
+
+
+def _budgets_of(message: worker_pb2.Budgets) -> Budgets:
+    return Budgets(
+        device_used_bytes=message.device_used_bytes,
+        device_used_slots=message.device_used_slots,
+        host_used_bytes=message.host_used_bytes,
+        host_budget_bytes=message.host_budget_bytes,
+        disk_used_bytes=message.disk_used_bytes,
+        disk_budget_bytes=message.disk_budget_bytes,
+        kv_used_bytes=message.kv_used_bytes,
+        kv_cached_bytes=message.kv_cached_bytes,
+        kv_total_bytes=message.kv_total_bytes,
+    )
+
+
 def worker_of(message: router_pb2.WorkerView | worker_pb2.GetStatusResponse) -> Worker:
-    load = message.load
     return Worker(
         worker_id=message.info.worker_id,
         address=message.info.address,
@@ -124,13 +149,7 @@ def worker_of(message: router_pb2.WorkerView | worker_pb2.GetStatusResponse) -> 
         base_digest=message.info.base_model.digest,
         device_slots=message.info.device_slots,
         state=_STATES.get(message.state, "unknown"),
-        load=Load(
-            running_requests=load.running_requests,
-            waiting_requests=load.waiting_requests,
-            waiting_tokens=load.waiting_tokens,
-            kv_used_tokens=load.kv_used_tokens,
-            kv_total_tokens=load.kv_total_tokens,
-        ),
+        load=_load_of(message.load),
         residencies=tuple(residency_of(residency) for residency in message.residencies),
         booked_requests=message.booked_requests if isinstance(message, router_pb2.WorkerView) else 0,
     )

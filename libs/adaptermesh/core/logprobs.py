@@ -1,4 +1,4 @@
-"""What the model thought of a token that was drawn."""
+"""What the model thought of a token that was drawn, or that the prompt has."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class TokenLogprobs:
     """Log probabilities (natural) under the model's own distribution: no penalty, no temperature, no cut.
 
     Attributes:
-        token_id: The token that was drawn.
+        token_id: The token that was drawn, or that comes next in the prompt.
         logprob: Its log probability.
         top: Ids and log probabilities of the likeliest tokens, best first; as many as were asked for.
     """

@@ -23,7 +23,8 @@ class SamplingParams:
     `presence_penalty` is subtracted once from tokens of the output, `frequency_penalty` once for each time;
     0 is off. `stop_token_ids` end the text before them, as the end-of-sequence token does, even with
     `ignore_eos`. `logprobs` asks for each token's log probability and for this many of the likeliest tokens,
-    under the model's distribution, before penalties and temperature; None asks for none.
+    under the model's distribution, before penalties and temperature; None asks for none. `prompt_logprobs`
+    asks the same for each token of the prompt but the first, which nothing predicts.
 
     The order is penalties, temperature, min-p, top-k, top-p. Greedy needs the penalties alone.
     """
@@ -41,6 +42,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def penalised(self) -> bool:
@@ -67,8 +69,8 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise invalid_field("sampling.logprobs", f"{self.logprobs} is not in [0, {MAX_LOGPROBS}]")
+        _check_logprobs("logprobs", self.logprobs)
+        _check_logprobs("prompt_logprobs", self.prompt_logprobs)
         self._check_stops()
         return self
 
@@ -84,6 +86,11 @@ class SamplingParams:
         for token in self.stop_token_ids:
             if not 0 <= token < 2**31:
                 raise invalid_field("sampling.stop_token_ids", f"{token} is not in [0, 2^31)")
+
+
+def _check_logprobs(field: str, count: int | None) -> None:
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        raise invalid_field(f"sampling.{field}", f"{count} is not in [0, {MAX_LOGPROBS}]")
 
 
 def _check_range(field: str, value: float, low: float, high: float) -> None:

@@ -23,6 +23,7 @@ def sampling_message(params: SamplingParams) -> inference_pb2.SamplingParams:
         frequency_penalty=params.frequency_penalty,
         stop_token_ids=params.stop_token_ids,
         logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
     )
 
 
@@ -46,6 +47,7 @@ def read_sampling(message: inference_pb2.SamplingParams) -> SamplingParams:
         frequency_penalty=message.frequency_penalty,
         stop_token_ids=tuple(message.stop_token_ids),
         logprobs=message.logprobs if has("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if has("prompt_logprobs") else None,
     )
 
 

@@ -20,7 +20,12 @@ from adaptermesh.rpc.status import mesh_error_from
 RETRY_AFTER_SECONDS = 1.0
 _END_SECONDS = 5.0
 
-Event = inference_pb2.GenerateDelta | inference_pb2.ChoiceFinished | inference_pb2.GenerateFinished
+Event = (
+    inference_pb2.PromptLogprobs
+    | inference_pb2.GenerateDelta
+    | inference_pb2.ChoiceFinished
+    | inference_pb2.GenerateFinished
+)
 
 
 class WorkerStream:
@@ -75,6 +80,8 @@ class WorkerStream:
         """
         while (response := await self._read()) is not None:
             match response.WhichOneof("event"):
+                case "prompt_logprobs":
+                    yield response.prompt_logprobs
                 case "delta":
                     yield response.delta
                 case "choice_finished":

@@ -92,6 +92,7 @@ class RequestSpan:
         self._span.set_attributes(
             {
                 "gen_ai.usage.input_tokens": finished.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": finished.cached_tokens,
                 "gen_ai.usage.output_tokens": finished.output_tokens,
                 "gen_ai.response.finish_reasons": [reason],
                 "adaptermesh.switch.shared_fetch": timings.shared_fetch,

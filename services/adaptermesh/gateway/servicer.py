@@ -103,6 +103,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 if isinstance(event, inference_pb2.GenerateDelta):
                     await context.write(inference_pb2.GenerateResponse(delta=event))
                     span.output()
+                elif isinstance(event, inference_pb2.PromptLogprobs):
+                    await context.write(inference_pb2.GenerateResponse(prompt_logprobs=event))
                 elif isinstance(event, inference_pb2.ChoiceFinished):
                     await context.write(inference_pb2.GenerateResponse(choice_finished=event))
                 else:

@@ -168,13 +168,7 @@ def worker_view(worker: Worker, booked_requests: int) -> router_pb2.WorkerView:
     return router_pb2.WorkerView(
         info=worker_pb2.WorkerInfo.FromString(worker.info.described),
         state=worker_pb2.WorkerState.ValueType(int(worker.state)),
-        load=worker_pb2.Load(
-            running_requests=worker.load.running_requests,
-            waiting_requests=worker.load.waiting_requests,
-            waiting_tokens=worker.load.waiting_tokens,
-            kv_used_tokens=worker.load.kv_used_tokens,
-            kv_total_tokens=worker.load.kv_total_tokens,
-        ),
+        load=_load_message(worker.load),
         residencies=[
             worker_pb2.Residency(
                 digest=residency.digest,
@@ -186,6 +180,17 @@ def worker_view(worker: Worker, booked_requests: int) -> router_pb2.WorkerView:
             for residency in sorted(worker.residencies.values(), key=lambda residency: residency.digest)
         ],
         booked_requests=booked_requests,
+    )
+
+
+def _load_message(load: Load) -> worker_pb2.Load:
+    return worker_pb2.Load(
+        running_requests=load.running_requests,
+        waiting_requests=load.waiting_requests,
+        waiting_tokens=load.waiting_tokens,
+        kv_used_tokens=load.kv_used_tokens,
+        kv_total_tokens=load.kv_total_tokens,
+        budgets=worker_pb2.Budgets.FromString(load.budgets) if load.budgets else None,
     )
 
 
@@ -213,6 +218,7 @@ def _load(message: worker_pb2.Load) -> Load:
         message.waiting_tokens,
         message.kv_used_tokens,
         message.kv_total_tokens,
+        message.budgets.SerializeToString(),
     )
 
 

@@ -42,13 +42,14 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a worker is."""
+    """How busy a worker is; `budgets` are a message that is shown as it came, not looked into."""
 
     running_requests: int = 0
     waiting_requests: int = 0
     waiting_tokens: int = 0
     kv_used_tokens: int = 0
     kv_total_tokens: int = 0
+    budgets: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

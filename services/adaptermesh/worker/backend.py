@@ -6,7 +6,7 @@ from typing import Protocol
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.request import Admission, Listener, Request
-from adaptermesh.worker.engine.status import EngineStatus
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
 
 
 class Backend(Protocol):
@@ -34,6 +34,10 @@ class Backend(Protocol):
         context: object | None = None,
     ) -> None:
         """Brings a version to a tier; `on_done` hears of the end, on any thread."""
+        ...
+
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets a version go like any other; gives where it is now."""
         ...
 
     def evict(self, digest: str) -> None:

@@ -52,6 +52,13 @@ async def load_adapter(
     return _view(backend, digest)
 
 
+async def unpin_adapter(backend: Backend, digest: str) -> ResidencyView:
+    """Lets the version go like any other; gives where it is now."""
+    _check(digest)
+    # The engine may wait for its own thread.
+    return await asyncio.to_thread(backend.unpin, digest)
+
+
 async def evict_adapter(backend: Backend, digest: str) -> None:
     """Drops the version from every tier; raises MeshError FAILED_PRECONDITION while requests use it."""
     _check(digest)

@@ -104,7 +104,7 @@ class Generation:
                 if mail.end is not None:
                     self.open.remove(answer)
                 if isinstance(mail.end, MeshError):
-                    if mail.token_ids or mail.text:
+                    if mail.has_output:
                         yield dataclasses.replace(mail, end=None)
                     raise mail.end
                 if mail.end is not None:
@@ -190,7 +190,7 @@ class Generations:
         """All answers or none."""
         admission = self._backend.submit(first, answers[0].mailbox)
         for index, answer in enumerate(answers[1:], 1):
-            sampling = _reseeded(first.sampling, index)
+            sampling = _for_answer(first.sampling, index)
             request = dataclasses.replace(first, request_id=answer.backend_id, sampling=sampling)
             try:
                 self._backend.submit(request, answer.mailbox)
@@ -245,11 +245,10 @@ def _draining(message: str) -> MeshError:
     return unavailable(Reason.DRAINING, message, _DRAINING_RETRY_SECONDS)
 
 
-def _reseeded(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Answer `index` draws with its own seed; without one, each answer gets a fresh seed anyway."""
-    if sampling.seed is None:
-        return sampling
-    return dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**63)
+def _for_answer(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Answer `index` draws with its own seed or a fresh one; answer 0 tells of the prompt for all."""
+    seed = None if sampling.seed is None else (sampling.seed + index) % 2**63
+    return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None)
 
 
 def _check(request: GenerationRequest) -> None:

@@ -22,18 +22,25 @@ class Mail:
     """One for each token if they were asked for."""
     index: int = 0
     """Which of the request's answers it belongs to."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt's next tokens; they come before the output."""
 
     @property
     def empty(self) -> bool:
-        return not self.text and not self.token_ids and self.end is None
+        return not self.has_output and self.end is None
+
+    @property
+    def has_output(self) -> bool:
+        """Whether it is more than the end."""
+        return bool(self.text or self.token_ids or self.prompt_logprobs)
 
 
 class Mailbox:
     """The engine's `Listener` of one answer.
 
     The engine never waits: what a slow client has not taken yet grows together into one mail, whose size is
-    bounded by the request's own output. The loop is woken once for each mail. `arrived` wakes the reader; the
-    mailboxes of several answers share it.
+    bounded by the request's own prompt and output. The loop is woken once for each mail. `arrived` wakes the
+    reader; the mailboxes of several answers share it.
     """
 
     def __init__(self, arrived: asyncio.Event, index: int = 0) -> None:
@@ -44,8 +51,18 @@ class Mailbox:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._end: Outcome | MeshError | None = None
         self._woken = False
+
+    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        with self._lock:
+            if self._end is not None:
+                return
+            self._prompt_logprobs.extend(logprobs)
+            wake = self._wake_due()
+        if wake:
+            self._wake()
 
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         with self._lock:
@@ -79,9 +96,14 @@ class Mailbox:
         with self._lock:
             self._woken = False
             mail = Mail(
-                "".join(self._text), tuple(self._token_ids), self._end, tuple(self._logprobs), self._index
+                "".join(self._text),
+                tuple(self._token_ids),
+                self._end,
+                tuple(self._logprobs),
+                self._index,
+                tuple(self._prompt_logprobs),
             )
-            self._text, self._token_ids, self._logprobs = [], [], []
+            self._text, self._token_ids, self._logprobs, self._prompt_logprobs = [], [], [], []
         return mail
 
     def _wake_due(self) -> bool:

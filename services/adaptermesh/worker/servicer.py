@@ -12,7 +12,7 @@ from adaptermesh.core.errors import MeshError, Reason, unavailable
 from adaptermesh.rpc import metadata as names
 from adaptermesh.rpc.deadline import bounded, time_remaining
 from adaptermesh.worker.backend import Backend
-from adaptermesh.worker.control import evict_adapter, load_adapter
+from adaptermesh.worker.control import evict_adapter, load_adapter, unpin_adapter
 from adaptermesh.worker.engine.request import Outcome
 from adaptermesh.worker.generation import Generation, Generations
 from adaptermesh.worker.residency import StatusBoard
@@ -21,6 +21,7 @@ from adaptermesh.worker.wire import (
     delta_messages,
     finished_message,
     generation_request,
+    prompt_messages,
     residency_message,
     started_message,
     status_message,
@@ -68,6 +69,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             admission = generation.admission
             yield started_message(serving.info.worker_id, admission.tier, admission.prompt_tokens)
             async for mail in generation.mails(deadline):
+                for message in prompt_messages(mail):
+                    yield message
                 if mail.token_ids or mail.text:
                     for message in delta_messages(mail):
                         yield message
@@ -104,6 +107,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             bounded(time_remaining(context), serving.load_seconds),
         )
         return worker_pb2.LoadAdapterResponse(residency=residency_message(view))
+
+    async def UnpinAdapter(  # noqa: N802
+        self,
+        request: worker_pb2.UnpinAdapterRequest,
+        context: Any,  # noqa: ARG002
+    ) -> worker_pb2.UnpinAdapterResponse:
+        view = await unpin_adapter(self._ready().backend, request.digest)
+        return worker_pb2.UnpinAdapterResponse(residency=residency_message(view))
 
     async def EvictAdapter(  # noqa: N802
         self,

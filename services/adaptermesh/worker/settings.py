@@ -45,6 +45,11 @@ class WorkerSettings(ServiceSettings):
         description="auto loads the model's weights; dummy makes random ones from its config.json alone, to "
         "measure a shape: the answers mean nothing.",
     )
+    forward: str = Field(
+        default=_ENGINE.forward,
+        description="The way through the base: native (kernels in C++, on a CPU), lean (few torch calls a "
+        "layer), plain (the modules of transformers), or auto, the fastest of them that can be had.",
+    )
     threads: int = Field(
         default=_ENGINE.threads,
         ge=0,
@@ -142,6 +147,8 @@ class WorkerSettings(ServiceSettings):
             device=self.device,
             dtype=self.dtype,
             load_format=self.load_format,
+            forward=self.forward,
+            kernel_dir=self.home / "kernels",
             threads=self.threads,
             quantization=self.quantization,
             max_batch_rows=self.max_batch_rows,

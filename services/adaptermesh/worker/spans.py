@@ -70,7 +70,7 @@ class RequestSpans:
             timeline.first_token_ns,
             {
                 **_adapter(served),
-                "gen_ai.usage.input_tokens": outcome.prompt_tokens,
+                **_input_usage(outcome),
                 **({"adaptermesh.switch.overlap_ms": overlap_ms} if overlap_ms else {}),
             },
         )
@@ -86,10 +86,7 @@ class RequestSpans:
             },
         )
         trace.get_current_span(served.context).set_attributes(
-            {
-                "gen_ai.usage.input_tokens": outcome.prompt_tokens,
-                "gen_ai.usage.output_tokens": outcome.output_tokens,
-            }
+            {**_input_usage(outcome), "gen_ai.usage.output_tokens": outcome.output_tokens}
         )
 
     def failed(self, served: ServedRequest, error: MeshError) -> None:
@@ -157,6 +154,13 @@ def _adapter(served: ServedRequest) -> dict[str, Attribute]:
     version = served.adapter_version or ("" if served.adapter_digest else "base")
     found = {"adaptermesh.adapter.digest": served.adapter_digest, "adaptermesh.adapter.version": version}
     return {key: value for key, value in found.items() if value}
+
+
+def _input_usage(outcome: Outcome) -> dict[str, Attribute]:
+    return {
+        "gen_ai.usage.input_tokens": outcome.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": outcome.timeline.cached_tokens,
+    }
 
 
 def _traced(served: ServedRequest) -> bool:

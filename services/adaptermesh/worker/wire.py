@@ -21,7 +21,7 @@ from adaptermesh.worker.prompts import ChatMessage, ChatPrompt, Prompt, TextProm
 from adaptermesh.worker.residency import Delta, Snapshot
 
 MAX_DELTA_LOGPROBS = 1024
-"""Tokens of one message that has log probabilities: some 300 KB at most."""
+"""Tokens of one message that has log probabilities, of the output or the prompt: some 300 KB at most."""
 
 _TIERS = {
     Tier.NONE: adapter_pb2.TIER_UNSPECIFIED,
@@ -104,6 +104,14 @@ def started_message(worker_id: str, tier: Tier, prompt_tokens: int) -> worker_pb
     )
 
 
+def prompt_messages(mail: Mail) -> Iterator[worker_pb2.GenerateResponse]:
+    """What the mail says of the prompt; no message if it says nothing."""
+    for start in range(0, len(mail.prompt_logprobs), MAX_DELTA_LOGPROBS):
+        part = mail.prompt_logprobs[start : start + MAX_DELTA_LOGPROBS]
+        logprobs = inference_pb2.PromptLogprobs(logprobs=logprobs_messages(part))
+        yield worker_pb2.GenerateResponse(prompt_logprobs=logprobs)
+
+
 def delta_messages(mail: Mail) -> Iterator[worker_pb2.GenerateResponse]:
     """The mail's output: one message, unless log probabilities would make it too large.
 
@@ -138,6 +146,7 @@ def finished_message(outcome: Outcome) -> worker_pb2.GenerateResponse:
             prompt_tokens=outcome.prompt_tokens,
             output_tokens=outcome.output_tokens,
             timings=_timings(outcome.timeline),
+            cached_tokens=outcome.timeline.cached_tokens,
         )
     )
 
@@ -177,6 +186,22 @@ def load_message(status: EngineStatus) -> worker_pb2.Load:
         waiting_tokens=status.waiting_tokens,
         kv_used_tokens=status.kv_used_tokens,
         kv_total_tokens=status.kv_total_tokens,
+        budgets=_budgets(status),
+    )
+
+
+def _budgets(status: EngineStatus) -> worker_pb2.Budgets:
+    tiers = status.tiers
+    return worker_pb2.Budgets(
+        device_used_bytes=tiers.device_used_bytes,
+        device_used_slots=tiers.device_used_slots,
+        host_used_bytes=tiers.host_used_bytes,
+        host_budget_bytes=tiers.host_budget_bytes,
+        disk_used_bytes=tiers.disk_used_bytes,
+        disk_budget_bytes=tiers.disk_budget_bytes,
+        kv_used_bytes=status.kv_used_bytes,
+        kv_cached_bytes=status.kv_cached_bytes,
+        kv_total_bytes=status.kv_total_bytes,
     )
 
 

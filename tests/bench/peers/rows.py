@@ -27,6 +27,8 @@ class Heard:
     error: MeshError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
+    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None: ...
+
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         self.tokens.extend(token_ids)
         self.times.extend([time.perf_counter()] * len(token_ids))

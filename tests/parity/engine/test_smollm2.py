@@ -38,6 +38,8 @@ class Heard:
         self.error: MeshError | None = None
         self.ended = threading.Event()
 
+    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None: ...
+
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         self.tokens.extend(token_ids)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from adaptermesh.cli.app import build_app
 from tests.unit.client.fake_services import (
     FakeGateway,
+    FakeRouter,
     FakeStore,
     FakeWorker,
     fake_router,
@@ -29,6 +30,7 @@ class FakeMesh:
     store: FakeStore
     gateway: FakeGateway
     worker: FakeWorker
+    router: FakeRouter
     addresses: dict[str, str] = field(default_factory=dict)
 
 
@@ -41,12 +43,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMesh]:
     stopping = asyncio.Event()
 
     async def run() -> None:
-        mesh = FakeMesh(fake_store(), FakeGateway(), fake_worker())
+        mesh = FakeMesh(fake_store(), FakeGateway(), fake_worker(), fake_router([]))
         async with AsyncExitStack() as stack:
             for name, servicer in (("store", mesh.store), ("gateway", mesh.gateway), ("worker", mesh.worker)):
                 mesh.addresses[name] = await stack.enter_async_context(serve(servicer))
-            router = fake_router([mesh.addresses["worker"]])
-            mesh.addresses["router"] = await stack.enter_async_context(serve(router))
+            mesh.router.workers = [mesh.addresses["worker"]]
+            mesh.addresses["router"] = await stack.enter_async_context(serve(mesh.router))
             found.append(mesh)
             ready.set()
             await stopping.wait()

@@ -26,6 +26,14 @@ def test_verbose_shows_what_served_the_request(fakes: FakeMesh, invoke: Invoke) 
         assert word in result.stderr
 
 
+def test_verbose_says_what_the_prefix_cache_had(fakes: FakeMesh, invoke: Invoke) -> None:
+    assert "7 in, 3 out" in invoke("generate", "Hello", "-v").stderr
+    fakes.gateway.cached_tokens = 4
+    assert "7 in (4 of them from the prefix cache), 3 out" in invoke("generate", "Hello", "-v").stderr
+    last = invoke("generate", "Hello", "--json").stdout.splitlines()[-1]
+    assert json.loads(last)["cached_tokens"] == 4
+
+
 def test_json_prints_one_line_for_each_event(fakes: FakeMesh, invoke: Invoke) -> None:
     result = invoke("generate", "--adapter", "acme/ner:v1", "Hello", "--json")
     events = [json.loads(line) for line in result.stdout.splitlines()]
@@ -62,6 +70,20 @@ def test_every_sampling_option_reaches_the_request(fakes: FakeMesh, invoke: Invo
     assert request.priority == -5
     delta = json.loads(result.stdout.splitlines()[1])
     assert delta["logprobs"] == [{"token_id": 0, "logprob": -1.0, "top": [[0, -1.0]]}]
+
+
+def test_log_probabilities_of_the_prompt_are_lines_of_their_own(fakes: FakeMesh, invoke: Invoke) -> None:
+    result = invoke("generate", "Hello", "--prompt-logprobs", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert fakes.gateway.requests[0].sampling.prompt_logprobs == 1
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["event"] for event in events][:4] == [
+        "started",
+        "prompt_logprobs",
+        "prompt_logprobs",
+        "delta",
+    ]
+    assert events[1]["logprobs"] == [{"token_id": 4, "logprob": -2.0, "top": [[4, -2.0]]}]
 
 
 def test_several_answers_are_printed_one_after_the_other(fakes: FakeMesh, invoke: Invoke) -> None:
@@ -101,7 +123,14 @@ def test_a_mesh_that_does_not_run_is_named_with_the_command_that_starts_one(invo
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--temperature", "3"), ("--raw", "--system", "x"), ("--max-tokens", "no"), ("--logprobs", "1")]
+    "wrong",
+    [
+        ("--temperature", "3"),
+        ("--raw", "--system", "x"),
+        ("--max-tokens", "no"),
+        ("--logprobs", "1"),
+        ("--prompt-logprobs", "1"),
+    ],
 )
 def test_wrong_options_are_usage_errors(invoke: Invoke, wrong: tuple[str, ...]) -> None:
     assert invoke("generate", "Hello", *wrong).exit_code == 2

@@ -7,7 +7,24 @@ def test_status_shows_every_service_and_what_the_workers_hold(fakes: FakeMesh, i
     for name in ("gateway", "router", "store", "worker"):
         assert fakes.addresses[name] in result.stdout
     assert "4 versions, 3 routes, up to date" in result.stdout
-    assert "1/0/0 of 4 slots" in result.stdout
+    assert "1/0/0 of 4 slots, 100 B, 1 pinned" in " ".join(result.stdout.split())
+
+
+def test_status_shows_what_each_budget_holds(fakes: FakeMesh, invoke: Invoke) -> None:
+    shown = invoke("status").stdout
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    first = rows.index("worker holds used of share")
+    assert rows[first + 1 : first + 5] == [
+        "w-0 device 3.0 MiB 1 of 4 slots",
+        "host 256.0 MiB 1.0 GiB 25%",
+        "disk 5.0 MiB 10.0 MiB 50%",
+        "kv cache 1.0 MiB 8.0 MiB 12% + 2.0 MiB cached",
+    ]
+    printed = document(invoke("status", "--json"))
+    assert printed["workers"][0]["load"]["budgets"]["disk_budget_bytes"] == 10 * 2**20
+    fakes.router.budgets = None
+    assert "kv cache" not in invoke("status").stdout
+    assert document(invoke("status", "--json"))["workers"][0]["load"]["budgets"] is None
 
 
 def test_status_as_json_is_one_document(fakes: FakeMesh, invoke: Invoke) -> None:

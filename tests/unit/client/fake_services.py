@@ -25,6 +25,17 @@ BASE = adapter_pb2.BaseModel(
     model_id="tiny", digest="sha256:" + "b" * 64, architecture="LlamaForCausalLM", hidden_size=8, num_layers=2
 )
 MIB = 2**20
+BUDGETS = worker_pb2.Budgets(
+    device_used_bytes=3 * MIB,
+    device_used_slots=1,
+    host_used_bytes=256 * MIB,
+    host_budget_bytes=1024 * MIB,
+    disk_used_bytes=5 * MIB,
+    disk_budget_bytes=10 * MIB,
+    kv_used_bytes=MIB,
+    kv_cached_bytes=2 * MIB,
+    kv_total_bytes=8 * MIB,
+)
 STEP = 50_000
 PAGE = 2
 """Fakes send small pages, whatever is asked for."""
@@ -241,6 +252,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self.refuse: MeshError | None = None
         self.fail_after: int | None = None
         """Breaks off after so many deltas."""
+        self.cached_tokens = 0
         self.finish = True
         self.hang = False
         """Goes on for ever after the first delta."""
@@ -255,6 +267,11 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         await context.send_initial_metadata((("x-trace-id", "0af7651916cd43dd8448eb211c80319c"),))
         started = self._started(sent)
         yield inference_pb2.GenerateResponse(started=started)
+        if request.sampling.HasField("prompt_logprobs"):
+            for token in (4, 5):
+                told = TokenLogprobs(token, -2.0, ((token, -2.0),)[: request.sampling.prompt_logprobs])
+                piece = inference_pb2.PromptLogprobs(logprobs=logprobs_messages([told]))
+                yield inference_pb2.GenerateResponse(prompt_logprobs=piece)
         for number, word in enumerate(self._words(started)):
             if number == self.fail_after:
                 raise unavailable(Reason.WORKER_LOST, "the worker is gone", 0.5, worker_id="w-1")
@@ -303,7 +320,10 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
 
     def _finished(self) -> inference_pb2.GenerateFinished:
         finished = inference_pb2.GenerateFinished(
-            finish_reason=inference_pb2.FINISH_REASON_STOP, prompt_tokens=7, output_tokens=len(self.words)
+            finish_reason=inference_pb2.FINISH_REASON_STOP,
+            prompt_tokens=7,
+            output_tokens=len(self.words),
+            cached_tokens=self.cached_tokens,
         )
         for name, milliseconds in (("time_to_first_token", 30), ("queue", 12), ("fetch", 10), ("verify", 2)):
             getattr(finished.timings, name).FromMilliseconds(milliseconds)
@@ -322,6 +342,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
 
     def __init__(self, workers: list[str]) -> None:
         self.workers = workers
+        self.budgets: worker_pb2.Budgets | None = BUDGETS
 
     async def ListWorkers(self, request: Any, context: Any) -> router_pb2.ListWorkersResponse:
         return router_pb2.ListWorkersResponse(
@@ -329,8 +350,10 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
                 router_pb2.WorkerView(
                     info=worker_info(f"w-{index}", address),
                     state=worker_pb2.WORKER_STATE_READY,
-                    load=worker_pb2.Load(running_requests=2, kv_used_tokens=10, kv_total_tokens=100),
-                    residencies=[residency("sha256:" + "a" * 64, adapter_pb2.TIER_DEVICE)],
+                    load=worker_pb2.Load(
+                        running_requests=2, kv_used_tokens=10, kv_total_tokens=100, budgets=self.budgets
+                    ),
+                    residencies=[residency("sha256:" + "a" * 64, adapter_pb2.TIER_DEVICE, pinned=True)],
                     booked_requests=1,
                 )
                 for index, address in enumerate(self.workers)
@@ -354,18 +377,25 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.GetStatusResponse(
             info=worker_info("w-1", "127.0.0.1:1"),
             state=worker_pb2.WORKER_STATE_DRAINING,
-            residencies=[residency(digest, tier) for digest, tier in self.held.items()],
+            residencies=[self._residency(digest) for digest in self.held],
         )
 
     async def LoadAdapter(self, request: Any, context: Any) -> worker_pb2.LoadAdapterResponse:
         self.held[request.digest] = request.tier
         if request.pin:
             self.pinned.add(request.digest)
-        return worker_pb2.LoadAdapterResponse(residency=residency(request.digest, request.tier))
+        return worker_pb2.LoadAdapterResponse(residency=self._residency(request.digest))
+
+    async def UnpinAdapter(self, request: Any, context: Any) -> worker_pb2.UnpinAdapterResponse:
+        self.pinned.discard(request.digest)
+        return worker_pb2.UnpinAdapterResponse(residency=self._residency(request.digest))
 
     async def EvictAdapter(self, request: Any, context: Any) -> worker_pb2.EvictAdapterResponse:
         self.held.pop(request.digest, None)
         return worker_pb2.EvictAdapterResponse()
+
+    def _residency(self, digest: str) -> worker_pb2.Residency:
+        return residency(digest, self.held.get(digest, adapter_pb2.TIER_STORE), digest in self.pinned)
 
 
 def worker_info(worker_id: str, address: str) -> worker_pb2.WorkerInfo:
@@ -374,8 +404,8 @@ def worker_info(worker_id: str, address: str) -> worker_pb2.WorkerInfo:
     )
 
 
-def residency(digest: str, tier: Any) -> worker_pb2.Residency:
-    return worker_pb2.Residency(digest=digest, tier=tier, size_bytes=100)
+def residency(digest: str, tier: Any, pinned: bool = False) -> worker_pb2.Residency:
+    return worker_pb2.Residency(digest=digest, tier=tier, pinned=pinned, size_bytes=100)
 
 
 _REGISTRATIONS: dict[type, tuple[str, Any]] = {

@@ -11,6 +11,7 @@ from adaptermesh.client import (
     MeshError,
     Message,
     Prompt,
+    PromptLogprobs,
     Reason,
     SamplingParams,
     Started,
@@ -123,6 +124,7 @@ async def test_penalties_stop_tokens_and_priority_are_sent(mesh: MeshClient, gat
         frequency_penalty=-0.5,
         stop_token_ids=(2, 3),
         logprobs=0,
+        prompt_logprobs=0,
     )
     await mesh.complete("Hello", sampling=params, ask=Ask(priority=7))
     [request] = gateway.requests
@@ -141,6 +143,16 @@ async def test_log_probabilities_come_with_the_deltas_and_with_the_whole(mesh: M
     deltas = [event for event in events if isinstance(event, Delta)]
     assert [len(delta.logprobs) for delta in deltas] == [1, 1, 1]
     assert (await mesh.complete("Hello")).logprobs == ()
+
+
+async def test_log_probabilities_of_the_prompt_come_as_events_and_with_the_whole(mesh: MeshClient) -> None:
+    events: list[Event] = []
+    answer = await mesh.generate("Hello", sampling=SamplingParams(prompt_logprobs=1)).collect(events.append)
+    assert answer.prompt_logprobs == tuple(TokenLogprobs(token, -2.0, ((token, -2.0),)) for token in (4, 5))
+    pieces = [event for event in events if isinstance(event, PromptLogprobs)]
+    assert [len(piece.logprobs) for piece in pieces] == [1, 1]
+    assert answer.text == "Aye, aye!"
+    assert (await mesh.complete("Hello")).prompt_logprobs == ()
 
 
 async def test_several_answers_are_put_together_each_from_its_own_deltas(

@@ -3,6 +3,7 @@ import pytest
 from adaptermesh.client import (
     ROUTER_SERVICE,
     WORKER_SERVICE,
+    Budgets,
     Code,
     HealthClient,
     MeshError,
@@ -10,7 +11,7 @@ from adaptermesh.client import (
     Tier,
     WorkerClient,
 )
-from tests.unit.client.fake_services import fake_router, fake_worker, serve
+from tests.unit.client.fake_services import MIB, fake_router, fake_worker, serve
 
 DIGEST = "sha256:" + "c" * 64
 
@@ -36,17 +37,23 @@ async def test_the_routers_view_shows_workers_load_and_residency() -> None:
     assert (worker.state, worker.device, worker.base_model_id) == ("ready", "cpu", "tiny")
     assert (worker.load.running_requests, worker.booked_requests) == (2, 1)
     assert worker.residencies[0].tier == "device"
+    assert worker.load.budgets == Budgets(
+        3 * MIB, 1, 256 * MIB, 1024 * MIB, 5 * MIB, 10 * MIB, MIB, 2 * MIB, 8 * MIB
+    )
 
 
 async def test_adapters_are_loaded_and_evicted_by_hand() -> None:
     fake = fake_worker()
     async with serve(fake) as address, WorkerClient(address) as worker:
         residency = await worker.load(DIGEST, Tier.HOST, pin=True)
-        assert (residency.digest, residency.tier) == (DIGEST, "host")
+        assert (residency.digest, residency.tier, residency.pinned) == (DIGEST, "host", True)
         assert fake.pinned == {DIGEST}
         status = await worker.status()
-        assert status.state == "draining"
+        assert (status.state, status.load.budgets) == ("draining", None)
         assert [held.tier for held in status.residencies] == ["host"]
+        residency = await worker.unpin(DIGEST)
+        assert (residency.digest, residency.tier, residency.pinned) == (DIGEST, "host", False)
+        assert fake.pinned == set()
         await worker.evict(DIGEST)
         assert (await worker.status()).residencies == ()
 

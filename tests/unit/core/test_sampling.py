@@ -35,6 +35,8 @@ from adaptermesh.core.sampling import SamplingParams
         ("stop_token_ids", SamplingParams(stop_token_ids=(1,) * 65)),
         ("logprobs", SamplingParams(logprobs=-1)),
         ("logprobs", SamplingParams(logprobs=21)),
+        ("prompt_logprobs", SamplingParams(prompt_logprobs=-1)),
+        ("prompt_logprobs", SamplingParams(prompt_logprobs=21)),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_field(field: str, params: SamplingParams) -> None:
@@ -49,6 +51,8 @@ def test_the_edges_of_every_range_are_legal() -> None:
     SamplingParams(max_tokens=131072, temperature=2.0, top_p=1e-9, top_k=1_000_000, seed=2**63 - 1).check()
     SamplingParams(min_p=0, repetition_penalty=0.01, presence_penalty=-2, frequency_penalty=-2).check()
     SamplingParams(min_p=1, repetition_penalty=100, presence_penalty=2, frequency_penalty=2).check()
+    SamplingParams(prompt_logprobs=0).check()
+    SamplingParams(prompt_logprobs=20).check()
     SamplingParams(logprobs=0, stop_token_ids=(0,)).check()
     SamplingParams(logprobs=20, stop_token_ids=(2**31 - 1,) * 64).check()
 

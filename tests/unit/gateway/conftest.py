@@ -70,7 +70,10 @@ def delta(text: str, *token_ids: int) -> worker_pb2.GenerateResponse:
 
 def finished(output_tokens: int = 2) -> worker_pb2.GenerateResponse:
     done = inference_pb2.GenerateFinished(
-        finish_reason=inference_pb2.FINISH_REASON_STOP, prompt_tokens=5, output_tokens=output_tokens
+        finish_reason=inference_pb2.FINISH_REASON_STOP,
+        prompt_tokens=5,
+        output_tokens=output_tokens,
+        cached_tokens=4,
     )
     done.timings.queue.FromMilliseconds(7)
     done.timings.h2d.FromMilliseconds(2)
@@ -80,6 +83,10 @@ def finished(output_tokens: int = 2) -> worker_pb2.GenerateResponse:
 async def answer(worker: "FakeWorker", request: worker_pb2.GenerateRequest, context: Context) -> None:
     """What a worker in good health does."""
     await context.write(started(worker.worker_id, request))
+    if request.sampling.HasField("prompt_logprobs"):
+        for token in (7, 8):
+            piece = inference_pb2.PromptLogprobs(logprobs=logprobs_messages([TokenLogprobs(token, -1.5)]))
+            await context.write(worker_pb2.GenerateResponse(prompt_logprobs=piece))
     first = delta("Hello", 1)
     if request.sampling.HasField("logprobs"):
         first.delta.logprobs.extend(logprobs_messages([TokenLogprobs(1, -0.5, ((2, -0.25),))]))
@@ -121,6 +128,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         raise NotImplementedError
 
     def LoadAdapter(self, request: Any, context: Context) -> Any:
+        raise NotImplementedError
+
+    def UnpinAdapter(self, request: Any, context: Context) -> Any:
         raise NotImplementedError
 
     def EvictAdapter(self, request: Any, context: Context) -> Any:
@@ -314,6 +324,7 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: inference_pb2.GenerateFinished | None = None
     order: list[str] = field(default_factory=list)
     initial: dict[str, str] = field(default_factory=dict)
@@ -326,6 +337,8 @@ class Answer:
         match kind:
             case "started":
                 self.started = response.started
+            case "prompt_logprobs":
+                self.prompt_logprobs += read_logprobs(response.prompt_logprobs.logprobs)
             case "delta":
                 self.text += response.delta.text
                 self.token_ids += response.delta.token_ids

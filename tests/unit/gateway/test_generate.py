@@ -32,7 +32,7 @@ async def test_a_stream_starts_with_identities_and_ends_with_the_finish_reason(m
     assert seen.started.prompt_tokens == 5
     assert seen.finished is not None
     assert seen.finished.finish_reason == inference_pb2.FINISH_REASON_STOP
-    assert seen.finished.output_tokens == 2
+    assert (seen.finished.output_tokens, seen.finished.cached_tokens) == (2, 4)
 
 
 async def test_initial_metadata_says_what_served_the_request(mesh: Mesh, fakes: Fakes) -> None:
@@ -91,7 +91,7 @@ async def test_the_callers_metadata_reaches_router_and_worker(mesh: Mesh) -> Non
 
 async def test_every_sampling_value_and_the_priority_are_handed_on(mesh: Mesh) -> None:
     worker = await mesh.add_worker("w1")
-    params = SamplingParams(9, 0.5, 0.9, 3, 4, ("x",), True, 0.1, 1.5, -1.0, 1.0, (7,), 2)
+    params = SamplingParams(9, 0.5, 0.9, 3, 4, ("x",), True, 0.1, 1.5, -1.0, 1.0, (7,), 2, 3)
     await mesh.generate(
         inference_pb2.GenerateRequest(text="x", sampling=sampling_message(params), priority=-100)
     )
@@ -112,6 +112,15 @@ async def test_log_probabilities_are_handed_on(mesh: Mesh) -> None:
     seen = await mesh.generate(inference_pb2.GenerateRequest(text="x", sampling=sampling))
     assert seen.logprobs == [TokenLogprobs(1, -0.5, ((2, -0.25),))]
     assert (await mesh.generate()).logprobs == []
+
+
+async def test_log_probabilities_of_the_prompt_are_handed_on_before_the_output(mesh: Mesh) -> None:
+    await mesh.add_worker("w1")
+    sampling = inference_pb2.SamplingParams(prompt_logprobs=0)
+    seen = await mesh.generate(inference_pb2.GenerateRequest(text="x", sampling=sampling))
+    assert seen.order == ["started", "prompt_logprobs", "prompt_logprobs", "delta", "delta", "finished"]
+    assert seen.prompt_logprobs == [TokenLogprobs(7, -1.5), TokenLogprobs(8, -1.5)]
+    assert (seen.text, seen.logprobs) == ("Hello you", [])
 
 
 async def test_tenant_and_request_id_have_defaults(mesh: Mesh) -> None:

@@ -26,6 +26,7 @@ async def test_the_span_says_what_was_asked_what_served_it_and_what_it_took(mesh
         "gen_ai.response.model": "acme/ner:v3",
         "gen_ai.response.finish_reasons": ("stop",),
         "gen_ai.usage.input_tokens": 5,
+        "gen_ai.usage.cache_read.input_tokens": 4,
         "gen_ai.usage.output_tokens": 2,
         "adaptermesh.request.id": "req-1",
         "adaptermesh.tenant.id": "acme",

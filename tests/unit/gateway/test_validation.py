@@ -57,6 +57,8 @@ def sampling(**fields: object) -> inference_pb2.GenerateRequest:
         ("sampling.stop_token_ids", sampling(stop_token_ids=[-1])),
         ("sampling.stop_token_ids", sampling(stop_token_ids=[1] * 65)),
         ("sampling.logprobs", sampling(logprobs=21)),
+        ("sampling.prompt_logprobs", sampling(prompt_logprobs=21)),
+        ("sampling.prompt_logprobs", sampling(prompt_logprobs=-1)),
         ("n", inference_pb2.GenerateRequest(text="x", n=9)),
         ("n", inference_pb2.GenerateRequest(text="x", n=-1)),
         ("priority", inference_pb2.GenerateRequest(text="x", priority=101)),

@@ -318,13 +318,21 @@ async def test_reports_are_shown_with_what_is_booked_and_gaps_are_answered(mesh:
     residency = worker_pb2.Residency(
         digest=version(1).digest, tier=adapter_pb2.TIER_HOST, pinned=True, requests=1, size_bytes=9
     )
-    load = worker_pb2.Load(running_requests=1, waiting_tokens=7, kv_used_tokens=3, kv_total_tokens=100)
+    load = worker_pb2.Load(
+        running_requests=1,
+        waiting_tokens=7,
+        kv_used_tokens=3,
+        kv_total_tokens=100,
+        budgets=worker_pb2.Budgets(device_used_slots=2, host_used_bytes=5, host_budget_bytes=9),
+    )
     delta = router_pb2.WorkerDelta(
         state=worker_pb2.WORKER_STATE_DRAINING,
         load=load,
         residencies=[residency],
         admitted_request_ids=["r1"],
     )
+    (view,) = await mesh.workers()
+    assert not view.load.HasField("budgets"), "this worker's snapshot tells of none"
     answer = await worker.send(2, delta=delta)
     assert (answer.acknowledged_sequence, answer.snapshot_wanted) == (2, False)
     (view,) = await mesh.workers()

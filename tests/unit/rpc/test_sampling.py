@@ -21,6 +21,7 @@ GIVEN = SamplingParams(
     frequency_penalty=0.25,
     stop_token_ids=(3, 4),
     logprobs=2,
+    prompt_logprobs=3,
 )
 
 
@@ -39,11 +40,11 @@ def test_absent_fields_have_their_defaults() -> None:
 
 def test_zero_is_not_absent() -> None:
     zeros = inference_pb2.SamplingParams(
-        max_tokens=0, temperature=0, top_p=0, seed=0, repetition_penalty=0, logprobs=0
+        max_tokens=0, temperature=0, top_p=0, seed=0, repetition_penalty=0, logprobs=0, prompt_logprobs=0
     )
     found = read_sampling(zeros)
     assert (found.max_tokens, found.temperature, found.top_p, found.seed) == (0, 0, 0, 0)
-    assert (found.repetition_penalty, found.logprobs) == (0, 0)
+    assert (found.repetition_penalty, found.logprobs, found.prompt_logprobs) == (0, 0, 0)
 
 
 def test_log_probabilities_survive_the_wire() -> None:

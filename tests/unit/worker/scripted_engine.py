@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
@@ -16,11 +17,17 @@ from adaptermesh.worker.engine.request import (
     Request,
     Timeline,
 )
-from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView, TierBudgets
 
 
 def status(**fields: int) -> EngineStatus:
-    values = {"running": 0, "waiting": 0, "waiting_tokens": 0, "kv_used_tokens": 0, "kv_total_tokens": 1024}
+    values: dict[str, Any] = {
+        "running": 0,
+        "waiting": 0,
+        "waiting_tokens": 0,
+        "kv_used_tokens": 0,
+        "kv_total_tokens": 1024,
+    }
     return EngineStatus(**{**values, **fields}, residencies=())
 
 
@@ -80,6 +87,13 @@ class ScriptedEngine:
             self.hold(ResidencyView(digest, tier, pinned=pin, requests=0, size_bytes=10))
         self._thread.submit(on_done, self.load_error)
 
+    def unpin(self, digest: str) -> ResidencyView:
+        for view in self._status.residencies:
+            if view.digest == digest:
+                self.hold(replace(view, pinned=False))
+                return replace(view, pinned=False)
+        return ResidencyView(digest, Tier.STORE, pinned=False, requests=0, size_bytes=0)
+
     def evict(self, digest: str) -> None:
         if self.refusal is not None:
             raise self.refusal
@@ -108,6 +122,9 @@ class ScriptedEngine:
     ) -> None:
         self.play(lambda: self.listeners[request_id].on_tokens(text, list(token_ids), logprobs))
 
+    def prompt(self, request_id: str, logprobs: Sequence[TokenLogprobs]) -> None:
+        self.play(lambda: self.listeners[request_id].on_prompt(logprobs))
+
     def finish(self, request_id: str, timeline: Timeline | None = None) -> None:
         outcome = Outcome(FinishReason.STOP, 3, 2, timeline or Timeline(1, 0, 0, 0, 0, 2, 3, 4))
         self.play(lambda: self.listeners[request_id].on_finish(outcome))
@@ -115,7 +132,7 @@ class ScriptedEngine:
     def fail(self, request_id: str, error: MeshError) -> None:
         self.play(lambda: self.listeners[request_id].on_error(error))
 
-    def report(self, **fields: int) -> None:
+    def report(self, **fields: int | TierBudgets) -> None:
         """The load changed."""
         self._status = replace(self._status, **fields)  # type: ignore[arg-type]
         self._changed()

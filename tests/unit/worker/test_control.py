@@ -8,8 +8,9 @@ from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.tiers import Tier
 from adaptermesh.rpc.status import mesh_error_from
-from adaptermesh.worker.engine.status import ResidencyView
+from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
 from tests.unit.worker.conftest import MAX_CONTEXT, Worker
+from tests.unit.worker.fake_peers import until
 
 DIGEST = digest_bytes(b"adapter")
 
@@ -25,6 +26,8 @@ async def failed_load(
 async def test_the_status_says_who_the_worker_is_and_what_it_holds(worker: Worker) -> None:
     worker.engine.hold(ResidencyView(DIGEST, Tier.HOST, pinned=True, requests=2, size_bytes=99))
     worker.engine.report(running=1, waiting=2, waiting_tokens=3, kv_used_tokens=4)
+    worker.engine.report(kv_used_bytes=7, kv_cached_bytes=8, kv_total_bytes=9)
+    worker.engine.report(tiers=TierBudgets(1, 2, 3, 4, 5, 6))
     status = await worker.stub.GetStatus(worker_pb2.GetStatusRequest())
     assert status.info.address == f"127.0.0.1:{worker.port}"
     assert status.info.worker_id.startswith(f"127.0.0.1-{worker.port}-")
@@ -34,6 +37,18 @@ async def test_the_status_says_who_the_worker_is_and_what_it_holds(worker: Worke
     load = status.load
     assert (load.running_requests, load.waiting_requests, load.waiting_tokens) == (1, 2, 3)
     assert (load.kv_used_tokens, load.kv_total_tokens) == (4, 1024)
+    assert load.budgets == worker_pb2.Budgets(
+        device_used_bytes=1,
+        device_used_slots=2,
+        host_used_bytes=3,
+        host_budget_bytes=4,
+        disk_used_bytes=5,
+        disk_budget_bytes=6,
+        kv_used_bytes=7,
+        kv_cached_bytes=8,
+        kv_total_bytes=9,
+    )
+    await until(lambda: any(delta.load == load for delta in worker.router.deltas()))
     (residency,) = status.residencies
     assert (residency.digest, residency.tier) == (DIGEST, adapter_pb2.TIER_HOST)
     assert (residency.pinned, residency.requests, residency.size_bytes) == (True, 2, 99)
@@ -81,6 +96,26 @@ async def test_a_load_with_a_bad_field_is_refused(
     worker: Worker, request_: worker_pb2.LoadAdapterRequest, field: str
 ) -> None:
     assert (await failed_load(worker, request_)).metadata["field"] == field
+
+
+async def test_a_pin_is_taken_off_and_the_router_hears_of_both(worker: Worker) -> None:
+    def reported() -> list[bool]:
+        return [view.pinned for delta in worker.router.deltas() for view in delta.residencies]
+
+    await worker.stub.LoadAdapter(worker_pb2.LoadAdapterRequest(digest=DIGEST, pin=True))
+    await until(lambda: reported() == [True])
+    for _ in range(2):
+        response = await worker.stub.UnpinAdapter(worker_pb2.UnpinAdapterRequest(digest=DIGEST))
+        assert (response.residency.tier, response.residency.pinned) == (adapter_pb2.TIER_DEVICE, False)
+    await until(lambda: reported() == [True, False])
+
+
+async def test_unpinning_what_is_not_here_says_where_it_is(worker: Worker) -> None:
+    response = await worker.stub.UnpinAdapter(worker_pb2.UnpinAdapterRequest(digest=DIGEST))
+    assert response.residency == worker_pb2.Residency(digest=DIGEST, tier=adapter_pb2.TIER_STORE)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.stub.UnpinAdapter(worker_pb2.UnpinAdapterRequest(digest="ner"))
+    assert mesh_error_from(caught.value).metadata["field"] == "digest"
 
 
 async def test_an_eviction_drops_the_version(worker: Worker) -> None:

@@ -46,7 +46,9 @@ async def test_a_stream_is_started_deltas_finished(worker: Worker) -> None:
     worker.engine.tokens("r1", "Hel", 7)
     first = await call.read()
     worker.engine.tokens("r1", "lo", 8, 9)
-    worker.engine.finish("r1", Timeline(1_000, 2_000, 5_000, 6_000, 7_000, 8_000, 9_000, 12_000, 500, 64))
+    worker.engine.finish(
+        "r1", Timeline(1_000, 2_000, 5_000, 6_000, 7_000, 8_000, 9_000, 12_000, 500, 64, cached_tokens=2)
+    )
     rest = [message async for message in call]
     assert started.started.prompt_tokens == 3
     assert started.started.tier == adapter_pb2.TIER_DEVICE
@@ -55,7 +57,7 @@ async def test_a_stream_is_started_deltas_finished(worker: Worker) -> None:
     assert "".join(message.delta.text for message in rest) == "lo"
     finished = rest[-1].finished
     assert finished.finish_reason == inference_pb2.FINISH_REASON_STOP
-    assert (finished.prompt_tokens, finished.output_tokens) == (3, 2)
+    assert (finished.prompt_tokens, finished.cached_tokens, finished.output_tokens) == (3, 2, 2)
     assert finished.timings.time_to_first_token.ToNanoseconds() == 8_000
     assert finished.timings.queue.ToNanoseconds() == 7_000
     assert finished.timings.fetch.ToNanoseconds() == 3_000
@@ -157,6 +159,34 @@ async def test_log_probabilities_come_with_their_tokens_in_messages_of_bounded_s
     assert found == logprobs
 
 
+async def test_a_long_prompt_is_told_of_in_messages_of_bounded_size_before_the_output(worker: Worker) -> None:
+    call = await begin(worker, worker.request(sampling=inference_pb2.SamplingParams(prompt_logprobs=1)))
+    await call.read()
+    logprobs = [TokenLogprobs(token, -0.5, ((token + 1, -0.25),)) for token in range(MAX_DELTA_LOGPROBS + 5)]
+    worker.engine.prompt("r1", logprobs[:3])
+    first = await call.read()
+    worker.engine.prompt("r1", logprobs[3:])
+    worker.engine.tokens("r1", "text", 1)
+    worker.engine.finish("r1")
+    rest = [message async for message in call]
+    assert rest[-1].HasField("finished")
+    assert [message.WhichOneof("event") for message in rest if message.HasField("delta")] == ["delta"]
+    pieces = [first, *rest[:-2]]
+    assert all(len(message.prompt_logprobs.logprobs) <= MAX_DELTA_LOGPROBS for message in pieces)
+    found = [token for message in pieces for token in read_logprobs(message.prompt_logprobs.logprobs)]
+    assert found == logprobs
+
+
+async def test_a_failure_in_the_middle_of_a_prompt_comes_after_what_is_known_of_it(worker: Worker) -> None:
+    call = await begin(worker, worker.request(sampling=inference_pb2.SamplingParams(prompt_logprobs=0)))
+    await call.read()
+    worker.engine.prompt("r1", [TokenLogprobs(1, -0.5)])
+    worker.engine.fail("r1", MeshError(Code.INTERNAL, Reason.INTERNAL, "broken"))
+    assert (await call.read()).HasField("prompt_logprobs")
+    with pytest.raises(grpc.aio.AioRpcError, match="broken"):
+        await call.read()
+
+
 async def test_all_answers_are_taken_or_none(worker: Worker) -> None:
     worker.engine.refusal = MeshError(Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED, "full", retry_after=1.0)
     worker.engine.refuse_after = 2
@@ -200,6 +230,7 @@ async def test_a_chat_reaches_the_engine_through_the_template(worker: Worker) ->
         ({"sampling": inference_pb2.SamplingParams(frequency_penalty=-3)}, "sampling.frequency_penalty"),
         ({"sampling": inference_pb2.SamplingParams(stop_token_ids=[-1])}, "sampling.stop_token_ids"),
         ({"sampling": inference_pb2.SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": inference_pb2.SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs"),
         ({"priority": 101}, "priority"),
         ({"n": 9}, "n"),
         ({"n": -1}, "n"),

@@ -39,6 +39,22 @@ async def test_log_probabilities_come_with_their_tokens() -> None:
     assert (await take(mailbox)).logprobs == ()
 
 
+async def test_what_the_prompt_says_comes_by_itself_or_before_the_output() -> None:
+    mailbox = Mailbox(asyncio.Event())
+    logprobs = tuple(TokenLogprobs(token, -1.0) for token in range(3))
+    mailbox.on_prompt(logprobs[:1])
+    mail = await take(mailbox)
+    assert (mail.prompt_logprobs, mail.token_ids, mail.empty) == (logprobs[:1], (), False)
+    mailbox.on_prompt(logprobs[1:2])
+    mailbox.on_prompt(logprobs[2:])
+    mailbox.on_tokens("a", [1])
+    mail = await take(mailbox)
+    assert (mail.prompt_logprobs, mail.token_ids, mail.logprobs) == (logprobs[1:], (1,), ())
+    mailbox.on_finish(OUTCOME)
+    mailbox.on_prompt(logprobs)
+    assert (await take(mailbox)).prompt_logprobs == ()
+
+
 async def test_mailboxes_of_several_answers_wake_one_reader() -> None:
     arrived = asyncio.Event()
     first, second = Mailbox(arrived, 0), Mailbox(arrived, 1)

@@ -35,6 +35,7 @@ COLD = Timeline(
     verify_ns=2 * MS,
     fetched_bytes=1234,
     tier_at_admission=Tier.STORE,
+    cached_tokens=4,
 )
 
 
@@ -87,6 +88,10 @@ def test_the_admission_says_what_the_switch_cost() -> None:
     assert decode is not None
     assert h2d["adaptermesh.switch.h2d_ms"] == 2.0
     assert prefill["gen_ai.usage.input_tokens"] == 5
+    assert prefill["gen_ai.usage.cache_read.input_tokens"] == 4
+    call = spans["call"].attributes
+    assert call is not None
+    assert (call["gen_ai.usage.input_tokens"], call["gen_ai.usage.cache_read.input_tokens"]) == (5, 4)
     assert decode["gen_ai.usage.output_tokens"] == 9
     assert decode["gen_ai.response.finish_reasons"] == ("length",)
 

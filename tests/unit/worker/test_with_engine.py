@@ -197,6 +197,23 @@ async def test_concurrent_misses_share_one_fetch_and_the_other_trace_links_to_it
     assert sorted(links, key=len) == [[], [fetch.context]]
 
 
+async def test_the_usage_and_the_trace_say_what_the_prefix_cache_had(real: RealWorker) -> None:
+    prompt = list(range(40))
+    for request_id, metadata in (("cold", TRACED[0]), ("alike", TRACED[1])):
+        request = worker_pb2.GenerateRequest(
+            request_id=request_id,
+            tenant="acme",
+            base_digest=real.lab.facts.digest,
+            token_ids=inference_pb2.TokenIds(ids=prompt),
+            sampling=inference_pb2.SamplingParams(max_tokens=1),
+        )
+        messages = [message async for message in real.stub.Generate(request, metadata=metadata)]
+        assert messages[-1].finished.cached_tokens == (0 if request_id == "cold" else 32)
+    await until(lambda: len(real.spans("engine.prefill")) == 2)
+    found = [dict(span.attributes or {}) for span in real.spans("engine.prefill")]
+    assert [usage["gen_ai.usage.cache_read.input_tokens"] for usage in found] == [0, 32]
+
+
 async def test_an_unknown_digest_is_not_found(real: RealWorker) -> None:
     digest = digest_bytes(b"nothing")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -253,6 +270,22 @@ async def test_a_load_warms_and_an_eviction_forgets(real: RealWorker) -> None:
     await until(lambda: adapter_pb2.TIER_STORE in real.reported_tiers())
 
 
+async def test_a_pin_goes_over_the_wire_and_comes_off_again(real: RealWorker) -> None:
+    adapter = real.lab.adapter(1)
+    real.keep(adapter)
+    load = worker_pb2.LoadAdapterRequest(digest=adapter.digest, tier=adapter_pb2.TIER_HOST, pin=True)
+    assert (await real.stub.LoadAdapter(load)).residency.pinned
+    (residency,) = (await real.status()).residencies
+    assert (residency.tier, residency.pinned) == (adapter_pb2.TIER_HOST, True)
+    unpin = worker_pb2.UnpinAdapterRequest(digest=adapter.digest)
+    assert not (await real.stub.UnpinAdapter(unpin)).residency.pinned
+    (residency,) = (await real.status()).residencies
+    assert (residency.tier, residency.pinned) == (adapter_pb2.TIER_HOST, False)
+    budgets = (await real.status()).load.budgets
+    assert budgets.host_used_bytes == budgets.disk_used_bytes == len(adapter.data)
+    assert budgets.kv_total_bytes > 0
+
+
 async def test_a_drain_lets_the_running_request_end(real: RealWorker) -> None:
     call = real.generate("r1", max_tokens=100)
     await call.read()
@@ -282,6 +315,31 @@ async def test_penalties_and_log_probabilities_come_through_the_real_engine(real
         assert found.logprob == pytest.approx(float(row[found.token_id]), abs=1e-3)
         assert [top.logprob for top in found.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
     assert tokens != real.lab.continuation(None, PROMPT, 8)
+
+
+async def test_the_prompt_is_told_of_once_however_many_answers_there_are(real: RealWorker) -> None:
+    adapter = real.lab.adapter(1)
+    real.keep(adapter)
+    request = worker_pb2.GenerateRequest(
+        request_id="r1",
+        tenant="acme",
+        adapter_digest=adapter.digest,
+        base_digest=real.lab.facts.digest,
+        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        sampling=inference_pb2.SamplingParams(max_tokens=4, ignore_eos=True, prompt_logprobs=2),
+        n=3,
+    )
+    messages = [message async for message in real.stub.Generate(request, timeout=60)]
+    found = [one for message in messages for one in message.prompt_logprobs.logprobs]
+    assert [one.token_id for one in found] == PROMPT[1:]
+    expected = real.lab.logits(adapter, PROMPT)[:-1].log_softmax(-1)
+    for row, one in zip(expected, found, strict=True):
+        assert one.logprob == pytest.approx(float(row[one.token_id]), abs=1e-3)
+        assert [top.token_id for top in one.top] == row.topk(2).indices.tolist()
+    events = [message.WhichOneof("event") for message in messages if message.delta.index == 0]
+    assert events.index("prompt_logprobs") < events.index("delta")
+    assert messages[-1].finished.output_tokens == 12
+    await real.settled()
 
 
 async def test_each_answer_is_the_one_its_seed_gives_alone(real: RealWorker) -> None:

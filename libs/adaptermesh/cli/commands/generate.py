@@ -19,12 +19,14 @@ from adaptermesh.client import (
     Generation,
     MeshClient,
     Prompt,
+    PromptLogprobs,
     SamplingParams,
     Started,
 )
 
 _EVENTS: dict[type[Event], str] = {
     Started: "started",
+    PromptLogprobs: "prompt_logprobs",
     Delta: "delta",
     ChoiceFinished: "choice_finished",
     Finished: "finished",
@@ -65,6 +67,10 @@ def generate(
         int | None,
         typer.Option(help="With --json: log probabilities of each token and of this many likeliest ones."),
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: the same for each token of the prompt but the first."),
+    ] = None,
     n: Annotated[int, typer.Option(help="Answers to the same text, [1, 8].")] = 1,
     priority: Annotated[int, typer.Option(help="Higher goes first, [-100, 100].")] = 0,
     tenant: Annotated[str, typer.Option(help="Whose request it is, where no keys are configured.")] = "",
@@ -85,8 +91,8 @@ def generate(
     """
     if system and not chat:
         raise typer.BadParameter("--system needs --chat")
-    if logprobs is not None and not as_json:
-        raise typer.BadParameter("--logprobs needs --json")
+    if (logprobs is not None or prompt_logprobs is not None) and not as_json:
+        raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
     content = sys.stdin.read() if text == "-" else text
     prompt = Prompt.chat(content, system=system) if chat else Prompt.raw(content)
     sampling = SamplingParams(
@@ -102,6 +108,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         stop_token_ids=tuple(stop_token_id or ()),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
     async def work(output: Output) -> None:
@@ -151,6 +158,8 @@ def served_by(answer: Generation) -> Table:
     if timings.h2d:
         steps.append(f"h2d {milliseconds(timings.h2d)}")
     steps += [f"prefill {milliseconds(timings.prefill)}", f"decode {milliseconds(timings.decode)}"]
+    reused = answer.finished.cached_tokens
+    cached = f" ({reused} of them from the prefix cache)" if reused else ""
     route = f"{started.cohort or started.ref} (route change {started.route_generation})"
     return facts(
         served_by=f"{started.adapter_version} {short_digest(started.adapter_digest)}".strip(),
@@ -158,7 +167,7 @@ def served_by(answer: Generation) -> Table:
         route=route if started.route_generation else "",
         switch=f"{started.switch_kind.value}, from {started.tier}" if started.tier else "none",
         worker=started.worker_id,
-        tokens=f"{answer.finished.prompt_tokens} in, {answer.finished.output_tokens} out, "
+        tokens=f"{answer.finished.prompt_tokens} in{cached}, {answer.finished.output_tokens} out, "
         f"ended by {answer.finished.finish_reason}",
         time_to_first_token=milliseconds(answer.ttft),
         total=milliseconds(answer.duration),

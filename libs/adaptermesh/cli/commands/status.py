@@ -102,7 +102,11 @@ def _report(
         feed = f"{behind} behind" if behind else "up to date"
         connected = feed if router.feed_connected else "not connected to the store"
         parts.append(Text(f"\nrouter: {router.versions} versions, {router.routes} routes, {connected}"))
-    parts.append(_workers(workers) if workers else Text("no workers report to the router", "red"))
+    if not workers:
+        return [*parts, Text("no workers report to the router", "red")]
+    parts.append(_workers(workers))
+    if any(worker.load.budgets for worker in workers):
+        parts += [Text(""), _budgets(workers)]
     return parts
 
 
@@ -115,6 +119,8 @@ def _workers(workers: list[Worker]) -> RenderableType:
         load = worker.load
         counts = [sum(r.tier == tier for r in worker.residencies) for tier in ("device", "host", "disk")]
         held = sum(residency.size_bytes for residency in worker.residencies)
+        pinned = sum(residency.pinned for residency in worker.residencies)
+        pins = f", {pinned} pinned" if pinned else ""
         rows.add_row(
             worker.worker_id,
             worker.device,
@@ -123,6 +129,28 @@ def _workers(workers: list[Worker]) -> RenderableType:
             str(load.running_requests),
             str(load.waiting_requests + worker.booked_requests),
             f"{load.kv_used_tokens}/{load.kv_total_tokens}",
-            f"{'/'.join(map(str, counts))} of {worker.device_slots} slots, {size(held)}",
+            f"{'/'.join(map(str, counts))} of {worker.device_slots} slots, {size(held)}{pins}",
         )
+    return rows
+
+
+def _budgets(workers: list[Worker]) -> RenderableType:
+    """A line for each tier and for the KV cache: what a worker holds there, of what it may hold."""
+    rows = table("worker", "holds", "used", "of", "share", "", right=("used", "of", "share"))
+    for worker in workers:
+        budgets = worker.load.budgets
+        if budgets is None:
+            rows.add_row(worker.worker_id, "?")
+            continue
+        slots = f"{budgets.device_used_slots} of {worker.device_slots} slots"
+        cached = f"+ {size(budgets.kv_cached_bytes)} cached" if budgets.kv_cached_bytes else ""
+        held = (
+            ("device", budgets.device_used_bytes, 0, slots),
+            ("host", budgets.host_used_bytes, budgets.host_budget_bytes, ""),
+            ("disk", budgets.disk_used_bytes, budgets.disk_budget_bytes, ""),
+            ("kv cache", budgets.kv_used_bytes, budgets.kv_total_bytes, cached),
+        )
+        for index, (name, used, total, note) in enumerate(held):
+            bound, share = (size(total), f"{used / total:.0%}") if total else ("", "")
+            rows.add_row(worker.worker_id if index == 0 else "", name, size(used), bound, share, note)
     return rows

@@ -15,11 +15,13 @@ gathers only the blocks that lie in it. Scores that are capped are computed expl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptermesh.worker.engine.kv import PADDING_BLOCK, KvCache
+from adaptermesh.worker.engine.upload import to_device
 
 _GROUP_SLACK = 64
 
@@ -31,6 +33,22 @@ class Span:
     past: int
     count: int
     blocks: tuple[int, ...]
+
+
+class StepAttention(Protocol):
+    """A step's attention; see `AttentionPlan.attend` for the contract."""
+
+    def attend(
+        self,
+        cache: KvCache,
+        layer: int,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        scaling: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +214,7 @@ def plan_attention(
         for position in range(span.past, span.past + span.count)
     ]
     longest = max((span.past + span.count for span in spans), default=0)
-    return AttentionPlan(
-        tuple(spans), decodes, block_tokens, dtype, torch.tensor(places, device=device), longest
-    )
+    return AttentionPlan(tuple(spans), decodes, block_tokens, dtype, to_device(places, device), longest)
 
 
 def _plan_reach(plan: AttentionPlan, window: int | None) -> Reach:
@@ -246,9 +262,9 @@ def _plan_group(plan: AttentionPlan, rows: list[int], window: int | None) -> Dec
     bias = torch.zeros(outside.shape, dtype=plan.dtype).masked_fill_(outside, float("-inf"))
     return DecodeGroup(
         len(rows),
-        None if len(rows) == plan.decodes else torch.tensor(rows, device=device),
-        torch.tensor(blocks, device=device),
-        bias[:, None, None, :].to(device),
+        None if len(rows) == plan.decodes else to_device(rows, device),
+        to_device(blocks, device),
+        to_device(bias[:, None, None, :], device),
     )
 
 
@@ -257,7 +273,7 @@ def _plan_chunk(plan: AttentionPlan, span: Span, start: int, window: int | None)
     if span.past == 0 and (window is None or span.count <= window):
         return PrefillChunk(start, start + span.count, length, None, None)
     first, used = _seen(span, window, plan.block_tokens)
-    blocks = torch.tensor(used, device=device) if span.past else None
+    blocks = to_device(used, device) if span.past else None
     bias = _band(span.past, length, first, window, plan.dtype, device)
     return PrefillChunk(start, start + span.count, length - first, blocks, bias)
 
@@ -270,4 +286,4 @@ def _band(
     bias = hidden.triu(past - first + 1)
     if window is not None:
         bias += hidden.tril(past - first - window)
-    return bias.to(device)
+    return to_device(bias, device)

@@ -73,7 +73,7 @@ def load_base(folder: Path, config: EngineConfig) -> Base:
         log.warning(
             "the base has random weights: its answers mean nothing", extra={"base_model": facts.model_id}
         )
-        model = _dummy_model(folder, compute_dtype(config))
+        model = _dummy_model(folder, compute_dtype(config), torch.device(config.device))
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=compute_dtype(config), attn_implementation="eager", local_files_only=True
@@ -91,9 +91,10 @@ def _dummy_facts(folder: Path) -> BaseFacts:
     return BaseFacts.from_config(f"{folder.name}-dummy", config, digest_bytes(b"dummy"))
 
 
-def _dummy_model(folder: Path, dtype: torch.dtype) -> Any:
+def _dummy_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Made where it is computed: a CPU takes minutes for the random numbers of a large model."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
 

@@ -1,23 +1,43 @@
-"""One step's packed batch, as tensors."""
+"""One step's packed batch: as the host writes it, and as tensors."""
 
 from dataclasses import dataclass
 
 import torch
 
-from adaptermesh.worker.engine.attention import AttentionPlan
+from adaptermesh.worker.engine.attention import Span, StepAttention
+from adaptermesh.worker.engine.ops.op import StepTokens
 from adaptermesh.worker.engine.slots import AdapterPlan
 
 
 @dataclass(frozen=True, slots=True)
-class StepBatch:
+class HostStep:
     """Tokens of all rows, one after the other: decodes first, then prefill chunks.
 
+    `slots` has one of each row, -1 for the base. `outputs` are the tokens whose logits are wanted.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    outputs: list[int]
+    spans: tuple[Span, ...]
+    slots: tuple[int, ...]
+    decodes: int
+    tokens: StepTokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The same on the device.
+
     token_ids, positions: [tokens] int64.
-    outputs: [rows that sample] int64, the tokens whose logits are wanted.
+    spans: the sequences' tokens, in order, for who attends by himself; none in a recorded step.
+    outputs: [outputs] int64, the tokens whose logits are wanted: the last one of each row that samples, in
+        the order of the rows, then those that come before a prompt token to score.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     outputs: torch.Tensor
-    attention: AttentionPlan
+    attention: StepAttention
     adapters: AdapterPlan
+    spans: tuple[Span, ...] = ()

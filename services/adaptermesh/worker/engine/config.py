@@ -1,10 +1,12 @@
 """What an engine is built with. Every limit is here and has a unit in its name."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptermesh.core.errors import invalid_field
+
+FORWARDS = ("auto", "native", "lean", "plain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +20,16 @@ class EngineConfig:
         threads: CPU threads of a tensor operation; 0 means the cores that this process may use.
         load_format: "auto" loads the base's weights; "dummy" makes random ones from config.json alone, to
             measure a shape. Its answers mean nothing.
-        forward: "auto" takes the lean forward where the architecture has one, "plain" always goes through
-            the modules of transformers.
+        forward: "auto" takes the fastest way through the base that this machine and architecture allow:
+            "native" (kernels in C++, on a CPU), "lean" (few torch calls a layer), or "plain" (the modules of
+            transformers). One of these names takes that way or is refused.
+        kernel_dir: Folder in which the native kernels are built once for the machine, if they did not come
+            with the package.
+        attention: "auto": on a CPU by gathering the keys; on CUDA over pages, by the first that gives right
+            results there: torch's "varlen", our "triton" kernel, else "gather". Or one of them by name, or
+            "plain", the slow twin of those over pages.
+        cuda_graphs: On CUDA, record steps of decodes and replay them. No effect on a CPU.
+        max_graphs: Graphs that may be recorded; steps that would need more run without.
         pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
             small batches faster. No effect on CUDA.
         quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits. Faster
@@ -30,6 +40,8 @@ class EngineConfig:
         early_tokens: Tokens of prompts that may be on their way through the layers while their adapters
             still arrive from the store; 0: none. Never more than `step_tokens`. Their hidden states are held
             between steps. No effect where the forward can't stop between layers.
+        scored_tokens: Prompt tokens that one step gives log probabilities of; prompts that ask for them are
+            computed in chunks of no more. The logits of each take 4 bytes a token of the vocabulary.
         block_tokens: Tokens of one KV block.
         kv_tokens: Tokens that the KV cache holds in all.
         prefix_cache: Keep computed blocks and share them with requests that begin with the same tokens, for
@@ -54,12 +66,17 @@ class EngineConfig:
     threads: int = 0
     load_format: str = "auto"
     forward: str = "auto"
+    kernel_dir: Path = field(default_factory=lambda: Path.home() / ".adaptermesh" / "kernels")
+    attention: str = "auto"
+    cuda_graphs: bool = True
+    max_graphs: int = 32
     pack_weights: bool = True
     quantization: str = "none"
     max_batch_rows: int = 32
     max_context_tokens: int = 2048
     step_tokens: int = 512
     early_tokens: int = 512
+    scored_tokens: int = 256
     block_tokens: int = 16
     kv_tokens: int = 32768
     prefix_cache: bool = True
@@ -79,13 +96,18 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise invalid_field("load_format", f"{self.load_format!r} is neither 'auto' nor 'dummy'")
-        if self.forward not in ("auto", "plain"):
-            raise invalid_field("forward", f"{self.forward!r} is neither 'auto' nor 'plain'")
+        if self.forward not in FORWARDS:
+            raise invalid_field("forward", f"{self.forward!r} is none of {', '.join(FORWARDS)}")
+        if self.attention not in ("auto", "gather", "varlen", "triton", "plain"):
+            raise invalid_field("attention", f"{self.attention!r} is no way to attend")
         if self.quantization not in ("none", "int8"):
             raise invalid_field("quantization", f"{self.quantization!r} is neither 'none' nor 'int8'")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise invalid_field("dtype", f"{self.dtype!r} is not a dtype the engine computes in")
-        for name in ("max_batch_rows", "max_context_tokens", "block_tokens", "device_slots", "io_threads"):
+        for name in (
+            *("max_batch_rows", "max_context_tokens", "scored_tokens", "block_tokens", "device_slots"),
+            *("io_threads", "max_graphs"),
+        ):
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")
         self._check_fairness()

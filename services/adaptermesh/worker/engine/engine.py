@@ -5,20 +5,24 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
+import torch
+
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.admission import check_request
+from adaptermesh.worker.engine.arrivals import CudaCopies
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.bell import Bell
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
+from adaptermesh.worker.engine.forward.forward import find_kernels
 from adaptermesh.worker.engine.holders import Holder, OnDone
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
 from adaptermesh.worker.engine.pace import Pace
 from adaptermesh.worker.engine.penalties import make_history
-from adaptermesh.worker.engine.postprocess import Drawn, Ending, take_token
+from adaptermesh.worker.engine.postprocess import Ending, StepResult, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
 from adaptermesh.worker.engine.runner import Runner
@@ -27,7 +31,7 @@ from adaptermesh.worker.engine.sequence import Sequence as Row
 from adaptermesh.worker.engine.sequence import SequenceState
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.status import EngineStatus
+from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
 from adaptermesh.worker.engine.step_plan import Advance, StepPlan
 from adaptermesh.worker.engine.step_plan import Row as PlanRow
 from adaptermesh.worker.engine.text import TextStream
@@ -56,12 +60,16 @@ class Engine:
         self._max_context = min(config.max_context_tokens, base.max_context_tokens)
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
-        ops = fast_ops(base.sites, base.dtype, base.device)
-        self._slots = DeviceSlots(config.device_slots, base.sites.num_layers, ops)
+        kernels = find_kernels(base, config)
+        ops = fast_ops(base.sites, base.dtype, base.device, kernels)
+        copies = None
+        if base.device.type == "cuda":
+            copies = CudaCopies(base.device, base.dtype, base.sites.num_layers)
+        self._slots = DeviceSlots(config.device_slots, base.sites.num_layers, ops, copies)
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
-        self._runner = Runner(config, base, self._slots, blocks)
+        self._runner = Runner(config, base, self._slots, blocks, kernels)
         self._scheduler = Scheduler(config, self._blocks, self._residency, self._runner.resumable_layers)
         self._rows: dict[str, Row] = {}
         self._deadlines = Deadlines()
@@ -126,6 +134,14 @@ class Engine:
             self._residency.load(digest, tier, pin, on_done, context)
             self._lock.notify_all()
 
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets a pinned adapter go like any other; gives where it is now."""
+        with self._lock:
+            view = self._residency.unpin(digest)
+            self._lock.notify_all()
+        self._on_change()
+        return view
+
     def evict(self, digest: str) -> None:
         """Drops an adapter from every tier; raises MeshError FAILED_PRECONDITION if it is in use."""
         with self._lock:
@@ -145,8 +161,10 @@ class Engine:
                 kv_cached_tokens=self._blocks.reclaimable * self._blocks.block_tokens,
                 kv_total_bytes=self._runner.kv_bytes,
                 kv_used_bytes=self._blocks.used * self._runner.kv_block_bytes,
+                kv_cached_bytes=self._blocks.reclaimable * self._runner.kv_block_bytes,
                 prefix_query_tokens=self._scheduler.prefix_query_tokens,
                 prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+                tiers=self._residency.budgets(),
             )
 
     def set_change_callback(self, callback: Callable[[], None]) -> None:
@@ -205,6 +223,9 @@ class Engine:
         return False
 
     def _loop(self) -> None:
+        if self._base.device.index is not None:
+            # A thread starts on the first card, and kernels go where the thread is.
+            torch.cuda.set_device(self._base.device)
         while True:
             with self._lock:
                 if self._stopping:
@@ -236,7 +257,7 @@ class Engine:
     def _run(self, plan: StepPlan) -> None:
         self._note_scheduled(plan.rows)
         try:
-            drawn = self._runner.run(plan, self._blocks.take_dirty())
+            result = self._runner.run(plan, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (the top of the step: one bad batch must not end all others)
             self._fail_step(plan.rows, error)
             return
@@ -244,13 +265,14 @@ class Engine:
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
             self._scheduler.book(plan.rows)
-        self._hand_out(sampled, drawn)
+            self._residency.note_arrivals()
+        self._hand_out(sampled, result)
 
     def _advance(self, advance: Advance) -> None:
         """Computes the layers that have come of an early prefill; the other rows of the step are done."""
         rows, started_ns = advance.early.rows, self._note_scheduled(advance.early.rows)
         try:
-            drawn = self._runner.advance(advance, self._blocks.take_dirty())
+            result = self._runner.advance(advance, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (as above)
             self._fail_step(rows, error)
             return
@@ -261,7 +283,8 @@ class Engine:
             for row in rows:
                 row.sequence.timeline.note_overlap(started_ns, now)
             self._scheduler.book_advance(advance)
-        self._hand_out(sampled, drawn)
+            self._residency.note_arrivals()
+        self._hand_out(sampled, result)
 
     def _note_scheduled(self, rows: Sequence[PlanRow]) -> int:
         """Notes when the first tokens of these rows begin to be computed; gives the time."""
@@ -271,10 +294,12 @@ class Engine:
                 row.sequence.timeline.scheduled_ns = now
         return now
 
-    def _hand_out(self, sampled: Sequence[Row], drawn: Sequence[Drawn]) -> None:
-        """Appends the new tokens and tells the listeners."""
+    def _hand_out(self, sampled: Sequence[Row], result: StepResult) -> None:
+        """Tells the listeners what the step says of prompts, then the new tokens."""
+        for scored in result.scored:
+            scored.sequence.listener.on_prompt(scored.logprobs)
         now = self._now_ns()
-        for sequence, one in zip(sampled, drawn, strict=True):
+        for sequence, one in zip(sampled, result.drawn, strict=True):
             if sequence.timeline.first_token_ns == 0:
                 sequence.timeline.first_token_ns = now
             ending = take_token(sequence, one, self._base.eos_ids)

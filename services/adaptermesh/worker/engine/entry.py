@@ -21,6 +21,7 @@ class Flight(enum.Enum):
 class Entry:
     """One adapter version. `holders` wait for it or run with it; `uses` counts the rows in its slot.
 
+    `pinned` is the tier that it must not leave for a farther one; NONE if it may.
     `arrived` counts the leading layers that are here of an adapter in flight. `partial`: its slot was given
     before it was whole and lacks layers still.
     """
@@ -31,7 +32,7 @@ class Entry:
     on_host: bool = False
     slot: int | None = None
     partial: bool = False
-    pinned: bool = False
+    pinned: Tier = Tier.NONE
     uses: int = 0
     flight: Flight = Flight.NONE
     reserved_bytes: int = 0
@@ -55,11 +56,22 @@ class Entry:
         return self.tier >= Tier.HOST
 
     @property
+    def kept(self) -> Tier:
+        """The tier whose copy the pin keeps: the pinned one or, without a copy there, the next nearer one."""
+        on_device = self.slot is not None and not self.partial
+        copies = ((Tier.DISK, self.on_disk), (Tier.HOST, self.on_host), (Tier.DEVICE, on_device))
+        if self.pinned is not Tier.NONE:
+            for tier, held in copies:
+                if held and tier >= self.pinned:
+                    return tier
+        return Tier.NONE
+
+    @property
     def idle_slot(self) -> bool:
-        return self.slot is not None and not (self.partial or self.uses or self.pinned)
+        return self.slot is not None and not (self.partial or self.uses) and self.kept is not Tier.DEVICE
 
     @property
     def idle_host(self) -> bool:
         lacks_slot = self.slot is None or self.partial
-        wanted = lacks_slot and (bool(self.holders) or self.pinned)
-        return self.on_host and not wanted
+        wanted = lacks_slot and bool(self.holders)
+        return self.on_host and not wanted and self.kept is not Tier.HOST

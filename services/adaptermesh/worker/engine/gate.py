@@ -22,6 +22,10 @@ class Placer(Protocol):
         """Whether the adapter has a slot."""
         ...
 
+    def gives_way(self, digest: str) -> bool:
+        """Whether another adapter may get its slot once no row uses it."""
+        ...
+
     def unplace(self, digest: str) -> None:
         """One row less uses the adapter's slot."""
         ...
@@ -53,8 +57,9 @@ class AdapterGate:
     """Made anew for each step.
 
     A request that was overtaken too often claims a place for its adapter. For each claim one running adapter
-    is drained: it takes no new rows. While there are claims, a place that gets free goes to the oldest one,
-    whatever the order of the queue, since that order alone could pass it over each time.
+    is drained: it takes no new rows. One whose slot nobody else can get is spared. While there are claims, a
+    place that gets free goes to the oldest one, whatever the order of the queue, since that order alone could
+    pass it over each time.
     """
 
     def __init__(
@@ -72,7 +77,8 @@ class AdapterGate:
                 self._left[sequence.digest] = self._left.get(sequence.digest, 0) + sequence.remaining
         self._claims = self._find_claims(starving, config.device_slots)
         # The ones with the fewest tokens left get free first.
-        shortest = sorted(self._left, key=lambda digest: (self._left[digest], digest))
+        yielding = [digest for digest in self._left if self._limit or placer.gives_way(digest)]
+        shortest = sorted(yielding, key=lambda digest: (self._left[digest], digest))
         self._drained = set(shortest[: len(self._claims)])
         self._absent: set[str] = set()
         self._slots_taken = False

@@ -1,6 +1,7 @@
 """The paged KV cache: which blocks a sequence owns, and the tensor they live in.
 
-Block 0 is never given out. It stays zero and pads the block tables of short rows. A block is zeroed when it
+Block 0 is never given out. It stays zero and pads the block tables of short rows. Behind the last block is a
+scratch block, which nobody reads: rows that fill up a captured step write there. A block is zeroed when it
 is given out: what another sequence left there (an infinity, say) is masked by adding minus infinity, which
 would make NaN of it, so it must be gone.
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from adaptermesh.worker.engine.prefix_cache import PrefixCache
+from adaptermesh.worker.engine.upload import to_device
 
 PADDING_BLOCK = 0
 
@@ -125,20 +127,22 @@ class BlockAllocator:
 class KvCache:
     """The keys and values of all layers.
 
-    `data`: [layers, 1 + blocks, block_tokens, 2 * kv_heads, head_dim]; the keys' heads come first. Keys and
-    values of a token lie together, so that one write and one gather a layer move both.
+    `data`: [layers, 1 + blocks + 1, block_tokens, 2 * kv_heads, head_dim]; the keys' heads come first. Keys
+    and values of a token lie together, so that one write and one gather a layer move both.
     """
 
     def __init__(self, shape: KvShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         # zeros: the operating system gives the pages when they are first touched.
         self.data = torch.zeros(
-            (shape.layers, shape.blocks + 1, shape.block_tokens, 2 * shape.kv_heads, shape.head_dim),
+            (shape.layers, shape.blocks + 2, shape.block_tokens, 2 * shape.kv_heads, shape.head_dim),
             dtype=dtype,
             device=device,
         )
         self._by_block = self.data.flatten(3).flatten(2).unbind(0)
         self._by_token = self.data.flatten(1, 2).unbind(0)
+        self._keys = self.data[:, :, :, : shape.kv_heads].unbind(0)
+        self._values = self.data[:, :, :, shape.kv_heads :].unbind(0)
 
     @property
     def size_bytes(self) -> int:
@@ -146,12 +150,24 @@ class KvCache:
 
     @property
     def block_bytes(self) -> int:
-        return self.size_bytes // (self.shape.blocks + 1)
+        return self.size_bytes // self.data.shape[1]
+
+    @property
+    def scratch_block(self) -> int:
+        return self.shape.blocks + 1
 
     def zero(self, blocks: list[int]) -> None:
         """Zeroes blocks in every layer."""
         if blocks:
-            self.data.index_fill_(1, torch.tensor(blocks, device=self.data.device), 0.0)
+            self.data.index_fill_(1, to_device(blocks, self.data.device), 0.0)
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[pages, block_tokens, kv_heads, head_dim], a view."""
+        return self._keys[layer]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[pages, block_tokens, kv_heads, head_dim], a view."""
+        return self._values[layer]
 
     def write(self, layer: int, places: torch.Tensor, kv: torch.Tensor) -> None:
         """Stores tokens.

@@ -1,4 +1,4 @@
-"""Log probabilities of drawn tokens and of the likeliest ones beside them."""
+"""Log probabilities of tokens, drawn or of the prompt, and of the likeliest ones in their place."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,9 @@ import torch
 
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
+
+_ROWS = 64
+"""Rows whose probabilities exist at once; of a row's logits no more than what was asked for is kept."""
 
 
 def token_logprobs(
@@ -22,14 +25,33 @@ def token_logprobs(
     rows = [row for row, one in enumerate(params) if one.logprobs is not None]
     if not rows:
         return found
-    part = (logits if len(rows) == len(tokens) else logits[rows]).float().log_softmax(-1)
-    drawn = torch.tensor([tokens[row] for row in rows], device=logits.device)
-    chosen = part.gather(-1, drawn[:, None])[:, 0].tolist()
-    wanted = [min(params[row].logprobs or 0, logits.shape[1]) for row in rows]
-    top = part.topk(max(wanted), -1)
-    values, ids = top.values.tolist(), top.indices.tolist()
-    for index, row in enumerate(rows):
-        count = wanted[index]
-        pairs = zip(ids[index][:count], values[index][:count], strict=True)
-        found[row] = TokenLogprobs(tokens[row], chosen[index], tuple(pairs))
+    part = logits if len(rows) == len(tokens) else logits[rows]
+    scored = score(part, [tokens[row] for row in rows], [params[row].logprobs or 0 for row in rows])
+    for row, logprobs in zip(rows, scored, strict=True):
+        found[row] = logprobs
     return found
+
+
+def score(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """One token a row, and as many of the likeliest ones as the row's count says.
+
+    logits: [rows, vocabulary].
+    """
+    found: list[TokenLogprobs] = []
+    for start in range(0, len(tokens), _ROWS):
+        end = start + _ROWS
+        found.extend(_score(logits[start:end], tokens[start:end], counts[start:end]))
+    return found
+
+
+def _score(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    top = logprobs.topk(min(max(counts), logits.shape[1]), -1)
+    values, ids = top.values.tolist(), top.indices.tolist()
+    return [
+        TokenLogprobs(
+            token, chosen[row], tuple(zip(ids[row][: counts[row]], values[row][: counts[row]], strict=True))
+        )
+        for row, token in enumerate(tokens)
+    ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.worker.engine.upload import to_device
 
 
 class TokenHistory:
@@ -58,10 +59,10 @@ def penalise(logits: torch.Tensor, histories: Sequence[TokenHistory | None]) -> 
     if not places:
         return logits
     device = logits.device
-    at = torch.tensor(places, device=device)
-    factor = torch.tensor(factors, device=device, dtype=logits.dtype)
+    at = to_device(places, device)
+    factor = to_device(factors, device, logits.dtype)
     changed = logits.flatten().clone()
     values = changed[at]
     values = torch.where(values > 0, values / factor, values * factor)
-    changed[at] = values - torch.tensor(subtrahends, device=device, dtype=logits.dtype)
+    changed[at] = values - to_device(subtrahends, device, logits.dtype)
     return changed.view_as(logits)

@@ -1,4 +1,4 @@
-"""What becomes of a token that was drawn."""
+"""What becomes of what a step has computed."""
 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -14,6 +14,22 @@ class Drawn:
 
     token: int
     logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log probabilities of a prompt's next tokens."""
+
+    sequence: Sequence
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The tokens drawn for the rows that sample, in their order, and the prompts that were scored."""
+
+    drawn: tuple[Drawn, ...]
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

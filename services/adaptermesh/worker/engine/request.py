@@ -92,8 +92,13 @@ class Outcome:
 class Listener(Protocol):
     """Hears about one request, on the engine's thread: it must not block.
 
-    Any number of `on_tokens`, then exactly one of `on_finish` and `on_error`, which is the last call.
+    Any number of `on_prompt`, then of `on_tokens`, then exactly one of `on_finish` and `on_error`, which is
+    the last call.
     """
+
+    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        """The prompt's next tokens, from its second one on; each once, if the request asks for them."""
+        ...
 
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """New tokens and the text that is now certain; the text may be empty or lag behind the tokens.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.arrivals import Arrival
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.entry import Entry
@@ -21,7 +22,7 @@ from adaptermesh.worker.engine.host_arena import HostCopy
 from adaptermesh.worker.engine.request import Timeline
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.status import ResidencyView
+from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
 from adaptermesh.worker.engine.tiers import TierTable
 from adaptermesh.worker.engine.transfers import Transfers, no_room
 
@@ -36,6 +37,16 @@ class Staging:
     digest: str
     copy: HostCopy
     until: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """A slot whose last copies are queued: when the first ones were, and when the last ones."""
+
+    digest: str
+    first_ns: int
+    last_ns: int
+    arrival: Arrival
 
 
 class Residency:
@@ -63,6 +74,7 @@ class Residency:
         self._staging: list[Staging] = []
         self._unloads: list[int] = []
         self._copy_starts = [0] * config.device_slots
+        self._arriving: list[_Copying] = []
         self._load_ids = itertools.count()
 
     def close(self, error: MeshError) -> None:
@@ -116,6 +128,14 @@ class Residency:
             self._table.drop_slot(digest)
         self._transfers.resume()
 
+    def unpin(self, digest: str) -> ResidencyView:
+        """Lets an adapter go like any other; gives where it is now, in the store if nothing of it is here."""
+        self._table.unpin(digest)
+        # What waits for room may have it now.
+        self._transfers.resume()
+        entry = self._table.get(digest)
+        return _view(Entry(digest) if entry is None else entry)
+
     # The scheduler's `Placer`. Under the lock.
 
     def place(self, digest: str) -> int | None:
@@ -132,6 +152,10 @@ class Residency:
     def in_slot(self, digest: str) -> bool:
         entry = self._table.get(digest)
         return entry is not None and entry.slot is not None
+
+    def gives_way(self, digest: str) -> bool:
+        entry = self._table.get(digest)
+        return entry is not None and entry.kept is not Tier.DEVICE
 
     def unplace(self, digest: str) -> None:
         slot = self._table.unuse(digest)
@@ -193,7 +217,7 @@ class Residency:
                     self._slots.unload(job.slot)
                     self._slots.reserve(job.slot, job.digest, job.copy.manifest)
                     self._copy_starts[job.slot] = start_ns
-                self._slots.fill(job.slot, job.until, job.copy.data)
+                arrival = self._slots.fill(job.slot, job.until, job.copy.data)
             except MeshError as error:
                 failed.append((job.digest, error))
                 continue
@@ -202,8 +226,23 @@ class Residency:
                 log.exception("staging failed", extra={"digest": job.digest})
                 failed.append((job.digest, MeshError(Code.INTERNAL, Reason.INTERNAL, f"staging: {error}")))
                 continue
-            self._staged(job, self._now_ns())
+            if not self._slots.is_whole(job.slot, job.digest):
+                continue
+            first_ns = self._copy_starts[job.slot]
+            self._staged(job.digest, first_ns, self._now_ns())
+            if arrival is not None:
+                self._arriving.append(_Copying(job.digest, first_ns, start_ns, arrival))
         return failed
+
+    def note_arrivals(self) -> None:
+        """Corrects the times of copies that were still under way when they were staged. Under the lock."""
+        arriving, self._arriving = self._arriving, []
+        for one in arriving:
+            elapsed_ns = one.arrival.elapsed_ns()
+            if elapsed_ns is None:
+                self._arriving.append(one)
+            else:
+                self._note_copy(one.digest, one.first_ns, one.last_ns + elapsed_ns)
 
     def stage_failed(self, digest: str, error: MeshError) -> None:
         """Frees the slot that could not be filled. Its rows have left it. Under the lock."""
@@ -214,10 +253,17 @@ class Residency:
         self._holders.fail(holder_ids, error)
 
     def views(self) -> tuple[ResidencyView, ...]:
-        return tuple(
-            ResidencyView(entry.digest, entry.tier, entry.pinned, len(entry.holders), entry.size_bytes)
-            for entry in self._table
-            if entry.tier > Tier.STORE
+        return tuple(_view(entry) for entry in self._table if entry.tier > Tier.STORE)
+
+    def budgets(self) -> TierBudgets:
+        table = self._table
+        return TierBudgets(
+            device_used_bytes=self._slots.size_bytes,
+            device_used_slots=table.slots_used,
+            host_used_bytes=table.host_used,
+            host_budget_bytes=table.host_budget,
+            disk_used_bytes=table.disk_used,
+            disk_budget_bytes=table.disk_budget,
         )
 
     def _take_slot(self, entry: Entry) -> bool:
@@ -250,18 +296,20 @@ class Residency:
             self.drop(holder.holder_id)
             _tell(holder, no_room(holder.digest, "finds every device slot in use", 1.0))
 
-    def _staged(self, job: Staging, end_ns: int) -> None:
-        if not self._slots.is_whole(job.slot, job.digest):
-            return
+    def _staged(self, digest: str, start_ns: int, end_ns: int) -> None:
         with self._lock:
-            entry = self._table.get(job.digest)
-            for holder_id in entry.holders if entry is not None else ():
-                timeline = self._holders[holder_id].timeline
-                # Who came later did not wait for the first layers.
-                timeline.h2d_start_ns = max(self._copy_starts[job.slot], timeline.submitted_ns)
-                timeline.h2d_end_ns = end_ns
-            self._settle_loads(job.digest)
+            self._note_copy(digest, start_ns, end_ns)
+            self._settle_loads(digest)
             self._transfers.resume()
+
+    def _note_copy(self, digest: str, start_ns: int, end_ns: int) -> None:
+        entry = self._table.get(digest)
+        for holder_id in entry.holders if entry is not None else ():
+            timeline = self._holders[holder_id].timeline
+            # Who came later did not wait for the first layers.
+            own_ns = max(start_ns, timeline.submitted_ns)
+            if timeline.h2d_start_ns in (0, own_ns):
+                timeline.h2d_start_ns, timeline.h2d_end_ns = own_ns, end_ns
 
     def _settle_loads(self, digest: str) -> None:
         """Ends the loads whose tier is reached."""
@@ -274,12 +322,17 @@ class Residency:
             holder = self._holders[holder_id]
             if holder.on_done is not None and holder.tier <= reached:
                 if holder.pin:
-                    self._table.pin(digest)
+                    self._table.pin(digest, holder.tier)
                 self.drop(holder_id)
                 _tell(holder, None)
 
     def _now_ns(self) -> int:
         return int(self._clock.wall() * 1e9)
+
+
+def _view(entry: Entry) -> ResidencyView:
+    pinned = entry.pinned is not Tier.NONE
+    return ResidencyView(entry.digest, entry.tier, pinned, len(entry.holders), entry.size_bytes)
 
 
 def _tell(holder: Holder, error: MeshError | None) -> None:

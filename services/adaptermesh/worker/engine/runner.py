@@ -1,32 +1,47 @@
 """Runs a plan: packs its rows into tensors, goes through the model once, draws the tokens."""
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from adaptermesh.worker.engine.attention import Span, plan_attention
+from adaptermesh.worker.engine.attention import Span
+from adaptermesh.worker.engine.attention_choice import AttentionFacts, choose_attention
 from adaptermesh.worker.engine.base import Base
-from adaptermesh.worker.engine.batch import StepBatch
+from adaptermesh.worker.engine.batch import HostStep, StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward.forward import make_forward
+from adaptermesh.worker.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from adaptermesh.worker.engine.kv import KvCache, KvShape
-from adaptermesh.worker.engine.logprobs import token_logprobs
+from adaptermesh.worker.engine.logprobs import score, token_logprobs
+from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
-from adaptermesh.worker.engine.postprocess import Drawn
+from adaptermesh.worker.engine.postprocess import Drawn, Scored, StepResult
 from adaptermesh.worker.engine.sampling import Draw, sample
-from adaptermesh.worker.engine.slots import AdapterPlan, DeviceSlots
+from adaptermesh.worker.engine.slots import DeviceSlots
+from adaptermesh.worker.engine.static_step import StaticStep
 from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
+from adaptermesh.worker.engine.upload import to_device
 
 
 class Runner:
     """The model, the cache's tensor and the slots, seen as one function of a plan."""
 
-    def __init__(self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int) -> None:
+    def __init__(
+        self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int, kernels: Kernels | None
+    ) -> None:
         self._base = base
         self._slots = slots
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
-        self._forward = make_forward(base, config)
+        self._forward = make_forward(base, config, kernels)
+        text = base.model.config.get_text_config()
+        caps = getattr(text, "attn_logit_softcapping", None) is not None
+        facts = AttentionFacts(shape, text.num_attention_heads, base.dtype, base.device, caps)
+        self._plan_attention = choose_attention(config.attention, facts)
+        self._graphs: DecodeGraphs | None = None
+        if config.cuda_graphs and base.device.type == "cuda":
+            self.record_with(CudaRecorder(), config)
 
     @property
     def kv_bytes(self) -> int:
@@ -37,23 +52,25 @@ class Runner:
     def kv_block_bytes(self) -> int:
         return self._cache.block_bytes
 
-    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> list[Drawn]:
-        """The tokens drawn for the rows that sample, in their order.
+    def run(self, plan: StepPlan, fresh_blocks: list[int]) -> StepResult:
+        """Draws tokens for the rows that sample and scores the prompts that ask for it.
 
         Raises:
             MeshError: INTERNAL if a row's slot doesn't hold the digest that the request asks for.
         """
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
-            return _drawn(plan.rows, self._forward.run(self.pack(plan), self._cache))
+            logits = self._logits(self.pack(plan))
+            drawn = _drawn(plan.rows, logits)
+            return StepResult(drawn, _score_prompts(plan, logits[len(drawn) :]))
 
     @property
     def resumable_layers(self) -> int:
         """Layers between which a batch can stop; 0 if it can't."""
         return self._base.sites.num_layers if self._forward.resumable else 0
 
-    def advance(self, advance: Advance, fresh_blocks: list[int]) -> list[Drawn]:
-        """The tokens drawn for the rows of an early prefill that sample, in their order, if this finishes it.
+    def advance(self, advance: Advance, fresh_blocks: list[int]) -> StepResult:
+        """Draws tokens for the rows of an early prefill that sample, if this finishes it.
 
         Raises:
             MeshError: INTERNAL if the slot doesn't hold those layers of the digest that is asked for.
@@ -63,40 +80,45 @@ class Runner:
             self._cache.zero(fresh_blocks)
             self._slots.check(_wanted(early.rows), advance.until)
             if early.passage is None:
-                early.passage = self._forward.start(self._batch(plan), self._cache)
+                early.passage = self._forward.start(self._upload(_host_step(plan)), self._cache)
             # Anew each time: the slots' memory may have moved since the last layers.
-            early.passage.advance(advance.until, self._adapters(plan))
-            return _drawn(early.rows, early.passage.logits()) if advance.finishes else []
+            adapters = self._slots.plan(StepTokens(_segments(plan)))
+            early.passage.advance(advance.until, adapters)
+            return StepResult(_drawn(early.rows, early.passage.logits()) if advance.finishes else ())
 
-    def pack(self, plan: StepPlan) -> StepBatch:
-        """The batch of a plan; checks every row's slot."""
+    def pack(self, plan: StepPlan) -> HostStep:
+        """The step of a plan; checks every row's slot."""
         self._slots.check(_wanted(plan.rows))
-        return self._batch(plan)
+        return _host_step(plan)
 
-    def _batch(self, plan: StepPlan) -> StepBatch:
-        rows, device = plan.rows, self._base.device
-        spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
-        ids: list[int] = []
-        positions: list[int] = []
-        outputs: list[int] = []
-        for row, span in zip(rows, spans, strict=True):
-            end = span.past + span.count
-            ids.extend(row.sequence.tokens[span.past : end])
-            positions.extend(range(span.past, end))
-            if row.samples:
-                outputs.append(len(ids) - 1)
-        return StepBatch(
-            token_ids=torch.tensor(ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            outputs=torch.tensor(outputs, dtype=torch.int64, device=device),
-            attention=plan_attention(
-                spans, len(plan.decodes), self._cache.shape.block_tokens, self._base.dtype, device
-            ),
-            adapters=self._adapters(plan),
+    def record_with(self, recorder: Recorder, config: EngineConfig) -> None:
+        """Makes steps of decodes replays of what `recorder` records; without attention over pages nothing."""
+        way, shape = self._plan_attention.way, self._cache.shape
+        if way is None:
+            return
+        tokens = min(
+            config.max_context_tokens, self._base.max_context_tokens, shape.blocks * shape.block_tokens
+        )
+        width = -(-tokens // shape.block_tokens)
+        static = StaticStep(config.max_batch_rows, width, way, self._cache, self._base.device)
+        self._graphs = DecodeGraphs(
+            self._forward, self._cache, self._slots, static, recorder, config.max_graphs
         )
 
-    def _adapters(self, plan: StepPlan) -> AdapterPlan:
-        return self._slots.plan(StepTokens(_segments(plan)))
+    def _logits(self, step: HostStep) -> torch.Tensor:
+        """[rows that sample, vocabulary] float32."""
+        if self._graphs is not None:
+            logits = self._graphs.run(step)
+            if logits is not None:
+                return logits
+        return self._forward.run(self._upload(step), self._cache)
+
+    def _upload(self, step: HostStep) -> StepBatch:
+        device = self._base.device
+        packed = to_device([*step.token_ids, *step.positions, *step.outputs], device, torch.int64)
+        ids, positions, outputs = packed.split([len(step.token_ids), len(step.positions), len(step.outputs)])
+        attention = self._plan_attention(step.spans, step.decodes)
+        return StepBatch(ids, positions, outputs, attention, self._slots.plan(step.tokens), step.spans)
 
 
 def _wanted(rows: Iterable[Row]) -> Iterator[tuple[int, str | None]]:
@@ -104,12 +126,38 @@ def _wanted(rows: Iterable[Row]) -> Iterator[tuple[int, str | None]]:
     return ((row.sequence.slot, row.sequence.digest) for row in rows)
 
 
-def _drawn(rows: Iterable[Row], logits: torch.Tensor) -> list[Drawn]:
-    """Draws for the rows that sample. logits: [those rows, vocabulary]."""
+def _host_step(plan: StepPlan) -> HostStep:
+    rows = plan.rows
+    spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
+    ids: list[int] = []
+    positions: list[int] = []
+    outputs: list[int] = []
+    scored: list[int] = []
+    for row, span in zip(rows, spans, strict=True):
+        end, shift = span.past + span.count, len(ids) - span.past
+        ids.extend(row.sequence.tokens[span.past : end])
+        positions.extend(range(span.past, end))
+        if row.samples:
+            outputs.append(len(ids) - 1)
+        scored.extend(position + shift for position in row.scores)
+    return HostStep(
+        token_ids=ids,
+        positions=positions,
+        outputs=outputs + scored,
+        spans=tuple(spans),
+        slots=tuple(row.sequence.slot for row in rows),
+        decodes=len(plan.decodes),
+        tokens=StepTokens(_segments(plan)),
+    )
+
+
+def _drawn(rows: Sequence[Row], logits: torch.Tensor) -> tuple[Drawn, ...]:
+    """Draws for the rows that sample. logits: [those rows and maybe more, vocabulary]."""
     draws = [_draw(row) for row in rows if row.samples]
-    tokens = sample(logits, draws)
-    logprobs = token_logprobs(logits, tokens, [draw.params for draw in draws])
-    return [Drawn(*drawn) for drawn in zip(tokens, logprobs, strict=True)]
+    sampled = logits[: len(draws)]
+    tokens = sample(sampled, draws)
+    logprobs = token_logprobs(sampled, tokens, [draw.params for draw in draws])
+    return tuple(Drawn(*one) for one in zip(tokens, logprobs, strict=True))
 
 
 def _segments(plan: StepPlan) -> tuple[Segment, ...]:
@@ -126,6 +174,17 @@ def _segments(plan: StepPlan) -> tuple[Segment, ...]:
                 segments.append(Segment(slot, start, end))
             start = end
     return tuple(segments)
+
+
+def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> tuple[Scored, ...]:
+    """logits: [prompt tokens to score, vocabulary], in the order of the rows."""
+    rows = [row for row in plan.rows if row.scores]
+    if not rows:
+        return ()
+    tokens = [row.sequence.tokens[position + 1] for row in rows for position in row.scores]
+    counts = [row.sequence.request.sampling.prompt_logprobs or 0 for row in rows for _ in row.scores]
+    left = iter(score(logits, tokens, counts))
+    return tuple(Scored(row.sequence, tuple(itertools.islice(left, len(row.scores)))) for row in rows)
 
 
 def _draw(row: Row) -> Draw:

@@ -14,6 +14,7 @@ import torch
 
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.penalties import TokenHistory, penalise
+from adaptermesh.worker.engine.upload import to_device
 
 _MASK = 2**64 - 1
 _CANDIDATES = 1024
@@ -49,39 +50,38 @@ def _mix(value: int) -> int:
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """Draws one token a row. logits: [rows, vocabulary] float32; they stay as they are."""
     logits = penalise(logits, [draw.history for draw in draws])
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens = logits.argmax(-1)
     random = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-    if not random:
-        return tokens
-    chosen = [draws[row] for row in random]
-    part = logits if len(random) == len(draws) else logits[random]
-    for row, token in zip(random, _sample_random(part, chosen), strict=True):
-        tokens[row] = token
-    return tokens
+    if random:
+        rows = to_device(random, logits.device)
+        drawn = _sample_random(logits.index_select(0, rows), [draws[row] for row in random])
+        tokens.index_copy_(0, rows, drawn)
+    # The one place where a step waits for its device, but for what `_sample_cut` says.
+    found: list[int] = tokens.tolist()
+    return found
 
 
-def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """[rows] int64."""
     device = logits.device
     # float64: a cumulated sum over a vocabulary in float32 moves its borders by more than rows may notice.
     scaled = logits.double()
     scaled = scaled - scaled.amax(-1, keepdim=True)
-    scaled /= torch.tensor([draw.params.temperature for draw in draws], device=device, dtype=torch.float64)[
-        :, None
-    ]
+    scaled /= to_device([draw.params.temperature for draw in draws], device, torch.float64)[:, None]
     weights = scaled.exp_()
     _cut_min_p(weights, draws)
-    points = torch.tensor(
-        [uniform(draw.seed, draw.position) for draw in draws], device=device, dtype=torch.float64
-    )
+    points = to_device([uniform(draw.seed, draw.position) for draw in draws], device, torch.float64)
     tokens = torch.empty(len(draws), dtype=torch.int64, device=device)
     whole = [row for row, draw in enumerate(draws) if not _is_cut(draw.params)]
     cut = [row for row, draw in enumerate(draws) if _is_cut(draw.params)]
     if whole:
-        tokens[whole] = _pick(weights[whole], points[whole])
+        rows = to_device(whole, device)
+        tokens.index_copy_(0, rows, _pick(weights.index_select(0, rows), points.index_select(0, rows)))
     if cut:
-        tokens[cut] = _sample_cut(weights[cut], points[cut], [draws[row].params for row in cut])
-    found: list[int] = tokens.tolist()
-    return found
+        rows, params = to_device(cut, device), [draws[row].params for row in cut]
+        drawn = _sample_cut(weights.index_select(0, rows), points.index_select(0, rows), params)
+        tokens.index_copy_(0, rows, drawn)
+    return tokens
 
 
 def _cut_min_p(weights: torch.Tensor, draws: Sequence[Draw]) -> None:
@@ -91,10 +91,9 @@ def _cut_min_p(weights: torch.Tensor, draws: Sequence[Draw]) -> None:
     """
     rows = [row for row, draw in enumerate(draws) if draw.params.min_p > 0.0]
     if rows:
-        shares = [draws[row].params.min_p for row in rows]
-        least = torch.tensor(shares, device=weights.device, dtype=weights.dtype)[:, None]
-        part = weights[rows]
-        weights[rows] = part.masked_fill(part < least, 0.0)
+        # A share of 0 cuts nothing.
+        shares = [draw.params.min_p for draw in draws]
+        weights.masked_fill_(weights < to_device(shares, weights.device, weights.dtype)[:, None], 0.0)
 
 
 def _is_cut(params: SamplingParams) -> bool:
@@ -106,12 +105,13 @@ def _sample_cut(
 ) -> torch.Tensor:
     """Top-k, then top-p of what is left. weights: [rows, vocabulary], not normalised."""
     size = weights.shape[1]
-    top_k = torch.tensor([p.top_k if 0 < p.top_k < size else size for p in params], device=weights.device)
-    top_p = torch.tensor([p.top_p for p in params], device=weights.device, dtype=weights.dtype)
+    top_k = to_device([p.top_k if 0 < p.top_k < size else size for p in params], weights.device)
+    top_p = to_device([p.top_p for p in params], weights.device, weights.dtype)
     total = weights.sum(-1)
     count = min(size, _CANDIDATES)
     kept, ids = weights.topk(count, -1)
-    # A row needs all tokens sorted if neither its k nor its mass lies within the candidates.
+    # A row needs all tokens sorted if neither its k nor its mass lies within the candidates. On CUDA the step
+    # waits for that once more; to sort a whole vocabulary always would cost more.
     enough = (top_k <= count) | (kept.sum(-1) >= top_p * total)
     if count < size and not bool(enough.all()):
         count = size

@@ -11,6 +11,7 @@ blocks or a slot that they hold, they go back to the queue.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 
 from adaptermesh.worker.engine.config import EngineConfig
@@ -22,6 +23,18 @@ from adaptermesh.worker.engine.sequence import Sequence, SequenceState
 from adaptermesh.worker.engine.slots import BASE_SLOT
 from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
 from adaptermesh.worker.engine.waiting import WaitingQueue
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What prompts may still take of a step: tokens, and tokens of prompts that are scored."""
+
+    tokens: int
+    scored: int
+
+    def take(self, row: Row) -> None:
+        self.tokens -= row.count
+        self.scored -= len(row.scores)
 
 
 class Scheduler:
@@ -57,20 +70,19 @@ class Scheduler:
         decodes, preempted = self._plan_decodes()
         for decode in decodes:
             self._charge(decode)
-        budget = self._config.step_tokens - len(decodes)
-        gave_way = not preempted and budget > 0 and self._give_way()
-        advances = self._early.plan(self._early.opened, budget)
-        budget -= sum(advance.tokens for advance in advances)
+        budget = _Budget(self._config.step_tokens - len(decodes), self._config.scored_tokens)
+        gave_way = not preempted and budget.tokens > 0 and self._give_way()
+        advances = self._early.plan(self._early.opened, budget.tokens)
+        budget.tokens -= sum(advance.tokens for advance in advances)
         prefills: list[Row] = []
         for sequence in self.running:
-            if sequence.pending > 1 and budget > 0 and not sequence.early:
+            if sequence.pending > 1 and budget.tokens > 0 and not sequence.early:
                 row = self._chunk(sequence, budget)
                 if row is not None:
                     prefills.append(row)
-                    budget -= row.count
         if not preempted:
-            budget = self._admit(prefills, budget, early=not gave_way)
-            advances += self._open_early(budget)
+            self._admit(prefills, budget, early=not gave_way)
+            advances += self._open_early(budget.tokens)
             self._stage_ahead()
         ordinary = any(not sequence.early for sequence in self.running)
         if ordinary and not (decodes or prefills or advances):
@@ -83,6 +95,7 @@ class Scheduler:
         size = self._blocks.block_tokens
         for row in rows:
             sequence = row.sequence
+            sequence.scored += len(row.scores)
             sequence.computed += row.count
             full = sequence.computed // size
             if self._config.prefix_cache and full > sequence.table.kept:
@@ -153,6 +166,9 @@ class Scheduler:
             digest = sequence.digest
             if digest is None or self._early.is_open(digest) or not self._placer.arrived(digest):
                 continue
+            if sequence.unscored:
+                # The logits of all its tokens would be wanted; it comes when its adapter is whole.
+                continue
             if not self._has_room(sequence):
                 return
             slot = gate.place_early(digest)
@@ -196,12 +212,16 @@ class Scheduler:
                     break
         return [Row(sequence, 1) for sequence in self.running if sequence.decodes], preempted
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Row | None:
-        """As many tokens of a prompt as the budget and the blocks allow."""
-        count = min(budget, sequence.pending)
-        if not self._blocks.grow(sequence.table, sequence.computed + count):
+    def _chunk(self, sequence: Sequence, budget: _Budget) -> Row | None:
+        """As many tokens of a prompt as the budget and the blocks allow, which it takes."""
+        count = min(budget.tokens, sequence.pending)
+        if sequence.unscored:
+            told = max(0, sequence.scored - 1 - sequence.computed)
+            count = min(count, told + budget.scored)
+        if not count or not self._blocks.grow(sequence.table, sequence.computed + count):
             return None
         row = Row(sequence, count)
+        budget.take(row)
         self._charge(row)
         return row
 
@@ -214,19 +234,22 @@ class Scheduler:
         sampled = int(row.samples) if output is None else output
         self._counters.charge(sequence.request.tenant, fresh, sampled)
 
-    def _admit(self, prefills: list[Row], budget: int, *, early: bool) -> int:
-        """Lets waiting requests join while rows, tokens, blocks and slots last; gives what is left of them.
+    def _admit(self, prefills: list[Row], budget: _Budget, *, early: bool) -> None:
+        """Lets waiting requests join while rows, tokens, blocks and slots last.
 
         `early`: those whose adapter still arrives, too.
         """
-        if not len(self.waiting) or budget <= 0 or len(self.running) >= self._config.max_batch_rows:
-            return budget
+        if not len(self.waiting) or budget.tokens <= 0 or len(self.running) >= self._config.max_batch_rows:
+            return
         passed: list[tuple[Sequence, int]] = []
         joined = 0
         gate = AdapterGate(self._config, self._placer, self.running, self.waiting.starving)
         for sequence in self.waiting.in_order():
-            if budget <= 0 or len(self.running) >= self._config.max_batch_rows:
+            if budget.tokens <= 0 or len(self.running) >= self._config.max_batch_rows:
                 break
+            if sequence.unscored and budget.scored <= 0:
+                # It would hold a row and do nothing until the prompts before it are scored.
+                continue
             if not self._has_room(sequence):
                 # Nobody passes a request that lacks memory: the small ones would starve it.
                 early = False
@@ -239,12 +262,10 @@ class Scheduler:
             row = self._chunk(sequence, budget)
             if row is not None:
                 prefills.append(row)
-                budget -= row.count
         for sequence, before in passed:
             self.waiting.overtake(sequence, joined - before)
         if early:
             self._admit_early([sequence for sequence, _ in passed], gate)
-        return budget
 
     def _place(self, sequence: Sequence, gate: AdapterGate) -> bool:
         if sequence.digest is None:
@@ -275,7 +296,8 @@ class Scheduler:
         return sequence.keys.first((len(sequence.tokens) - 1) // size, sequence.tokens, size)
 
     def _looks_up(self, sequence: Sequence) -> bool:
-        return self._config.prefix_cache and sequence.request.reuse_prefix
+        # Cached blocks have no logits: a prompt that is not scored yet is computed, all of it.
+        return self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
 
     def _share_prefix(self, sequence: Sequence) -> None:
         sequence.computed = self._blocks.share(sequence.table, self._reusable(sequence))

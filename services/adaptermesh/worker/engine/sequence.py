@@ -33,6 +33,8 @@ class Sequence:
         seed: Of the request, or drawn when it was submitted.
         history: Token counts of a request with penalties; None for all others.
         keys: What its full blocks are found by in the prefix cache.
+        scored: Tokens of the prompt whose log probabilities need not be told: they were, or nobody asked. The
+            first one has none.
     """
 
     request: Request
@@ -53,9 +55,11 @@ class Sequence:
     charged: int = 0
     early: bool = False
     keys: BlockKeys = field(init=False)
+    scored: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = BlockKeys(self.request.digest, self.request.tenant)
+        self.scored = self.prompt_tokens if self.request.sampling.prompt_logprobs is None else 1
 
     @property
     def digest(self) -> str | None:
@@ -78,6 +82,11 @@ class Sequence:
     def decodes(self) -> bool:
         """Whether, while it runs, its next step is one token; the last of a prompt counts as such."""
         return self.pending == 1 and not self.early
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt whose log probabilities are still wanted."""
+        return self.prompt_tokens - self.scored
 
     @property
     def remaining(self) -> int:

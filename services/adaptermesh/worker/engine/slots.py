@@ -5,44 +5,84 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adaptermesh.artifact.manifest import Manifest, ModuleOp, TensorEntry
+from adaptermesh.artifact.manifest import Manifest, ModuleOp
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.worker.engine.ops.op import Op, SitePlan, StepTokens
+from adaptermesh.worker.engine.arrivals import DTYPES, Arrival, Copies, LayerWaits
+from adaptermesh.worker.engine.ops.op import CapturableOp, CapturedOp, Op, SitePlan, StepTokens, TensorReader
 
 BASE_SLOT = -1
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AdapterPlan:
-    """What the adapters of one step do, by site. Empty for a batch of base rows."""
+    """What the adapters of one step do. Without tokens of adapters it does nothing.
 
-    sites: Mapping[str, tuple[SitePlan, ...]] = field(default_factory=dict)
+    `waits` is there while an adapter of the step is still on its way to the device.
+    """
+
+    tokens: StepTokens = field(default_factory=lambda: StepTokens(()))
+    ops: Mapping[str, Op] = field(default_factory=dict)
+    waits: LayerWaits | None = None
+    _sites: Mapping[str, tuple[SitePlan, ...]] | None = None
+
+    @property
+    def sites(self) -> Mapping[str, tuple[SitePlan, ...]]:
+        """By site. Made when a forward first asks; the kernels read the ops themselves and never do."""
+        if self._sites is None:
+            active = self.ops.values() if self.tokens.active_slots else ()
+            self._sites = _by_site(op.plan(self.tokens) for op in active)
+        return self._sites
 
     def apply(self, site: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds the adapters' part at one site of one layer. x: [tokens, in]. y: [tokens, out], in place."""
+        if self.waits is not None:
+            self.waits.before(layer)
         for plan in self.sites.get(site, ()):
             plan.apply(layer, x, y)
 
 
+@dataclass(frozen=True, slots=True)
+class CapturedSlots:
+    """The adapters' part of recorded steps, over buffers that stay where they are."""
+
+    ops: tuple[CapturedOp, ...]
+
+    def plan(self, rows: int) -> AdapterPlan:
+        """The part of the first `rows` rows."""
+        return AdapterPlan(_sites=_by_site(op.plan(rows) for op in self.ops))
+
+    def fill(self, slots: Sequence[int], rows: int) -> None:
+        """Writes a step: the slot of each row; the rows from there to `rows` have none."""
+        for op in self.ops:
+            op.fill(slots, rows)
+
+
 @dataclass(slots=True)
 class _Parts:
-    """An adapter's modules by op and layer, its tensors by name, and how many of its layers are loaded."""
+    """An adapter's modules by op and layer, and how many of its layers are loaded, or queued to be.
 
+    `read` gives its tensors, out of `data`; there is none before the first layer.
+    """
+
+    manifest: Manifest
     modules: Mapping[tuple[str, int], Sequence[ModuleOp]]
-    tensors: Mapping[str, TensorEntry]
     loaded: int = 0
+    data: torch.Tensor | None = None
+    read: TensorReader | None = None
 
 
 class DeviceSlots:
     """A fixed number of slots; each holds one adapter version, maybe its first layers only, or nothing."""
 
-    def __init__(self, count: int, layers: int, ops: Mapping[str, Op]) -> None:
+    def __init__(self, count: int, layers: int, ops: Mapping[str, Op], copies: Copies | None = None) -> None:
+        """`copies`: where adapters are copied beside the steps; None: at once, as on a CPU."""
         self._layers = layers
         self._digests: list[str | None] = [None] * count
         self._parts: list[_Parts | None] = [None] * count
         self._ops = ops
+        self._copies = copies
+        self._arrivals: dict[int, list[Arrival]] = {}
+        self._capturable = [op for op in ops.values() if isinstance(op, CapturableOp)]
 
     @property
     def size_bytes(self) -> int:
@@ -63,6 +103,9 @@ class DeviceSlots:
     def reserve(self, slot: int, digest: str, manifest: Manifest) -> None:
         """Gives an adapter an empty slot and the room that it takes there.
 
+        On a device of its own the copies are queued and the slot may be used at once: the steps wait for
+        them there. The result tells when they are done; None: they are.
+
         Raises:
             MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for an op that this engine doesn't have.
         """
@@ -73,7 +116,7 @@ class DeviceSlots:
         for module in manifest.modules:
             modules.setdefault((module.op, module.layer), []).append(module)
         self._digests[slot] = digest
-        self._parts[slot] = _Parts(modules, {entry.name: entry for entry in manifest.tensors})
+        self._parts[slot] = _Parts(manifest, modules)
         try:
             for kind, op in self._ops.items():
                 op.reserve(slot, [module for module in manifest.modules if module.op == kind])
@@ -81,26 +124,25 @@ class DeviceSlots:
             self.unload(slot)
             raise
 
-    def fill(self, slot: int, until: int, data: torch.Tensor) -> None:
+    def fill(self, slot: int, until: int, data: torch.Tensor) -> Arrival | None:
         """Copies the layers up to `until` that a reserved slot lacks; empties the slot if that fails.
 
         data: [size_bytes] uint8, the canonical tensor file; what lies behind those layers is not read.
+
+        On a device of its own the copies are queued and the layers may be used at once: the steps wait for
+        them there. The result tells when they are done; None: they are.
         """
         parts = self._parts[slot]
         if parts is None:
             raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"slot {slot} is not reserved")
-        tensors = parts.tensors
-
-        def read(name: str) -> torch.Tensor:
-            entry = tensors[name]
-            raw = data[entry.offset : entry.offset + entry.size]
-            return raw.view(_DTYPES[entry.dtype]).view(entry.shape)
-
         try:
-            for layer in range(parts.loaded, until):
-                for kind, op in self._ops.items():
-                    op.load_layer(slot, layer, parts.modules.get((kind, layer), ()), read)
-                parts.loaded = layer + 1
+            if self._copies is None:
+                self._copy(slot, parts, until, data, None)
+                return None
+            with self._copies.begin() as arrival:
+                self._copy(slot, parts, until, data, arrival)
+            self._arrivals.setdefault(slot, []).append(arrival)
+            return arrival
         except BaseException:
             self.unload(slot)
             raise
@@ -108,18 +150,37 @@ class DeviceSlots:
     def unload(self, slot: int) -> None:
         """Empties a slot. The caller knows that no running row uses it."""
         self._digests[slot] = self._parts[slot] = None
+        self._arrivals.pop(slot, None)
         for op in self._ops.values():
             op.unload(slot)
 
     def plan(self, tokens: StepTokens) -> AdapterPlan:
         """The adapters' part of a step."""
-        if not tokens.active_slots:
-            return AdapterPlan()
-        sites: dict[str, list[SitePlan]] = {}
-        for op in self._ops.values():
-            for site, plan in op.plan(tokens).items():
-                sites.setdefault(site, []).append(plan)
-        return AdapterPlan({site: tuple(plans) for site, plans in sites.items()})
+        arriving = self._arriving(tokens.active_slots) if self._arrivals else []
+        return AdapterPlan(tokens, self._ops, LayerWaits(arriving) if arriving else None)
+
+    @property
+    def layout(self) -> int:
+        """Differs after whatever makes what was captured before wrong."""
+        return sum(op.layout for op in self._capturable)
+
+    def rank_of(self, slots: Sequence[int]) -> int | None:
+        """The largest rank of some slots, 0 if all are the base; None if their step can't be captured."""
+        active = [slot for slot in slots if slot != BASE_SLOT]
+        if active and len(self._capturable) < len(self._ops):
+            return None
+        return max((op.rank_of(active) for op in self._capturable), default=0)
+
+    def capture(self, rows: int, rank: int) -> CapturedSlots | None:
+        """Buffers for steps of that many rows of at most that rank; None if steps can't be captured here."""
+        found = [op.capture(rows, rank) for op in self._capturable]
+        captured = tuple(op for op in found if op is not None)
+        return CapturedSlots(captured) if len(captured) == len(self._ops) else None
+
+    def await_arrivals(self, slots: Iterable[int]) -> None:
+        """What is computed from now on waits for the adapters in these slots, whole."""
+        for arrival in self._arriving(frozenset(slots)) if self._arrivals else ():
+            arrival.wait_all()
 
     def check(self, rows: Iterable[tuple[int, str | None]], layers: int | None = None) -> None:
         """Asserts for each (slot, requested digest) that the slot holds that digest, and no digest is base.
@@ -146,6 +207,56 @@ class DeviceSlots:
                     f"slot {slot} holds {self.loaded(slot, digest)} of the {needed} layers to compute",
                     metadata={"digest": digest},
                 )
+
+    def _copy(
+        self, slot: int, parts: _Parts, until: int, data: torch.Tensor, arrival: Arrival | None
+    ) -> None:
+        read = self._reader(parts, data)
+        for layer in range(parts.loaded, until):
+            for kind, op in self._ops.items():
+                op.load_layer(slot, layer, parts.modules.get((kind, layer), ()), read)
+            if arrival is not None:
+                arrival.landed(layer)
+            parts.loaded = layer + 1
+        if until == self._layers:
+            # What it has staged on the device is not kept.
+            parts.data = parts.read = None
+
+    def _reader(self, parts: _Parts, data: torch.Tensor) -> TensorReader:
+        """That of the layers before, unless another transfer of the same adapter brings the rest."""
+        if parts.read is None or parts.data is not data:
+            copies, manifest = self._copies, parts.manifest
+            parts.data = data
+            parts.read = _host_reader(manifest, data) if copies is None else copies.reader(manifest, data)
+        return parts.read
+
+    def _arriving(self, slots: frozenset[int]) -> list[Arrival]:
+        """Those of the slots whose copies run; forgets the others."""
+        running = (
+            (slot, [arrival for arrival in arrivals if arrival.elapsed_ns() is None])
+            for slot, arrivals in self._arrivals.items()
+        )
+        self._arrivals = {slot: arrivals for slot, arrivals in running if arrivals}
+        return [arrival for slot in slots for arrival in self._arrivals.get(slot, ())]
+
+
+def _by_site(parts: Iterable[Mapping[str, SitePlan]]) -> Mapping[str, tuple[SitePlan, ...]]:
+    sites: dict[str, list[SitePlan]] = {}
+    for part in parts:
+        for site, plan in part.items():
+            sites.setdefault(site, []).append(plan)
+    return {site: tuple(plans) for site, plans in sites.items()}
+
+
+def _host_reader(manifest: Manifest, data: torch.Tensor) -> TensorReader:
+    entries = {entry.name: entry for entry in manifest.tensors}
+
+    def read(name: str) -> torch.Tensor:
+        entry = entries[name]
+        raw = data[entry.offset : entry.offset + entry.size]
+        return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    return read
 
 
 def check_servable(digest: str, manifest: Manifest, ops: Mapping[str, Op] | frozenset[str]) -> None:

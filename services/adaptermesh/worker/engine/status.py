@@ -17,6 +17,24 @@ class ResidencyView:
 
 
 @dataclass(frozen=True, slots=True)
+class TierBudgets:
+    """What the adapters take of each tier, and what they may take. The device is bounded by its slots.
+
+    Attributes:
+        device_used_bytes: Memory that the ops hold on the device.
+        device_used_slots: Slots that are taken.
+        host_used_bytes: Host memory, that of arriving adapters included.
+    """
+
+    device_used_bytes: int = 0
+    device_used_slots: int = 0
+    host_used_bytes: int = 0
+    host_budget_bytes: int = 0
+    disk_used_bytes: int = 0
+    disk_budget_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """A moment's counts. An adapter that is resident and idle is listed too.
 
@@ -25,6 +43,7 @@ class EngineStatus:
         kv_cached_tokens: Tokens in cached blocks that nobody holds; they are given up when room is short.
         kv_total_bytes: All memory of the KV cache.
         kv_used_bytes: The part of it that running requests hold.
+        kv_cached_bytes: The part of it that is only cached.
         prefix_query_tokens: Tokens of all prompts that were looked up in the prefix cache so far.
         prefix_hit_tokens: Those of them that it had.
     """
@@ -38,5 +57,7 @@ class EngineStatus:
     kv_cached_tokens: int = 0
     kv_total_bytes: int = 0
     kv_used_bytes: int = 0
+    kv_cached_bytes: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    tiers: TierBudgets = TierBudgets()

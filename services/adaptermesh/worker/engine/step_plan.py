@@ -18,6 +18,16 @@ class Row:
         """Whether the last of these tokens is the last one known: its logits give the next one."""
         return self.count == self.sequence.pending
 
+    @property
+    def scores(self) -> range:
+        """Positions of those of its tokens whose logits say how likely the prompt's next token is."""
+        sequence = self.sequence
+        if not sequence.unscored:
+            return range(0)
+        # After a preemption the prompt is computed anew, but nothing is told twice.
+        start = max(sequence.computed, sequence.scored - 1)
+        return range(start, min(sequence.computed + self.count, sequence.prompt_tokens - 1))
+
 
 @dataclass(slots=True, eq=False)
 class EarlyPrefill:

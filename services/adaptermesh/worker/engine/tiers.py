@@ -3,8 +3,8 @@
 The table is a deterministic state machine: the same calls at the same times of the injected clock give the
 same answers. It isn't thread-safe; `residency` calls it under the engine's lock and carries out what it says.
 
-Never evicted: a slot that a running row uses or that is pinned; a host copy that somebody waits for and that
-has no slot yet; anything that is arriving.
+Never evicted: a slot that a running row uses; a host copy that somebody waits for and that has no slot yet;
+the copy that keeps a pinned adapter in its tier; anything that is arriving.
 
 An adapter may get its slot while it arrives, once its first layer is here. That slot lasts as long as rows
 use it: when the last one leaves before the adapter is whole, it is free.
@@ -35,9 +35,10 @@ class TierTable:
 
     def __init__(self, clock: Clock, slots: int, host_bytes: int, disk_bytes: int) -> None:
         self._clock = clock
-        self._host_budget = host_bytes
-        self._disk_budget = disk_bytes
+        self.host_budget = host_bytes
+        self.disk_budget = disk_bytes
         self._entries: dict[str, Entry] = {}
+        self._slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._held: dict[str, str] = {}
         self._partial: dict[str, Entry] = {}
@@ -46,6 +47,10 @@ class TierTable:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
+
+    @property
+    def slots_used(self) -> int:
+        return self._slots - len(self._free_slots)
 
     def get(self, digest: str) -> Entry | None:
         return self._entries.get(digest)
@@ -86,8 +91,10 @@ class TierTable:
         self._forget_if_empty(entry)
         return entry if orphan else None
 
-    def pin(self, digest: str) -> None:
-        self._entries[digest].pinned = True
+    def pin(self, digest: str, tier: Tier) -> None:
+        """Keeps an adapter from leaving the tier, or the nearer one in which it is pinned already."""
+        entry = self._entries[digest]
+        entry.pinned = max(entry.pinned, tier)
 
     # The way up: store or disk -> host.
 
@@ -114,7 +121,7 @@ class TierTable:
 
     def fits_host(self, size_bytes: int) -> bool:
         """Whether it could ever be there."""
-        return size_bytes <= self._host_budget
+        return size_bytes <= self.host_budget
 
     def postpone(self, digest: str) -> None:
         """The flight waits for room."""
@@ -229,8 +236,13 @@ class TierTable:
             self.disk_used += size_bytes
         now = self._clock.monotonic()
         gone: list[str] = []
-        while self.disk_used > self._disk_budget:
-            found = [e for e in self._entries.values() if e.on_disk and e.flight is not Flight.DISK]
+        while self.disk_used > self.disk_budget:
+            # The new one may go again at once: what is pinned here, or read, must not.
+            found = [
+                e
+                for e in self._entries.values()
+                if e.on_disk and e.flight is not Flight.DISK and (e is entry or e.kept is not Tier.DISK)
+            ]
             if not found:
                 break
             victim = min(
@@ -250,7 +262,7 @@ class TierTable:
     def unpin(self, digest: str) -> None:
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.pinned = False
+            entry.pinned = Tier.NONE
             self._forget_if_empty(entry)
 
     # What a copy is worth.
@@ -267,7 +279,7 @@ class TierTable:
 
     def _host_victims(self, size_bytes: int) -> list[Entry] | None:
         """The least valuable idle host copies that make room together; None if all don't suffice."""
-        short = self.host_used + size_bytes - self._host_budget
+        short = self.host_used + size_bytes - self.host_budget
         if short <= 0:
             return []
         now = self._clock.monotonic()

@@ -23,6 +23,8 @@ from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import Base, make_base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.engine import Engine
+from adaptermesh.worker.engine.native.build import NoKernels
+from adaptermesh.worker.engine.native.library import Kernels, load_kernels
 from adaptermesh.worker.engine.request import Outcome, Request
 from adaptermesh.worker.engine.source import AdapterSink
 
@@ -65,6 +67,14 @@ class Heard:
     error: MeshError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+
+    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        assert not self.ended.is_set()
+        assert not self.tokens
+        self.prompt_logprobs.extend(logprobs)
+        self.pieces.append(len(logprobs))
 
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         assert not self.ended.is_set()
@@ -351,6 +361,15 @@ class Bench:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """The native kernels of this machine, built once."""
+    try:
+        return load_kernels(EngineConfig(disk_dir=Path("unused")).kernel_dir)
+    except NoKernels as error:
+        pytest.skip(f"needs native kernels: {error}")
 
 
 @pytest.fixture

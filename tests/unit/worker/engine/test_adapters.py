@@ -9,6 +9,7 @@ import torch
 
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.status import TierBudgets
 
 Prompts = Callable[[int, int], list[list[int]]]
 
@@ -262,6 +263,42 @@ def test_a_load_without_a_free_slot_is_refused_and_a_pinned_slot_is_kept(lab: An
     assert first.digest not in tiers(bench)
 
 
+def test_an_unpinned_adapter_makes_room_for_who_waits(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_slots=1)
+    first, second = some(lab, 2)
+    bench.source.adapters[first.digest] = first
+    bench.engine.load(first.digest, Tier.DEVICE, True, Done())
+    bench.engine.step()
+    waiting = bench.submit(second, [1, 2], 3)
+    for _ in range(5):
+        bench.engine.step()
+    assert waiting.tokens == []
+    view = bench.engine.unpin(first.digest)
+    assert (view.tier, view.pinned) == (Tier.DEVICE, False)
+    bench.run(waiting)
+    assert waiting.tokens == lab.continuation(second, [1, 2], 3)
+    assert tiers(bench)[first.digest] is Tier.HOST
+    gone = bench.engine.unpin("sha256:" + "0" * 64)
+    assert (gone.tier, gone.pinned, gone.requests) == (Tier.STORE, False, 0)
+    bench.assert_empty()
+
+
+def test_adapters_pinned_on_the_host_leave_the_slots_to_all(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_slots=1)
+    adapters = some(lab, 3)
+    bench.source.adapters.update({adapter.digest: adapter for adapter in adapters})
+    for adapter in adapters[:2]:
+        bench.engine.load(adapter.digest, Tier.HOST, True, Done())
+    heard = [bench.submit(adapter, [1, 2], 4) for adapter in adapters * 2]
+    bench.run(*heard)
+    for adapter, one in zip(adapters * 2, heard, strict=True):
+        assert one.tokens == lab.continuation(adapter, [1, 2], 4)
+    held = {view.digest: view for view in bench.engine.status().residencies}
+    assert [held[adapter.digest].pinned for adapter in adapters] == [True, True, False]
+    assert all(held[adapter.digest].tier >= Tier.HOST for adapter in adapters[:2])
+    bench.assert_empty()
+
+
 def test_evicting_spares_what_is_in_use_and_leaves_the_others(lab: Any, make_bench: Any) -> None:
     bench = make_bench()
     used, idle = some(lab, 2)
@@ -286,6 +323,24 @@ def test_an_idle_resident_adapter_stays_listed(lab: Any, make_bench: Any) -> Non
     [view] = bench.engine.status().residencies
     assert (view.digest, view.tier, view.requests) == (adapter.digest, Tier.DEVICE, 0)
     assert view.size_bytes == len(adapter.data)
+
+
+def test_the_status_tells_what_each_tier_holds_and_may_hold(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_slots=2, host_bytes=2**22, disk_bytes=2**21)
+    assert bench.engine.status().tiers == TierBudgets(0, 0, 0, 2**22, 0, 2**21)
+    first, second = some(lab, 2)
+    bench.run(bench.submit(first, [1], 2), bench.submit(second, [1], 2))
+    held = len(first.data) + len(second.data)
+    full = bench.engine.status().tiers
+    assert (full.host_used_bytes, full.disk_used_bytes, full.device_used_slots) == (held, held, 2)
+    assert full.device_used_bytes == bench.engine._slots.size_bytes > 0
+    bench.engine.evict(first.digest)
+    left = bench.engine.status().tiers
+    assert (left.host_used_bytes, left.disk_used_bytes, left.device_used_slots) == (
+        len(second.data),
+        len(second.data),
+        1,
+    )
 
 
 def test_an_op_that_cannot_be_staged_fails_its_requests_and_frees_the_slot(lab: Any, make_bench: Any) -> None:

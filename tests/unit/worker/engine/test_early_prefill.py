@@ -69,8 +69,11 @@ def in_slots(bench: Any) -> set[str]:
 # The way.
 
 
-def test_the_first_layers_are_computed_before_the_last_byte_is_here(lab: Any, make_bench: Any) -> None:
-    bench = held(make_bench)
+@pytest.mark.parametrize("forward", ["auto", "lean"])
+def test_the_first_layers_are_computed_before_the_last_byte_is_here(
+    lab: Any, make_bench: Any, forward: str
+) -> None:
+    bench = held(make_bench, forward=forward)
     adapter = lab.adapter(1, 4)
     watch = Watch(bench)
     heard = bench.submit(adapter, PROMPT, 6)
@@ -303,7 +306,7 @@ def test_two_adapters_arrive_at_once_each_at_its_own_pace(lab: Any, make_bench: 
 
 
 def test_slots_that_move_between_two_layers_change_nothing(lab: Any, make_bench: Any) -> None:
-    bench = held(make_bench)
+    bench = held(make_bench, forward="lean")
     adapter, large = lab.adapter(1, 4), lab.adapter(6, 64)
     heard = bench.submit(adapter, PROMPT, 6)
     courier = bench.courier(adapter)
@@ -352,6 +355,20 @@ def test_a_tenant_is_charged_as_for_an_adapter_that_was_whole(lab: Any, make_ben
     bench.run(*heard)
     served = bench.engine._scheduler._counters.served("tenant")
     assert served == 2 * len(PROMPT) * 1.0 + 5 * 2.0
+
+
+def test_a_prompt_that_is_scored_waits_for_the_whole_adapter(lab: Any, make_bench: Any) -> None:
+    bench = held(make_bench)
+    adapter = lab.adapter(1, 4)
+    watch = Watch(bench)
+    heard = bench.submit(adapter, PROMPT, 4, prompt_logprobs=0)
+    courier = bench.courier(adapter)
+    courier.send_layers(LAYERS)
+    assert not bench.engine.step()
+    courier.finish()
+    bench.run(heard)
+    assert watch.seen == []
+    assert heard.tokens == lab.continuation(adapter, PROMPT, 4)
 
 
 # Ends in the middle.
@@ -740,6 +757,7 @@ class Story:
     kv_tokens=st.sampled_from([40, 80, 400]),
     early_tokens=st.sampled_from([4, 64]),
     step_tokens=st.sampled_from([8, 64]),
+    forward=st.sampled_from(["auto", "lean"]),
 )
 def test_every_request_ends_with_its_own_tokens_or_a_typed_error(
     lab: Any,
@@ -751,6 +769,7 @@ def test_every_request_ends_with_its_own_tokens_or_a_typed_error(
     kv_tokens: int,
     early_tokens: int,
     step_tokens: int,
+    forward: str,
 ) -> None:
     bench = held(
         make_bench,
@@ -762,6 +781,7 @@ def test_every_request_ends_with_its_own_tokens_or_a_typed_error(
         max_context_tokens=40,
         early_tokens=early_tokens,
         step_tokens=step_tokens,
+        forward=forward,
         max_overtakes=3,
     )
     story = Story(lab, bench)

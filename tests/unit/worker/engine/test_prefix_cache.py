@@ -8,7 +8,7 @@ import torch
 
 from adaptermesh.core.errors import Code
 from adaptermesh.core.sampling import SamplingParams
-from adaptermesh.worker.engine.postprocess import Drawn
+from adaptermesh.worker.engine.postprocess import StepResult
 from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import Request
 from tests.unit.worker.engine.conftest import Bench, Heard
@@ -51,7 +51,7 @@ def count_computed(bench: Bench) -> list[int]:
     counts: list[int] = []
     run = bench.engine._runner.run
 
-    def counted(plan: Any, fresh_blocks: list[int]) -> list[Drawn]:
+    def counted(plan: Any, fresh_blocks: list[int]) -> StepResult:
         counts.append(sum(row.count for row in plan.rows))
         return run(plan, fresh_blocks)
 
@@ -227,8 +227,8 @@ def test_the_status_tells_bytes_and_hits(make_bench: Any) -> None:
     bench = make_bench(kv_tokens=64, max_context_tokens=64, block_tokens=8)
     token_bytes = 3 * 2 * 2 * 16 * 4
     idle = bench.engine.status()
-    assert idle.kv_total_bytes == (64 + 8) * token_bytes, "one block pads"
-    assert (idle.kv_used_bytes, idle.kv_cached_tokens) == (0, 0)
+    assert idle.kv_total_bytes == (64 + 16) * token_bytes, "one block pads, one is scratch"
+    assert (idle.kv_used_bytes, idle.kv_cached_tokens, idle.kv_cached_bytes) == (0, 0, 0)
     first = ask(bench, None, PROMPT, 9)
     bench.engine.step()
     assert bench.engine.status().kv_used_bytes == 40 * token_bytes
@@ -236,6 +236,7 @@ def test_the_status_tells_bytes_and_hits(make_bench: Any) -> None:
     bench.run(ask(bench, None, PROMPT[:20], 1))
     status = bench.engine.status()
     assert (status.kv_used_tokens, status.kv_used_bytes, status.kv_cached_tokens) == (0, 0, 48)
+    assert status.kv_cached_bytes == 48 * token_bytes
     assert (status.prefix_query_tokens, status.prefix_hit_tokens) == (60, 16)
 
 

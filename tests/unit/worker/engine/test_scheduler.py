@@ -23,6 +23,8 @@ from adaptermesh.worker.engine.text import TextStream
 
 
 class Deaf:
+    def on_prompt(self, logprobs: Iterable[TokenLogprobs]) -> None: ...
+
     def on_tokens(self, text: str, token_ids: list[int], logprobs: Iterable[TokenLogprobs] = ()) -> None: ...
 
     def on_finish(self, outcome: Outcome) -> None: ...
@@ -40,13 +42,14 @@ class FakePlacer:
     step: int = 0
     uses: dict[str, int] = field(default_factory=dict)
     asked: int = 0
+    pinned: set[str] = field(default_factory=set)
 
     def place(self, digest: str) -> int | None:
         self.asked += 1
         if digest not in self.uses:
             if not self._on_host(digest):
                 return None
-            idle = [other for other, uses in self.uses.items() if not uses]
+            idle = [other for other, uses in self.uses.items() if not uses and other not in self.pinned]
             if len(self.uses) >= self.slots:
                 if not idle:
                     return None
@@ -60,6 +63,9 @@ class FakePlacer:
 
     def in_slot(self, digest: str) -> bool:
         return digest in self.uses
+
+    def gives_way(self, digest: str) -> bool:
+        return digest not in self.pinned
 
     def unplace(self, digest: str) -> None:
         self.uses[digest] -= 1
@@ -333,6 +339,21 @@ def test_a_step_has_no_more_adapters_than_its_limit_and_all_end() -> None:
     line.run()
     assert line.most_adapters == 2
     assert len(line.ended) == 24
+
+
+def test_a_pinned_slot_is_not_drained_for_a_request_that_can_not_have_it() -> None:
+    line = Line(slots=1, max_batch_rows=4, max_overtakes=1)
+    line.placer.pinned = {"first"}
+    for number in range(16):
+        line.add("heavy", "first", output=2 + number % 4)
+    waiting = line.add("light", "second")
+    for _ in range(8):
+        assert len(line.step().rows) == 4, "rows that end are followed by others"
+    assert waiting in line.scheduler.waiting.starving
+    line.placer.pinned.clear()
+    for _ in range(12):
+        line.step()
+    assert waiting.state is SequenceState.ENDED
 
 
 def test_the_limit_on_adapters_starves_nobody() -> None:

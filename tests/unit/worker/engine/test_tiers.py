@@ -1,7 +1,7 @@
 """The tier table as a state machine, and what it prefers to keep."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -28,6 +28,18 @@ class Clock:
         return self.now
 
 
+def evict(table: TierTable, digest: str) -> None:
+    """Drops all of an adapter that nobody holds, as `residency` does by name."""
+    entry = table.get(digest)
+    if entry is not None:
+        table.unpin(digest)
+        table.drop_disk(digest)
+        if entry.on_host:
+            table.drop_host(digest)
+        if entry.slot is not None:
+            table.drop_slot(digest)
+
+
 class TierMachine(RuleBasedStateMachine):
     """Drives the table as `residency` does, with a model of what must hold."""
 
@@ -38,6 +50,7 @@ class TierMachine(RuleBasedStateMachine):
         self.waiters: dict[str, str] = {}
         self.rows: dict[str, str] = {}
         self.flights: dict[str, bool] = {}  # digest -> room reserved
+        self.pins: dict[str, Tier] = {}
         self.count = 0
 
     def ensure(self, digest: str) -> None:
@@ -153,7 +166,8 @@ class TierMachine(RuleBasedStateMachine):
             used = set(self.rows.values())
             grant = self.table.take_slot(digest)
             if grant is None:
-                assert len(used) + sum(other.pinned for other in self.table) >= SLOTS
+                kept = {other.digest for other in self.table if other.kept is Tier.DEVICE}
+                assert len(used | kept) >= SLOTS
                 return
             assert grant.evicted not in used
             if grant.evicted is not None and self.table.get(grant.evicted) is not None:
@@ -173,8 +187,44 @@ class TierMachine(RuleBasedStateMachine):
     @rule(digest=st.sampled_from(NAMES))
     def lose_the_disk_copy(self, digest: str) -> None:
         entry = self.table.get(digest)
-        if entry is not None and entry.flight is Flight.NONE:
+        if entry is not None and entry.flight is Flight.NONE and entry.kept is not Tier.DISK:
             self.table.drop_disk(digest)
+
+    @precondition(lambda self: any(entry.tier > Tier.STORE for entry in self.table))
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        held = {entry.digest: entry.tier for entry in self.table if entry.tier > Tier.STORE}
+        digest = data.draw(st.sampled_from(sorted(held)))
+        tier = Tier(data.draw(st.integers(Tier.DISK, held[digest])))
+        self.table.pin(digest, tier)
+        self.pins[digest] = max(tier, self.pins.get(digest, Tier.NONE))
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.pins)))
+        del self.pins[digest]
+        self.table.unpin(digest)
+        self.resume()
+
+    @rule(digest=st.sampled_from(NAMES))
+    def evict_by_name(self, digest: str) -> None:
+        entry = self.table.get(digest)
+        if entry is None or entry.holders:
+            return
+        self.pins.pop(digest, None)
+        evict(self.table, digest)
+        assert self.table.get(digest) is None
+        self.resume()
+
+    @invariant()
+    def what_is_pinned_stays_in_its_tier(self) -> None:
+        for digest, tier in self.pins.items():
+            entry = self.table.get(digest)
+            assert entry is not None
+            assert entry.pinned is tier
+            assert entry.tier >= tier
+        assert {entry.digest for entry in self.table if entry.pinned} == set(self.pins)
 
     @invariant()
     def budgets_hold(self) -> None:
@@ -219,7 +269,9 @@ class TierMachine(RuleBasedStateMachine):
                 assert digest in self.flights
 
     def teardown(self) -> None:
-        """Whatever happened: with all rows ended and all flights landing, each waiter gets its slot."""
+        """Whatever happened: with rows ended, pins off and flights landing, each waiter gets its slot."""
+        for digest in self.pins:
+            self.table.unpin(digest)
         for holder in sorted(self.rows):
             self.leave(holder)
         for _ in range(200):
@@ -323,8 +375,119 @@ def test_a_pinned_slot_is_never_granted_to_another(clock: Clock) -> None:
     resident(table, "pinned", 10)
     resident(table, "other", 10)
     assert table.take_slot("pinned") is not None
-    table.pin("pinned")
+    table.pin("pinned", Tier.DEVICE)
     assert table.take_slot("other") is None
     entry = table.get("pinned")
     assert entry is not None
     assert entry.tier is Tier.DEVICE
+
+
+def serve(table: TierTable, digest: str, to_slot: bool) -> None:
+    """Brings an adapter to the host, and into a slot, as far as there is room; then nobody holds it."""
+    entry = table.want("holder", digest)
+    flies = table.start_flight(digest) is not Flight.NONE
+    if flies and table.reserve_host(digest, 10) is not None:
+        table.add_disk(digest, 10)
+        table.land(digest)
+    if to_slot and (entry.slot is not None or (entry.on_host and table.take_slot(digest) is not None)):
+        table.use(digest)
+        table.unuse(digest)
+    if table.drop("holder") is not None:
+        table.end_flight(digest)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(["serve", "serve", "load", "pin", "pin", "unpin", "evict"]),
+            st.sampled_from(NAMES[:3]),
+            st.sampled_from([Tier.DISK, Tier.HOST, Tier.DEVICE]),
+        ),
+        min_size=20,
+        max_size=60,
+    ),
+    slots=st.integers(1, 2),
+    host=st.sampled_from([10, 20, 30]),
+    disk=st.sampled_from([0, 10, 20, 30]),
+)
+def test_a_pinned_adapter_never_leaves_its_tier_for_a_farther_one(
+    actions: list[tuple[str, str, Tier]], slots: int, host: int, disk: int
+) -> None:
+    table = TierTable(Clock(), slots, host, disk)
+    pins: dict[str, Tier] = {}
+    for action, digest, tier in actions:
+        entry = table.get(digest)
+        if action in ("serve", "load"):
+            serve(table, digest, to_slot=action == "serve")
+        elif action == "pin" and entry is not None and entry.tier >= tier:
+            table.pin(digest, tier)
+            pins[digest] = max(tier, pins.get(digest, Tier.NONE))
+        elif action == "unpin":
+            table.unpin(digest)
+            pins.pop(digest, None)
+        elif action == "evict":
+            evict(table, digest)
+            pins.pop(digest, None)
+            assert table.get(digest) is None
+        for pinned, least in pins.items():
+            kept = table.get(pinned)
+            assert kept is not None
+            assert kept.tier >= least
+        assert table.host_used <= host
+        assert table.disk_used <= disk
+        assert table.slots_used <= slots
+
+
+def test_what_is_pinned_on_the_host_gives_its_slot_back_and_keeps_its_copy(clock: Clock) -> None:
+    table = TierTable(clock, 1, 20, 0)
+    resident(table, "pinned", 10)
+    resident(table, "other", 10)
+    table.pin("pinned", Tier.HOST)
+    assert table.take_slot("pinned") is not None
+    table.want("new", "new")
+    table.start_flight("new")
+    assert table.reserve_host("new", 10) == ["other"]
+    table.land("new")
+    grant = table.take_slot("new")
+    assert grant is not None
+    assert grant.evicted == "pinned"
+    entry = table.get("pinned")
+    assert entry is not None
+    assert entry.tier is Tier.HOST
+
+
+def test_what_is_pinned_on_the_disk_stays_there_and_the_newest_copy_goes(clock: Clock) -> None:
+    table = TierTable(clock, 1, 100, 20)
+    resident(table, "pinned", 10)
+    assert table.add_disk("pinned", 10) == []
+    table.pin("pinned", Tier.DISK)
+    for _ in range(9):
+        resident(table, "often", 15)
+    assert table.add_disk("often", 15) == ["often"]
+    table.drop_host("pinned")
+    entry = table.get("pinned")
+    assert entry is not None
+    assert entry.tier is Tier.DISK
+
+
+def test_of_pinned_copies_on_the_disk_only_one_that_no_pin_needs_goes(clock: Clock) -> None:
+    table = TierTable(clock, 1, 100, 20)
+    resident(table, "on-disk", 10)
+    table.add_disk("on-disk", 10)
+    table.pin("on-disk", Tier.DISK)
+    resident(table, "on-host", 15)
+    table.pin("on-host", Tier.HOST)
+    assert table.add_disk("on-host", 15) == ["on-host"]
+
+
+def test_a_second_pin_never_loosens_the_first(clock: Clock) -> None:
+    table = TierTable(clock, 1, 100, 0)
+    resident(table, "pinned", 10)
+    assert table.take_slot("pinned") is not None
+    table.pin("pinned", Tier.DEVICE)
+    table.pin("pinned", Tier.HOST)
+    resident(table, "other", 10)
+    assert table.take_slot("other") is None
+    table.unpin("pinned")
+    assert table.take_slot("other") is not None

@@ -26,15 +26,15 @@ from adaptermesh.api.adapter.v1 import adapter_pb2 as adaptermesh_dot_api_dot_ad
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,adaptermesh/api/inference/v1/inference.proto\x12\x1c\x61\x64\x61ptermesh.api.inference.v1\x1a(adaptermesh/api/adapter/v1/adapter.proto\x1a\x1egoogle/protobuf/duration.proto\"\x8c\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".adaptermesh.api.inference.v1.ChatH\x00\x12;\n\ttoken_ids\x18\x03 \x01(\x0b\x32&.adaptermesh.api.inference.v1.TokenIdsH\x00\x12>\n\x08sampling\x18\x04 \x01(\x0b\x32,.adaptermesh.api.inference.v1.SamplingParams\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\t\n\x01n\x18\x07 \x01(\x05\x42\x07\n\x05input\"C\n\x04\x43hat\x12;\n\x08messages\x18\x01 \x03(\x0b\x32).adaptermesh.api.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xd8\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x15\n\x08logprobs\x18\r \x01(\x05H\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xa8\x02\n\x10GenerateResponse\x12@\n\x07started\x18\x01 \x01(\x0b\x32-.adaptermesh.api.inference.v1.GenerateStartedH\x00\x12<\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32+.adaptermesh.api.inference.v1.GenerateDeltaH\x00\x12\x42\n\x08\x66inished\x18\x03 \x01(\x0b\x32..adaptermesh.api.inference.v1.GenerateFinishedH\x00\x12G\n\x0f\x63hoice_finished\x18\x04 \x01(\x0b\x32,.adaptermesh.api.inference.v1.ChoiceFinishedH\x00\x42\x07\n\x05\x65vent\"\xb9\x02\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x0b\n\x03ref\x18\x05 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x06 \x01(\t\x12\x18\n\x10route_generation\x18\x07 \x01(\x03\x12\x11\n\tworker_id\x18\x08 \x01(\t\x12.\n\x04tier\x18\t \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12;\n\x0bswitch_kind\x18\n \x01(\x0e\x32&.adaptermesh.api.adapter.v1.SwitchKind\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x05\"~\n\rGenerateDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12=\n\x08logprobs\x18\x03 \x03(\x0b\x32+.adaptermesh.api.inference.v1.TokenLogprobs\x12\r\n\x05index\x18\x04 \x01(\x05\"i\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x35\n\x03top\x18\x03 \x03(\x0b\x32(.adaptermesh.api.inference.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"y\n\x0e\x43hoiceFinished\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x41\n\rfinish_reason\x18\x02 \x01(\x0e\x32*.adaptermesh.api.inference.v1.FinishReason\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\"\xbb\x01\n\x10GenerateFinished\x12\x41\n\rfinish_reason\x18\x01 \x01(\x0e\x32*.adaptermesh.api.inference.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\x12\x36\n\x07timings\x18\x04 \x01(\x0b\x32%.adaptermesh.api.inference.v1.Timings\"\xec\x02\n\x07Timings\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06verify\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03h2d\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cshared_fetch\x18\x08 \x01(\x08\x12\x15\n\rfetched_bytes\x18\t \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.adaptermesh.api.inference.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Y\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rbase_model_id\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf0\x01\n\x10InferenceService\x12k\n\x08Generate\x12-.adaptermesh.api.inference.v1.GenerateRequest\x1a..adaptermesh.api.inference.v1.GenerateResponse0\x01\x12o\n\nListModels\x12/.adaptermesh.api.inference.v1.ListModelsRequest\x1a\x30.adaptermesh.api.inference.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,adaptermesh/api/inference/v1/inference.proto\x12\x1c\x61\x64\x61ptermesh.api.inference.v1\x1a(adaptermesh/api/adapter/v1/adapter.proto\x1a\x1egoogle/protobuf/duration.proto\"\x8c\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".adaptermesh.api.inference.v1.ChatH\x00\x12;\n\ttoken_ids\x18\x03 \x01(\x0b\x32&.adaptermesh.api.inference.v1.TokenIdsH\x00\x12>\n\x08sampling\x18\x04 \x01(\x0b\x32,.adaptermesh.api.inference.v1.SamplingParams\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\t\n\x01n\x18\x07 \x01(\x05\x42\x07\n\x05input\"C\n\x04\x43hat\x12;\n\x08messages\x18\x01 \x03(\x0b\x32).adaptermesh.api.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x8a\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x15\n\x08logprobs\x18\r \x01(\x05H\t\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\x05H\n\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xf1\x02\n\x10GenerateResponse\x12@\n\x07started\x18\x01 \x01(\x0b\x32-.adaptermesh.api.inference.v1.GenerateStartedH\x00\x12<\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32+.adaptermesh.api.inference.v1.GenerateDeltaH\x00\x12\x42\n\x08\x66inished\x18\x03 \x01(\x0b\x32..adaptermesh.api.inference.v1.GenerateFinishedH\x00\x12G\n\x0f\x63hoice_finished\x18\x04 \x01(\x0b\x32,.adaptermesh.api.inference.v1.ChoiceFinishedH\x00\x12G\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32,.adaptermesh.api.inference.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xb9\x02\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x0b\n\x03ref\x18\x05 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x06 \x01(\t\x12\x18\n\x10route_generation\x18\x07 \x01(\x03\x12\x11\n\tworker_id\x18\x08 \x01(\t\x12.\n\x04tier\x18\t \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12;\n\x0bswitch_kind\x18\n \x01(\x0e\x32&.adaptermesh.api.adapter.v1.SwitchKind\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x05\"~\n\rGenerateDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12=\n\x08logprobs\x18\x03 \x03(\x0b\x32+.adaptermesh.api.inference.v1.TokenLogprobs\x12\r\n\x05index\x18\x04 \x01(\x05\"O\n\x0ePromptLogprobs\x12=\n\x08logprobs\x18\x01 \x03(\x0b\x32+.adaptermesh.api.inference.v1.TokenLogprobs\"i\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x35\n\x03top\x18\x03 \x03(\x0b\x32(.adaptermesh.api.inference.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"y\n\x0e\x43hoiceFinished\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x41\n\rfinish_reason\x18\x02 \x01(\x0e\x32*.adaptermesh.api.inference.v1.FinishReason\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\"\xd2\x01\n\x10GenerateFinished\x12\x41\n\rfinish_reason\x18\x01 \x01(\x0e\x32*.adaptermesh.api.inference.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\x12\x36\n\x07timings\x18\x04 \x01(\x0b\x32%.adaptermesh.api.inference.v1.Timings\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\"\xec\x02\n\x07Timings\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06verify\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03h2d\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cshared_fetch\x18\x08 \x01(\x08\x12\x15\n\rfetched_bytes\x18\t \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.adaptermesh.api.inference.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Y\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rbase_model_id\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf0\x01\n\x10InferenceService\x12k\n\x08Generate\x12-.adaptermesh.api.inference.v1.GenerateRequest\x1a..adaptermesh.api.inference.v1.GenerateResponse0\x01\x12o\n\nListModels\x12/.adaptermesh.api.inference.v1.ListModelsRequest\x1a\x30.adaptermesh.api.inference.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adaptermesh.api.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2868
-  _globals['_FINISHREASON']._serialized_end=2963
+  _globals['_FINISHREASON']._serialized_start=3095
+  _globals['_FINISHREASON']._serialized_end=3190
   _globals['_GENERATEREQUEST']._serialized_start=153
   _globals['_GENERATEREQUEST']._serialized_end=421
   _globals['_CHAT']._serialized_start=423
@@ -44,29 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=538
   _globals['_TOKENIDS']._serialized_end=561
   _globals['_SAMPLINGPARAMS']._serialized_start=564
-  _globals['_SAMPLINGPARAMS']._serialized_end=1036
-  _globals['_GENERATERESPONSE']._serialized_start=1039
-  _globals['_GENERATERESPONSE']._serialized_end=1335
-  _globals['_GENERATESTARTED']._serialized_start=1338
-  _globals['_GENERATESTARTED']._serialized_end=1651
-  _globals['_GENERATEDELTA']._serialized_start=1653
-  _globals['_GENERATEDELTA']._serialized_end=1779
-  _globals['_TOKENLOGPROBS']._serialized_start=1781
-  _globals['_TOKENLOGPROBS']._serialized_end=1886
-  _globals['_TOPLOGPROB']._serialized_start=1888
-  _globals['_TOPLOGPROB']._serialized_end=1935
-  _globals['_CHOICEFINISHED']._serialized_start=1937
-  _globals['_CHOICEFINISHED']._serialized_end=2058
-  _globals['_GENERATEFINISHED']._serialized_start=2061
-  _globals['_GENERATEFINISHED']._serialized_end=2248
-  _globals['_TIMINGS']._serialized_start=2251
-  _globals['_TIMINGS']._serialized_end=2615
-  _globals['_LISTMODELSREQUEST']._serialized_start=2617
-  _globals['_LISTMODELSREQUEST']._serialized_end=2675
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2677
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2775
-  _globals['_MODEL']._serialized_start=2777
-  _globals['_MODEL']._serialized_end=2866
-  _globals['_INFERENCESERVICE']._serialized_start=2966
-  _globals['_INFERENCESERVICE']._serialized_end=3206
+  _globals['_SAMPLINGPARAMS']._serialized_end=1086
+  _globals['_GENERATERESPONSE']._serialized_start=1089
+  _globals['_GENERATERESPONSE']._serialized_end=1458
+  _globals['_GENERATESTARTED']._serialized_start=1461
+  _globals['_GENERATESTARTED']._serialized_end=1774
+  _globals['_GENERATEDELTA']._serialized_start=1776
+  _globals['_GENERATEDELTA']._serialized_end=1902
+  _globals['_PROMPTLOGPROBS']._serialized_start=1904
+  _globals['_PROMPTLOGPROBS']._serialized_end=1983
+  _globals['_TOKENLOGPROBS']._serialized_start=1985
+  _globals['_TOKENLOGPROBS']._serialized_end=2090
+  _globals['_TOPLOGPROB']._serialized_start=2092
+  _globals['_TOPLOGPROB']._serialized_end=2139
+  _globals['_CHOICEFINISHED']._serialized_start=2141
+  _globals['_CHOICEFINISHED']._serialized_end=2262
+  _globals['_GENERATEFINISHED']._serialized_start=2265
+  _globals['_GENERATEFINISHED']._serialized_end=2475
+  _globals['_TIMINGS']._serialized_start=2478
+  _globals['_TIMINGS']._serialized_end=2842
+  _globals['_LISTMODELSREQUEST']._serialized_start=2844
+  _globals['_LISTMODELSREQUEST']._serialized_end=2902
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2904
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3002
+  _globals['_MODEL']._serialized_start=3004
+  _globals['_MODEL']._serialized_end=3093
+  _globals['_INFERENCESERVICE']._serialized_start=3193
+  _globals['_INFERENCESERVICE']._serialized_end=3433
 # @@protoc_insertion_point(module_scope)

@@ -127,6 +127,7 @@ class GenerateResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     CHOICE_FINISHED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerateStarted:
         """The request was admitted."""
@@ -143,6 +144,10 @@ class GenerateResponse(_message.Message):
     def choice_finished(self) -> _inference_pb2.ChoiceFinished:
         """How one of several answers ended."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _inference_pb2.PromptLogprobs:
+        """What the model thought of the prompt's next tokens."""
+
     def __init__(
         self,
         *,
@@ -150,12 +155,13 @@ class GenerateResponse(_message.Message):
         delta: _inference_pb2.GenerateDelta | None = ...,
         finished: _inference_pb2.GenerateFinished | None = ...,
         choice_finished: _inference_pb2.ChoiceFinished | None = ...,
+        prompt_logprobs: _inference_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "choice_finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "choice_finished", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -315,6 +321,7 @@ class Load(_message.Message):
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     KV_USED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     """Requests in the batch."""
     waiting_requests: _builtins.int
@@ -325,6 +332,10 @@ class Load(_message.Message):
     """KV cache in use, in tokens."""
     kv_total_tokens: _builtins.int
     """KV cache in all, in tokens."""
+    @_builtins.property
+    def budgets(self) -> Global___Budgets:
+        """What its memory and disk hold. Absent from a worker that does not tell."""
+
     def __init__(
         self,
         *,
@@ -333,14 +344,69 @@ class Load(_message.Message):
         waiting_tokens: _builtins.int = ...,
         kv_used_tokens: _builtins.int = ...,
         kv_total_tokens: _builtins.int = ...,
+        budgets: Global___Budgets | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_total_tokens", b"kv_total_tokens", "kv_used_tokens", b"kv_used_tokens", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "kv_total_tokens", b"kv_total_tokens", "kv_used_tokens", b"kv_used_tokens", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Budgets(_message.Message):
+    """What a worker's memory and disk hold, beside what they may hold. All of it is for adapters, but the KV cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_USED_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_USED_SLOTS_FIELD_NUMBER: _builtins.int
+    HOST_USED_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_USED_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    KV_USED_BYTES_FIELD_NUMBER: _builtins.int
+    KV_CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    device_used_bytes: _builtins.int
+    """Bytes on the device; they follow the adapters' true ranks. The bound is the number of slots, not of bytes."""
+    device_used_slots: _builtins.int
+    """Device slots that are taken, [0, WorkerInfo.device_slots]."""
+    host_used_bytes: _builtins.int
+    """Bytes in host memory, those that are reserved for arriving adapters included."""
+    host_budget_bytes: _builtins.int
+    """Bytes that host memory may hold."""
+    disk_used_bytes: _builtins.int
+    """Bytes in the disk cache."""
+    disk_budget_bytes: _builtins.int
+    """Bytes that the disk cache may hold. Zero means that nothing is kept there."""
+    kv_used_bytes: _builtins.int
+    """Bytes of the KV cache that running requests hold."""
+    kv_cached_bytes: _builtins.int
+    """Bytes of the KV cache that nobody holds and that serve prompts which begin alike, until room is short."""
+    kv_total_bytes: _builtins.int
+    """Bytes of the KV cache in all."""
+    def __init__(
+        self,
+        *,
+        device_used_bytes: _builtins.int = ...,
+        device_used_slots: _builtins.int = ...,
+        host_used_bytes: _builtins.int = ...,
+        host_budget_bytes: _builtins.int = ...,
+        disk_used_bytes: _builtins.int = ...,
+        disk_budget_bytes: _builtins.int = ...,
+        kv_used_bytes: _builtins.int = ...,
+        kv_cached_bytes: _builtins.int = ...,
+        kv_total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_used_bytes", b"device_used_bytes", "device_used_slots", b"device_used_slots", "disk_budget_bytes", b"disk_budget_bytes", "disk_used_bytes", b"disk_used_bytes", "host_budget_bytes", b"host_budget_bytes", "host_used_bytes", b"host_used_bytes", "kv_cached_bytes", b"kv_cached_bytes", "kv_total_bytes", b"kv_total_bytes", "kv_used_bytes", b"kv_used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Budgets: _TypeAlias = Budgets  # noqa: Y015
 
 @_typing.final
 class Residency(_message.Message):
@@ -358,7 +424,7 @@ class Residency(_message.Message):
     tier: _adapter_pb2.Tier.ValueType
     """The highest tier that holds all of it. TIER_STORE means that the worker no longer has it."""
     pinned: _builtins.bool
-    """Kept from eviction."""
+    """Kept from eviction from the tier in which it was pinned."""
     requests: _builtins.int
     """Requests that use it now."""
     size_bytes: _builtins.int
@@ -394,7 +460,9 @@ class LoadAdapterRequest(_message.Message):
     tier: _adapter_pb2.Tier.ValueType
     """TIER_DISK, TIER_HOST or TIER_DEVICE. Unspecified means TIER_DEVICE."""
     pin: _builtins.bool
-    """Keep it there until it is evicted by name."""
+    """Keep it in that tier, or nearer, until it is unpinned or evicted by name. A version that is pinned already stays
+    pinned in the nearer of both tiers, and without `pin` in its own.
+    """
     def __init__(
         self,
         *,
@@ -433,6 +501,52 @@ class LoadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterRequest(_message.Message):
+    """Asks to pin a version no longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The version's digest."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterRequest: _TypeAlias = UnpinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterResponse(_message.Message):
+    """The version is not pinned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDENCY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def residency(self) -> Global___Residency:
+        """Where it is now. TIER_STORE if the worker has nothing of it."""
+
+    def __init__(
+        self,
+        *,
+        residency: Global___Residency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["residency", b"residency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["residency", b"residency"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
 
 @_typing.final
 class EvictAdapterRequest(_message.Message):

@@ -50,6 +50,11 @@ class WorkerServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/adaptermesh.api.worker.v1.WorkerService/UnpinAdapter',
+                request_serializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
         self.EvictAdapter = channel.unary_unary(
                 '/adaptermesh.api.worker.v1.WorkerService/EvictAdapter',
                 request_serializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.EvictAdapterRequest.SerializeToString,
@@ -85,8 +90,16 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UnpinAdapter(self, request, context):
+        """Lets a pinned version go like any other. Nothing happens if it is not pinned, or not here. INVALID_ARGUMENT: not
+        a digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EvictAdapter(self, request, context):
-        """Drops a version from device, host and disk. FAILED_PRECONDITION: requests are using it.
+        """Drops a version from device, host and disk, pinned or not. FAILED_PRECONDITION: requests are using it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +122,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.LoadAdapterRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.UnpinAdapterResponse.SerializeToString,
             ),
             'EvictAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.EvictAdapter,
@@ -198,6 +216,33 @@ class WorkerService:
             '/adaptermesh.api.worker.v1.WorkerService/LoadAdapter',
             adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.LoadAdapterRequest.SerializeToString,
             adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.worker.v1.WorkerService/UnpinAdapter',
+            adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.UnpinAdapterRequest.SerializeToString,
+            adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2.UnpinAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

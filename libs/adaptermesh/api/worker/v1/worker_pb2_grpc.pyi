@@ -44,8 +44,12 @@ class WorkerServiceStub:
     """Brings a version to a tier ahead of its first request; returns when it is there. NOT_FOUND: unknown digest.
     RESOURCE_EXHAUSTED: every slot is in use.
     """
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnpinAdapterRequest, _worker_pb2.UnpinAdapterResponse]
+    """Lets a pinned version go like any other. Nothing happens if it is not pinned, or not here. INVALID_ARGUMENT: not
+    a digest.
+    """
     EvictAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.EvictAdapterRequest, _worker_pb2.EvictAdapterResponse]
-    """Drops a version from device, host and disk. FAILED_PRECONDITION: requests are using it."""
+    """Drops a version from device, host and disk, pinned or not. FAILED_PRECONDITION: requests are using it."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -63,8 +67,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Brings a version to a tier ahead of its first request; returns when it is there. NOT_FOUND: unknown digest.
     RESOURCE_EXHAUSTED: every slot is in use.
     """
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnpinAdapterRequest, _worker_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """Lets a pinned version go like any other. Nothing happens if it is not pinned, or not here. INVALID_ARGUMENT: not
+    a digest.
+    """
     EvictAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.EvictAdapterRequest, _worker_pb2.EvictAdapterResponse]  # type: ignore[assignment]
-    """Drops a version from device, host and disk. FAILED_PRECONDITION: requests are using it."""
+    """Drops a version from device, host and disk, pinned or not. FAILED_PRECONDITION: requests are using it."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Data and control of one worker."""
@@ -99,11 +107,21 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _worker_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.UnpinAdapterResponse, _abc.Awaitable[_worker_pb2.UnpinAdapterResponse]]:
+        """Lets a pinned version go like any other. Nothing happens if it is not pinned, or not here. INVALID_ARGUMENT: not
+        a digest.
+        """
+
+    @_abc_1.abstractmethod
     def EvictAdapter(
         self,
         request: _worker_pb2.EvictAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.EvictAdapterResponse, _abc.Awaitable[_worker_pb2.EvictAdapterResponse]]:
-        """Drops a version from device, host and disk. FAILED_PRECONDITION: requests are using it."""
+        """Drops a version from device, host and disk, pinned or not. FAILED_PRECONDITION: requests are using it."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

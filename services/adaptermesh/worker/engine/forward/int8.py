@@ -1,11 +1,15 @@
 """Matrix products with the base's weights in 8 bits: a quarter of the bytes, and integer units are faster."""
 
+import platform
+
 import torch
 
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.native.build import cpu_features
 
 _LARGEST = 127
+_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 _TINY = 1e-12
 """Keeps the scale of a token of zeros from being zero."""
 
@@ -49,6 +53,15 @@ class Int8Linear:
         return y if self._bias is None else y.add_(self._bias)
 
 
+def int8_is_exact() -> bool:
+    """Whether sums of products of bytes are exact here.
+
+    An x86 CPU without VNNI adds pairs of products in 16 bits, which overflow at a fixed bound: oneDNN's
+    results are then wrong wherever weights and inputs are large.
+    """
+    return platform.machine() != "x86_64" or not _VNNI.isdisjoint(cpu_features())
+
+
 def check_int8(base: Base, *, lean: bool) -> None:
     """Raises MeshError INVALID_ARGUMENT (INVALID_FIELD) unless this base can be computed in int8 here."""
     if base.device.type != "cpu" or base.dtype != torch.float32:
@@ -57,6 +70,8 @@ def check_int8(base: Base, *, lean: bool) -> None:
         problem = f"needs the lean forward, which {base.facts.architecture} does not take"
     elif not torch.backends.mkldnn.is_available():
         problem = "needs a torch that was built with oneDNN"
+    elif not int8_is_exact():
+        problem = "needs a CPU with VNNI"
     else:
         return
     raise invalid_field("quantization", f"int8 {problem}")

@@ -22,7 +22,7 @@ class PackedLinear:
         self.weight = weight
         self.bias = bias
         self._packed: torch.Tensor | None = None
-        if pack and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if pack and _can_pack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_FOR)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +31,17 @@ class PackedLinear:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
             return y
         return linear(x, self.weight, self.bias)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # The library knows the types of 16 bits on CPUs that do.
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
 
 
 Linear = PackedLinear | Int8Linear

@@ -17,7 +17,12 @@ from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.slots import AdapterPlan
 
-LEAN_ARCHITECTURES = frozenset({"LlamaForCausalLM"})
+_LEAN_ARCHITECTURES = frozenset({"LlamaForCausalLM"})
+
+
+def is_lean(base: Base) -> bool:
+    """Whether this path computes the base."""
+    return base.facts.architecture in _LEAN_ARCHITECTURES and base.model.config.hidden_act == "silu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,6 @@ class LlamaForward:
 
     def __init__(self, base: Base, linears: LinearKind) -> None:
         config = base.model.config
-        if config.hidden_act != "silu":
-            raise ValueError(f"the lean path computes silu, the model wants {config.hidden_act}")
         decoder = base.model.model
         self._layers = [_read_layer(layer, linears) for layer in decoder.layers]
         self._embeddings = decoder.embed_tokens.weight

@@ -44,9 +44,8 @@ class PlainForward:
 
     resumable = False
 
-    def __init__(self, base: Base, max_context_tokens: int) -> None:
+    def __init__(self, base: Base) -> None:
         self._base = base
-        _check_rotation(base, max_context_tokens)
         self._model = base.model
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._step = _Step()
@@ -140,22 +139,6 @@ def _site_hook(step: _Step, sites: Sequence[Site], layer: int) -> Any:
         return output
 
     return hook
-
-
-def _check_rotation(base: Base, max_context_tokens: int) -> None:
-    """Refuses rotations that follow the longest row of a batch: rows would change each other's answers."""
-    config = base.model.config.get_text_config()
-    longest = min(max_context_tokens, base.max_context_tokens)
-    rope = getattr(config, "rope_parameters", None) or {}
-    # One set of parameters, or one for each type of layer.
-    for parameters in [part for part in rope.values() if isinstance(part, dict)] or [rope]:
-        kind = parameters.get("rope_type", "default")
-        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        if (kind == "longrope" or "dynamic" in kind) and longest > limit:
-            raise _unsupported(
-                base.facts.model_id,
-                f"turns positions another way ({kind}) past {limit} tokens: set max_context_tokens to that",
-            )
 
 
 def _unsupported(name: str, problem: str) -> MeshError:

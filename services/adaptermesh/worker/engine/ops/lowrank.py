@@ -6,7 +6,8 @@ touches, so memory follows the true rank and a switch is a change of row numbers
     A: [layers, rows, in]      B: [layers, rows, out] (transposed, so that a rank row is contiguous)
 
 Short segments (decodes) that follow one another are computed together. On a CPU each token meets its own rows
-only, read where they lie (`lowrank_gather`). Elsewhere: one product with all rows between the first and the
+only, read where they lie (`lowrank_gather`). On CUDA so do kernels, for prefills too (`lowrank_spans`).
+Elsewhere: one product with all rows between the first and the
 last one in use, a mask that keeps each token's own rows, a second product that adds to y. Long segments
 (prefills) take their own rows only. Source of the formula: LoRA (arXiv:2106.09685); of the grouping:
 Punica (arXiv:2310.18547), section 4.
@@ -19,10 +20,12 @@ import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.artifact.sites import Site
-from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.worker.engine.arrivals import too_large
 from adaptermesh.worker.engine.ops.lowrank_gather import GatheredProduct, TokenRows, can_gather
-from adaptermesh.worker.engine.ops.op import Segment, SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.lowrank_spans import CapturedSpans, Rows, plan_spans, span_product
+from adaptermesh.worker.engine.ops.op import CapturedOp, Segment, SitePlan, StepTokens, TensorReader
 from adaptermesh.worker.engine.ranges import RangeAllocator
+from adaptermesh.worker.engine.upload import to_device
 
 SHORT_TOKENS = 16
 """A segment up to this long is computed together with its neighbours."""
@@ -53,14 +56,19 @@ class RowViews:
 class SiteArena:
     """The rank rows of all adapters at one site."""
 
-    def __init__(self, site: Site, layers: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, site: Site, layers: int, dtype: torch.dtype, device: torch.device, *, isolated: bool = False
+    ) -> None:
+        """`isolated`: no product of a token reads another adapter's rows, whatever they hold."""
         self.site = site
         self.layers = layers
+        self._checked = dtype in _NARROW and not isolated
         self._rows = RangeAllocator()
         self._a = torch.zeros((layers, 0, site.in_features), dtype=dtype, device=device)
         self._b = torch.zeros((layers, 0, site.out_features), dtype=dtype, device=device)
         # One scale for each row, kept apart from B so that a request's weights stay exact.
-        self._scale = torch.zeros((layers, 0), dtype=dtype, device=device)
+        # In float32 in any case: rounded to bfloat16 it would be off by up to 0.4 %.
+        self._scale = torch.zeros((layers, 0), dtype=torch.float32, device=device)
         self._views: dict[tuple[int, int], RowViews] = {}
         self.spans: dict[int, Span] = {}
 
@@ -68,7 +76,12 @@ class SiteArena:
 
     @property
     def size_bytes(self) -> int:
-        return (self._a.numel() + self._b.numel() + self._scale.numel()) * self._a.element_size()
+        return self._a.nbytes + self._b.nbytes + self._scale.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Rank rows; it never shrinks."""
+        return self._rows.capacity
 
     def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
         """Takes the rows of one adapter's modules of this site, at most one a layer."""
@@ -76,19 +89,21 @@ class SiteArena:
         start = self._take(rank)
         scales = {module.scale for module in modules}
         self.spans[slot] = Span(start, start + rank, scales.pop() if len(scales) == 1 else None)
+        by_row = torch.zeros((self.layers, rank), dtype=torch.float32)
+        for module in modules:
+            by_row[module.layer, : module.rank] = module.scale
+        self._scale[:, start : start + rank] = to_device(by_row, self._scale.device)
 
     def load_layer(self, slot: int, layer: int, module: ModuleOp | None, read: TensorReader) -> None:
         """Fills the rows of one layer; with zeros where no module is."""
         start, end = self.spans[slot].start, self.spans[slot].end
         used = start if module is None else start + module.rank
         if module is not None:
-            _copy(self._a[layer, start:used], read(module.tensors["A"]))
-            _copy(self._b[layer, start:used], read(module.tensors["B"]).T)
-            self._scale[layer, start:used] = module.scale
+            self._copy(self._a[layer, start:used], read(module.tensors["A"]))
+            self._copy(self._b[layer, start:used], read(module.tensors["B"]).T)
         if used < end:
             self._a[layer, used:end] = 0.0
             self._b[layer, used:end] = 0.0
-            self._scale[layer, used:end] = 0.0
 
     def unload(self, slot: int) -> None:
         span = self.spans.pop(slot, None)
@@ -114,6 +129,11 @@ class SiteArena:
         """The whole arena."""
         return self.views(0, self._rows.capacity)
 
+    def rows_of(self, slot: int) -> Rows | None:
+        """The rank rows of a slot here."""
+        span = self.spans.get(slot)
+        return None if span is None else (span.start, span.end)
+
     def _take(self, rank: int) -> int:
         start = self._rows.take(rank)
         while start is None:
@@ -126,22 +146,25 @@ class SiteArena:
     def _grow(self, rows: int) -> None:
         self._views.clear()
         kept = self._rows.capacity
+        # Copies and steps may be under way on streams of their own: this is rare, so all are waited for.
+        _settle(self._a.device)
         self._a = _with_rows(self._a, kept, rows)
         self._b = _with_rows(self._b, kept, rows)
         self._scale = _with_rows(self._scale, kept, rows)
+        _settle(self._a.device)
         self._rows.grow(rows)
 
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+        if self._checked and not bool(torch.isfinite(target).all()):
+            # Zero times infinity in a joint product would spread to other adapters' tokens.
+            target.zero_()
+            raise too_large(target.dtype)
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source, non_blocking=True)
-    if target.dtype in _NARROW and not bool(torch.isfinite(target).all()):
-        # Zero times infinity in a joint product would spread to other adapters' tokens.
-        target.zero_()
-        raise MeshError(
-            Code.FAILED_PRECONDITION,
-            Reason.ADAPTER_UNSUPPORTED,
-            f"a weight is too large for {target.dtype}",
-        )
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _with_rows(old: torch.Tensor, kept: int, rows: int) -> torch.Tensor:
@@ -154,7 +177,15 @@ class LowRank:
     """The low-rank ops of all slots."""
 
     def __init__(self, sites: Iterable[Site], layers: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._arenas = {site.name: SiteArena(site, layers, dtype, device) for site in sites}
+        self._device = device
+        self._layers = layers
+        self._product = span_product(dtype, device)
+        isolated = self._product is not None
+        self._arenas = {
+            site.name: SiteArena(site, layers, dtype, device, isolated=isolated) for site in sites
+        }
+        self._ranks: dict[int, int] = {}
+        self._changes = 0
 
     def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
         by_site: dict[str, list[ModuleOp]] = {}
@@ -162,6 +193,8 @@ class LowRank:
             by_site.setdefault(module.site, []).append(module)
         for name, found in by_site.items():
             self._arenas[name].reserve(slot, found)
+        self._ranks[slot] = max((module.rank for module in modules), default=0)
+        self._changes += 1
 
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
         by_site = {module.site: module for module in modules}
@@ -169,12 +202,29 @@ class LowRank:
             if slot in arena.spans:
                 arena.load_layer(slot, layer, by_site.get(name), read)
 
+    @property
+    def layout(self) -> int:
+        return sum(arena.capacity for arena in self._arenas.values())
+
+    def rank_of(self, slots: Sequence[int]) -> int:
+        return max((self._ranks.get(slot, 0) for slot in slots), default=0)
+
+    def capture(self, rows: int, rank: int) -> CapturedOp | None:
+        if self._product is None:
+            return None
+        arenas = {name: arena for name, arena in self._arenas.items() if arena.capacity}
+        return CapturedSpans(arenas, rows, rank, self._product, self._device, lambda: self._changes)
+
     def unload(self, slot: int) -> None:
+        self._ranks.pop(slot, None)
+        self._changes += 1
         for arena in self._arenas.values():
             arena.unload(slot)
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:
         active = tokens.active_slots
+        if self._product is not None:
+            return plan_spans(self._arenas, tokens, self._product, self._device)
         masks, token_rows = _Masks(), _TokenRowsOfStep()
         plans: dict[str, SitePlan] = {}
         for name, arena in self._arenas.items():

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
 
 TensorReader = Callable[[str], torch.Tensor]
-"""Gives a canonical tensor by its name, in host memory."""
+"""Gives a canonical tensor by its name, in host memory or on its way to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +65,34 @@ class Op(Protocol):
     @property
     def size_bytes(self) -> int:
         """Bytes on the device."""
+        ...
+
+
+class CapturedOp(Protocol):
+    """An op's part of steps of one token a row, over buffers that stay where they are."""
+
+    def plan(self, rows: int) -> Mapping[str, SitePlan]:
+        """What the first `rows` rows do, by site, whatever the buffers hold when it is applied."""
+        ...
+
+    def fill(self, slots: Sequence[int], rows: int) -> None:
+        """Writes a step: the slot of each of its rows, -1 for the base; none for the rows up to `rows`."""
+        ...
+
+
+@runtime_checkable
+class CapturableOp(Op, Protocol):
+    """An op that can be part of a recorded step."""
+
+    @property
+    def layout(self) -> int:
+        """Differs after what makes an earlier capture wrong: memory that moved, a site's first adapter."""
+        ...
+
+    def rank_of(self, slots: Sequence[int]) -> int:
+        """The largest rank of some slots, at any site."""
+        ...
+
+    def capture(self, rows: int, rank: int) -> CapturedOp | None:
+        """Buffers for that many rows of at most that rank; None if this op can't be recorded here."""
         ...

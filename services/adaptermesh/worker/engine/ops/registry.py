@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.lowrank import LowRank
+from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
 
@@ -13,8 +15,12 @@ OP_KINDS = frozenset({"lowrank"})
 """The kinds that an adapter may consist of to be served here."""
 
 
-def fast_ops(sites: SiteMap, dtype: torch.dtype, device: torch.device) -> Mapping[str, Op]:
-    """The ops that serve, by the kind's name in a manifest."""
+def fast_ops(
+    sites: SiteMap, dtype: torch.dtype, device: torch.device, kernels: Kernels | None
+) -> Mapping[str, Op]:
+    """The ops that serve, by the kind's name in a manifest. `kernels`: of a CPU that computes float32."""
+    if kernels is not None:
+        return {"lowrank": NativeLowRank(sites, kernels)}
     return {"lowrank": LowRank(sites.sites, sites.num_layers, dtype, device)}
 
 

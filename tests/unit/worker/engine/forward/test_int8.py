@@ -8,9 +8,14 @@ import torch
 from torch.nn.functional import linear
 
 from adaptermesh.core.errors import Code, MeshError
-from adaptermesh.worker.engine.forward.int8 import Int8Linear
+from adaptermesh.worker.engine.forward import int8
+from adaptermesh.worker.engine.forward.int8 import Int8Linear, int8_is_exact
 
 Prompts = Callable[[int, int], list[list[int]]]
+
+needs_vnni = pytest.mark.skipif(
+    not int8_is_exact(), reason="needs a CPU whose sums of byte products are exact (VNNI)"
+)
 
 
 def plain_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -21,6 +26,7 @@ def plain_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (product * rows.double() * outs.double().T).float()
 
 
+@needs_vnni
 @pytest.mark.parametrize("tokens", [1, 2, 16, 49, 130])
 @pytest.mark.parametrize("shape", [(8, 16), (96, 33), (64, 128)])
 def test_a_product_equals_the_plain_formula(tokens: int, shape: tuple[int, int]) -> None:
@@ -58,6 +64,7 @@ def test_tokens_and_outputs_of_zeros_give_zeros() -> None:
     assert not bool(found[:, 5].any())
 
 
+@needs_vnni
 def test_mixed_rows_give_the_tokens_that_they_give_alone(lab: Any, make_bench: Any, prompts: Prompts) -> None:
     adapters = [lab.adapter(1, 4), None, lab.adapter(2, 8), lab.adapter(1, 4), None]
     inputs = prompts(len(adapters), 5)
@@ -72,6 +79,7 @@ def test_mixed_rows_give_the_tokens_that_they_give_alone(lab: Any, make_bench: A
     bench.assert_empty()
 
 
+@needs_vnni
 def test_the_exact_matrices_are_not_kept(make_bench: Any) -> None:
     bench = make_bench(quantization="int8")
     kept = [name for name, weight in bench.base.model.named_parameters() if weight.numel() and "proj" in name]
@@ -84,6 +92,12 @@ def test_int8_is_refused_where_it_would_not_be_used(make_bench: Any, settings: d
         make_bench(quantization="int8", **settings)
     assert raised.value.code is Code.INVALID_ARGUMENT
     assert raised.value.metadata["field"] == "quantization"
+
+
+def test_int8_is_refused_where_its_sums_overflow(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "int8_is_exact", lambda: False)
+    with pytest.raises(MeshError, match="quantization: int8 needs a CPU with VNNI"):
+        make_bench(quantization="int8")
 
 
 def test_an_unknown_quantization_is_refused(make_bench: Any) -> None:

@@ -12,18 +12,12 @@ from adaptermesh.artifact.sites import Site
 from adaptermesh.worker.engine.ops import lowrank
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
-from adaptermesh.worker.engine.ops.op import Op, Segment, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from tests.unit.worker.engine.ops.loading import load
 
 CPU = torch.device("cpu")
 SITES = (Site("q", "l.{layer}.q", 16, 24), Site("down", "l.{layer}.d", 40, 16))
 LAYERS = 2
-
-
-def load(op: Op, slot: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
-    """All layers."""
-    op.reserve(slot, modules)
-    for layer in range(LAYERS):
-        op.load_layer(slot, layer, [module for module in modules if module.layer == layer], read)
 
 
 class Pair:
@@ -47,7 +41,7 @@ class Pair:
             tensors[b] = torch.randn(site.out_features, rank, generator=generator)
             found.append(ModuleOp(name, layer, "lowrank", rank, scale, {"A": a, "B": b}))
         for op in (self.fast, self.plain):
-            load(op, slot, found, tensors.__getitem__)
+            load(op, slot, found, tensors.__getitem__, LAYERS)
 
     def unload(self, slot: int) -> None:
         self.fast.unload(slot)
@@ -188,4 +182,4 @@ def test_a_weight_too_large_for_the_device_is_refused() -> None:
     op = LowRank(SITES, LAYERS, torch.float16, CPU)
     tensors = {"A": torch.full((2, 16), 1e6), "B": torch.ones(24, 2)}
     with pytest.raises(Exception, match="too large"):
-        load(op, 0, [ModuleOp("q", 0, "lowrank", 2, 1.0, {"A": "A", "B": "B"})], tensors.__getitem__)
+        load(op, 0, [ModuleOp("q", 0, "lowrank", 2, 1.0, {"A": "A", "B": "B"})], tensors.__getitem__, LAYERS)

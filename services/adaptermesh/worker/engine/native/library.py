@@ -1,0 +1,155 @@
+"""The kernels' interface: the structures of decoder.cpp and its functions, through ctypes."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from adaptermesh.worker.engine.native.build import NoKernels, find_library
+
+SITES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The sites in the order of the kernels' arrays."""
+
+FLOAT32, BFLOAT16 = 0, 1
+"""How a matrix may be stored; it is computed in float32 in either case."""
+
+
+class Matrix(Structure):
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("kind", c_int32),
+        ("inputs", c_int32),
+        ("panel_count", c_int32),
+    )
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("norm_in", c_void_p),
+        ("norm_mid", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("cache", c_void_p),
+        *((site, Matrix) for site in SITES),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        ("layers", POINTER(Layer)),
+        ("norm_out", c_void_p),
+        ("head", Matrix),
+        ("layer_count", c_int32),
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("dim", c_int32),
+        ("inner", c_int32),
+        ("vocabulary", c_int32),
+        ("block", c_int32),
+        ("sites", c_int32 * len(SITES)),
+        ("window", c_int32),
+        ("epsilon", c_float),
+        ("scaling", c_float),
+    )
+
+
+class Adapters(Structure):
+    _fields_ = (
+        ("tables", c_void_p),
+        ("inner", c_void_p),
+        ("max_rank", c_int32),
+        ("used", c_int32),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("hidden", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("spans", c_void_p),
+        ("tables", c_void_p),
+        ("outputs", c_void_p),
+        ("logits", c_void_p),
+        ("scratch", c_void_p),
+        ("adapters", Adapters),
+        ("tokens", c_int32),
+        ("span_count", c_int32),
+        ("output_count", c_int32),
+        ("first_layer", c_int32),
+        ("last_layer", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class Kernels:
+    """The loaded library. Its calls let other Python threads run."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.adaptermesh_scratch_floats.restype = c_int64
+        self._library.adaptermesh_scratch_floats.argtypes = (POINTER(Model), c_int64)
+        self._library.adaptermesh_pack.restype = None
+        self._library.adaptermesh_pack.argtypes = (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32)
+        self._library.adaptermesh_run.restype = None
+        self._library.adaptermesh_run.argtypes = (POINTER(Model), POINTER(Step))
+        self._library.adaptermesh_pack_b.restype = None
+        self._library.adaptermesh_pack_b.argtypes = (c_void_p, c_int32, c_int32, c_void_p)
+        self._library.adaptermesh_add_lowrank.restype = None
+        self._library.adaptermesh_add_lowrank.argtypes = (
+            *(POINTER(Adapters), c_int32),
+            *(c_void_p, c_int32, c_int64),
+            *(c_void_p, c_int32, c_int64),
+            *(c_int32, c_int32),
+        )
+        self.panel = int(self._library.adaptermesh_panel())
+
+    def panels(self, outputs: int) -> int:
+        return -(-outputs // self.panel)
+
+    def pack(self, weight: torch.Tensor, kind: int, to: torch.Tensor) -> None:
+        """weight: [out, in] float32. to: [panels, in, panel] float32 or bfloat16, as `kind` says."""
+        outputs, inputs = weight.shape
+        weight = weight.contiguous()
+        threads = torch.get_num_threads()
+        self._library.adaptermesh_pack(weight.data_ptr(), outputs, inputs, kind, to.data_ptr(), threads)
+
+    def scratch_floats(self, model: Model, tokens: int) -> int:
+        """Floats of scratch memory that a step needs."""
+        return int(self._library.adaptermesh_scratch_floats(model, tokens))
+
+    def run(self, model: Model, step: Step) -> None:
+        """Runs layers [first_layer, last_layer) of a step, and the head after the last one."""
+        self._library.adaptermesh_run(model, step)
+
+    def pack_b(self, b: torch.Tensor, to: torch.Tensor) -> None:
+        """b: [out, rank]. to: [panels, rank, panel] float32, flat, with whatever room is left behind it."""
+        outputs, rank = b.shape
+        b = b.float().contiguous()
+        self._library.adaptermesh_pack_b(b.data_ptr(), outputs, rank, to.data_ptr())
+
+    def add_lowrank(self, adapters: Adapters, index: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds s B (A x) to y for each token. x: [tokens, in]; y: [tokens, out]. The columns lie together.
+
+        `index` is that of the site and layer in the adapters' tables.
+        """
+        if x.stride(1) != 1 or y.stride(1) != 1:
+            raise ValueError("the columns of x and y must lie together")
+        tokens, outputs = y.shape
+        x_part = (x.data_ptr(), x.shape[1], x.stride(0))
+        y_part = (y.data_ptr(), outputs, y.stride(0))
+        self._library.adaptermesh_add_lowrank(
+            adapters, index, *x_part, *y_part, tokens, torch.get_num_threads()
+        )
+
+
+def load_kernels(folder: Path) -> Kernels:
+    """Loads the kernels for this machine, building them into the folder if need be; raises NoKernels."""
+    path = find_library(folder)
+    try:
+        return Kernels(path)
+    except OSError as error:
+        raise NoKernels(f"{path} can't be loaded: {error}") from error
