@@ -13,18 +13,19 @@ from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.paged_attention import plain_paged, plan_paged, tile_tokens
 from tests.gpu.waiting import no_waiting
+from tests.unit.worker.engine.ops.loading import load
 
 CUDA = torch.device("cuda")
 SITE = Site("gate", "l.{layer}.gate", 4096, 14336)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def load(op: LowRank | PlainLowRank, slot: int, rank: int, dtype: torch.dtype) -> None:
+def load_gate(op: LowRank | PlainLowRank, slot: int, rank: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(slot)
     a = (torch.randn(rank, SITE.in_features, generator=generator) * SITE.in_features**-0.5).to(dtype)
     b = (torch.randn(SITE.out_features, rank, generator=generator) * rank**-0.5).to(dtype)
     module = ModuleOp("gate", 0, "lowrank", rank, 1.5, {"A": "A", "B": "B"})
-    op.load(slot, [module], {"A": a, "B": b}.__getitem__)
+    load(op, slot, [module], {"A": a, "B": b}.__getitem__, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,8 +34,8 @@ def test_mixed_ranks_equal_the_plain_twin(dtype: torch.dtype) -> None:
     assert fast._product is not None
     ranks = [1, 4, 8, 16, 63, 64, 256, 16]
     for slot, rank in enumerate(ranks):
-        load(fast, slot, rank, dtype)
-        load(plain, slot, rank, dtype)
+        load_gate(fast, slot, rank, dtype)
+        load_gate(plain, slot, rank, dtype)
     segments, start = [], 0
     for slot, count in [(-1, 2), *((slot, 1) for slot in range(8)), (0, 3), (6, 40), (-1, 5), (3, 500)]:
         segments.append(Segment(slot, start, start + count))
@@ -53,7 +54,7 @@ def test_mixed_ranks_equal_the_plain_twin(dtype: torch.dtype) -> None:
 
 def test_a_plan_and_its_products_wait_for_nothing() -> None:
     op = LowRank((SITE,), 1, torch.bfloat16, CUDA)
-    load(op, 0, 16, torch.bfloat16)
+    load_gate(op, 0, 16, torch.bfloat16)
     x = torch.randn(33, SITE.in_features, device=CUDA).bfloat16()
     y = torch.zeros(33, SITE.out_features, device=CUDA).bfloat16()
     tokens = StepTokens((Segment(0, 0, 1), Segment(-1, 1, 2), Segment(0, 2, 33)))

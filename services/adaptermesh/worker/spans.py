@@ -51,6 +51,7 @@ class RequestSpans:
         if not _traced(served):
             return
         timeline = outcome.timeline
+        overlap_ms = timeline.overlapped_ns / 1e6
         self._admit(served, timeline)
         self._span(
             served,
@@ -67,7 +68,11 @@ class RequestSpans:
             "engine.prefill",
             timeline.scheduled_ns,
             timeline.first_token_ns,
-            {**_adapter(served), **_input_usage(outcome)},
+            {
+                **_adapter(served),
+                **_input_usage(outcome),
+                **({"adaptermesh.switch.overlap_ms": overlap_ms} if overlap_ms else {}),
+            },
         )
         self._span(
             served,

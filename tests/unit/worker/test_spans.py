@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -93,6 +94,24 @@ def test_the_admission_says_what_the_switch_cost() -> None:
     assert (call["gen_ai.usage.input_tokens"], call["gen_ai.usage.cache_read.input_tokens"]) == (5, 4)
     assert decode["gen_ai.usage.output_tokens"] == 9
     assert decode["gen_ai.response.finish_reasons"] == ("length",)
+
+
+def test_a_prefill_that_began_while_the_adapter_arrived_says_so() -> None:
+    early = replace(
+        COLD, scheduled_ns=12 * MS, h2d_start_ns=12 * MS, h2d_end_ns=16 * MS, overlapped_ns=3 * MS
+    )
+    spans, _ = record(early)
+    for span in spans.values():
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert span.start_time <= span.end_time
+    prefill, admit = spans["engine.prefill"], spans["worker.admit"]
+    assert (prefill.start_time, prefill.end_time) == (12 * MS, 30 * MS)
+    assert prefill.attributes is not None
+    assert prefill.attributes["adaptermesh.switch.overlap_ms"] == 3.0
+    assert admit.attributes is not None
+    assert admit.attributes["adaptermesh.switch.queue_ms"] == 2.0
+    assert admit.attributes["adaptermesh.switch.fetch_ms"] == 4.0
 
 
 def test_a_shared_fetch_is_linked() -> None:

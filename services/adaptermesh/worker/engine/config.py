@@ -37,6 +37,9 @@ class EngineConfig:
         max_batch_rows: Requests in one step.
         max_context_tokens: Longest prompt and output together; the model's own limit wins when it is smaller.
         step_tokens: Tokens of one step; longer prompts are computed in chunks.
+        early_tokens: Tokens of prompts that may be on their way through the layers while their adapters
+            still arrive from the store; 0: none. Never more than `step_tokens`. Their hidden states are held
+            between steps. No effect where the forward can't stop between layers.
         scored_tokens: Prompt tokens that one step gives log probabilities of; prompts that ask for them are
             computed in chunks of no more. The logits of each take 4 bytes a token of the vocabulary.
         block_tokens: Tokens of one KV block.
@@ -72,6 +75,7 @@ class EngineConfig:
     max_batch_rows: int = 32
     max_context_tokens: int = 2048
     step_tokens: int = 512
+    early_tokens: int = 512
     scored_tokens: int = 256
     block_tokens: int = 16
     kv_tokens: int = 32768
@@ -107,6 +111,8 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")
         self._check_fairness()
+        if self.early_tokens < 0:
+            raise invalid_field("early_tokens", "must not be negative")
         if self.step_tokens < self.max_batch_rows:
             # Each running row decodes in each step: a smaller budget would leave rows behind.
             raise invalid_field("step_tokens", f"{self.step_tokens} is less than max_batch_rows")

@@ -13,6 +13,7 @@ from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.admission import check_request
 from adaptermesh.worker.engine.arrivals import CudaCopies
 from adaptermesh.worker.engine.base import Base
+from adaptermesh.worker.engine.bell import Bell
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
 from adaptermesh.worker.engine.forward.forward import find_kernels
@@ -25,12 +26,14 @@ from adaptermesh.worker.engine.postprocess import Ending, StepResult, take_token
 from adaptermesh.worker.engine.request import Admission, Listener, Request, Timeline
 from adaptermesh.worker.engine.residency import Residency, Staging
 from adaptermesh.worker.engine.runner import Runner
-from adaptermesh.worker.engine.scheduler import Scheduler, StepPlan
+from adaptermesh.worker.engine.scheduler import Scheduler
 from adaptermesh.worker.engine.sequence import Sequence as Row
 from adaptermesh.worker.engine.sequence import SequenceState
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
 from adaptermesh.worker.engine.status import EngineStatus, ResidencyView
+from adaptermesh.worker.engine.step_plan import Advance, StepPlan
+from adaptermesh.worker.engine.step_plan import Row as PlanRow
 from adaptermesh.worker.engine.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class Engine:
         self._base = base
         self._clock = clock
         self._draw_seed = draw_seed
-        self._lock = threading.Condition(threading.RLock())
+        self._lock = Bell()
         self._max_context = min(config.max_context_tokens, base.max_context_tokens)
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
@@ -62,12 +65,12 @@ class Engine:
         copies = None
         if base.device.type == "cuda":
             copies = CudaCopies(base.device, base.dtype, base.sites.num_layers)
-        self._slots = DeviceSlots(config.device_slots, ops, copies)
+        self._slots = DeviceSlots(config.device_slots, base.sites.num_layers, ops, copies)
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
-        self._scheduler = Scheduler(config, self._blocks, self._residency)
         self._runner = Runner(config, base, self._slots, blocks, kernels)
+        self._scheduler = Scheduler(config, self._blocks, self._residency, self._runner.resumable_layers)
         self._rows: dict[str, Row] = {}
         self._deadlines = Deadlines()
         self._pace = Pace()
@@ -208,9 +211,13 @@ class Engine:
             plan = self._stage(plan, unloads, staging)
         if plan.rows:
             self._run(plan)
+        for advance in plan.advances:
+            self._advance(advance)
+        worked = bool(plan.rows or plan.advances)
+        if worked:
             with self._lock:
-                self._pace.note(sum(row.count for row in plan.rows), self._clock.monotonic() - started)
-        if ended or staged or plan.rows:
+                self._pace.note(plan.tokens, self._clock.monotonic() - started)
+        if ended or staged or worked:
             self._on_change()
             return True
         return False
@@ -223,6 +230,7 @@ class Engine:
             with self._lock:
                 if self._stopping:
                     return
+                heard = self._lock.rings
             try:
                 worked = self.step()
             except Exception as error:  # noqa: BLE001 (the top of the thread: no request may be left hanging)
@@ -231,7 +239,7 @@ class Engine:
             if worked:
                 continue
             with self._lock:
-                if not (self._stopping or self._endings):
+                if self._lock.rings == heard and not (self._stopping or self._endings):
                     self._lock.wait(self._deadlines.seconds_left(self._now_ns(), _IDLE_SECONDS))
 
     def _stage(self, plan: StepPlan, unloads: Sequence[int], staging: Sequence[Staging]) -> StepPlan:
@@ -247,24 +255,47 @@ class Engine:
         return plan.without_ended() if failed else plan
 
     def _run(self, plan: StepPlan) -> None:
-        now = self._now_ns()
-        for row in plan.rows:
-            if row.sequence.timeline.scheduled_ns == 0:
-                row.sequence.timeline.scheduled_ns = now
+        self._note_scheduled(plan.rows)
         try:
             result = self._runner.run(plan, self._blocks.take_dirty())
         except Exception as error:  # noqa: BLE001 (the top of the step: one bad batch must not end all others)
-            self._fail_step(plan, error)
+            self._fail_step(plan.rows, error)
             return
         self._failures = 0
-        self._postprocess(plan, result)
-
-    def _postprocess(self, plan: StepPlan, result: StepResult) -> None:
-        """Books what was computed, then hands out what it says of prompts, then the new tokens."""
         sampled = [row.sequence for row in plan.rows if row.samples]
         with self._lock:
-            self._scheduler.book(plan)
+            self._scheduler.book(plan.rows)
             self._residency.note_arrivals()
+        self._hand_out(sampled, result)
+
+    def _advance(self, advance: Advance) -> None:
+        """Computes the layers that have come of an early prefill; the other rows of the step are done."""
+        rows, started_ns = advance.early.rows, self._note_scheduled(advance.early.rows)
+        try:
+            result = self._runner.advance(advance, self._blocks.take_dirty())
+        except Exception as error:  # noqa: BLE001 (as above)
+            self._fail_step(rows, error)
+            return
+        self._failures = 0
+        sampled = [row.sequence for row in rows if row.samples] if advance.finishes else []
+        now = self._now_ns()
+        with self._lock:
+            for row in rows:
+                row.sequence.timeline.note_overlap(started_ns, now)
+            self._scheduler.book_advance(advance)
+            self._residency.note_arrivals()
+        self._hand_out(sampled, result)
+
+    def _note_scheduled(self, rows: Sequence[PlanRow]) -> int:
+        """Notes when the first tokens of these rows begin to be computed; gives the time."""
+        now = self._now_ns()
+        for row in rows:
+            if row.sequence.timeline.scheduled_ns == 0:
+                row.sequence.timeline.scheduled_ns = now
+        return now
+
+    def _hand_out(self, sampled: Sequence[Row], result: StepResult) -> None:
+        """Tells the listeners what the step says of prompts, then the new tokens."""
         for scored in result.scored:
             scored.sequence.listener.on_prompt(scored.logprobs)
         now = self._now_ns()
@@ -280,15 +311,15 @@ class Engine:
         self._release(row)
         row.listener.on_finish(row.outcome(ending.reason))
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+    def _fail_step(self, rows: Sequence[PlanRow], error: Exception) -> None:
         self._failures += 1
-        log.error("a step failed", exc_info=error, extra={"rows": len(plan.rows), "failures": self._failures})
+        log.error("a step failed", exc_info=error, extra={"rows": len(rows), "failures": self._failures})
         reported = (
             error
             if isinstance(error, MeshError)
             else MeshError(Code.INTERNAL, Reason.INTERNAL, f"the step failed: {error}")
         )
-        for row in plan.rows:
+        for row in rows:
             self._end(row.sequence, reported)
 
     def _fail_all(self, error: Exception) -> None:

@@ -41,6 +41,10 @@ class Landings(Protocol):
         """Whoever waits for it fails; without effect if the transfer is not the current one."""
         ...
 
+    def layers_arrived(self, transfer: Transfer) -> None:
+        """More leading layers of the landing are there and verified."""
+        ...
+
     def is_current(self, transfer: Transfer) -> bool:
         """False once it ended or was called off."""
         ...
@@ -59,18 +63,23 @@ class FetchSink:
             if digest_bytes(manifest) != self._transfer.digest:
                 raise corrupt(self._transfer.digest, "the manifest has another digest")
             parsed = Manifest.from_bytes(manifest)
-            self._transfer.landing = self._landings.open_landing(self._transfer, parsed, manifest)
+            landing = self._transfer.landing = self._landings.open_landing(self._transfer, parsed, manifest)
         except MeshError as error:
             self._landings.transfer_failed(self._transfer, error)
             raise
+        if landing.layers_ready:
+            self._landings.layers_arrived(self._transfer)
 
     def write(self, data: bytes) -> None:
         landing = self._begun()
+        before = landing.layers_ready
         try:
             landing.write(data)
         except MeshError as error:
             self._landings.transfer_failed(self._transfer, error)
             raise
+        if landing.layers_ready > before:
+            self._landings.layers_arrived(self._transfer)
         if self._transfer.writer is not None:
             self._transfer.writer.write(data)
 

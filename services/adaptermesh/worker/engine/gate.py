@@ -30,6 +30,28 @@ class Placer(Protocol):
         """One row less uses the adapter's slot."""
         ...
 
+    def arrived(self, digest: str) -> int | None:
+        """The leading layers that are here of an adapter that is not whole yet; None if it is."""
+        ...
+
+    def place_early(self, digest: str) -> int | None:
+        """As `place`, for an adapter whose first layers are here; it takes no slot that others wait for."""
+        ...
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether an adapter that is whole would get a slot."""
+        ...
+
+    @property
+    def empty_slots(self) -> int:
+        """Slots that hold nothing."""
+        ...
+
+    def stage_ahead(self, digest: str) -> None:
+        """Gives an adapter that only lacks a slot an empty one, though no row uses it yet."""
+        ...
+
 
 class AdapterGate:
     """Made anew for each step.
@@ -74,6 +96,18 @@ class AdapterGate:
         self._left.setdefault(digest, 0)
         if digest in self._claims:
             self._claims.remove(digest)
+        return slot
+
+    def place_early(self, digest: str) -> int | None:
+        """A slot for one more row of an adapter that still arrives, if nobody who is ready lacks one."""
+        full = bool(self._limit) and digest not in self._left and len(self._left) >= self._limit
+        if full or self._slots_taken or self._claims:
+            return None
+        slot = self._placer.place_early(digest)
+        if slot is None:
+            self._slots_taken = True
+        else:
+            self._left.setdefault(digest, 0)
         return slot
 
     def _held_back(self, digest: str) -> bool:

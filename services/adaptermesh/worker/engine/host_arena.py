@@ -4,7 +4,9 @@ The canonical form is already ordered by layer and aligned, so the file is the l
 it, and staging copies straight from it. On a CUDA machine the memory is page-locked.
 """
 
+import itertools
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -49,12 +51,18 @@ class HostArena:
 
 
 class Landing:
-    """An adapter that is arriving: bytes in order, each chunk verified in place as soon as it is complete."""
+    """An adapter that is arriving: bytes in order, each chunk verified in place as soon as it is complete.
 
-    def __init__(self, digest: str, manifest: Manifest, data: torch.Tensor) -> None:
+    `layers_ready` counts the leading layers that are there and verified, with all before them; a layer that
+    the adapter leaves alone lacks nothing. What is ready is not written again.
+    """
+
+    def __init__(self, digest: str, manifest: Manifest, data: torch.Tensor, layers: int) -> None:
         self.manifest = manifest
         self.data = data
         self.verify_ns = 0
+        self._layer_ends = _layer_ends(manifest, layers)
+        self.layers_ready = bisect_right(self._layer_ends, 0)
         self._digest = digest
         self._view = memoryview(cast("Buffer", data.numpy()))
         self._position = 0
@@ -101,7 +109,19 @@ class Landing:
             if digest_bytes(self._view[chunk.offset : end]) != chunk.sha256:
                 raise corrupt(self._digest, f"chunk {self._chunk} at byte {chunk.offset} has another digest")
             self._chunk += 1
+            self.layers_ready = bisect_right(self._layer_ends, end)
         self.verify_ns += time.perf_counter_ns() - started
+
+
+def _layer_ends(manifest: Manifest, layers: int) -> list[int]:
+    """Where in the tensor file the tensors of each layer and of all before it end."""
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    ends = [0] * layers
+    for module in manifest.modules:
+        for name in module.tensors.values():
+            end = tensors[name].offset + tensors[name].size
+            ends[module.layer] = max(ends[module.layer], end)
+    return list(itertools.accumulate(ends, max))
 
 
 def corrupt(digest: str, problem: str) -> MeshError:

@@ -53,7 +53,9 @@ class Timeline:
 
     `fetch_*` is the transfer from the store; `verify_ns` is the part of it that went into digests.
     `shared_fetch` says that another request had started it. `cached_tokens` of the prompt came from the
-    prefix cache when the request first joined the batch.
+    prefix cache when the request first joined the batch. `h2d_*` is from the first layer's copy to the last
+    one's. `overlapped_ns` is the time in which layers of the prompt were computed, for good, before the last
+    byte of the adapter had come.
     """
 
     submitted_ns: int = 0
@@ -69,6 +71,12 @@ class Timeline:
     shared_fetch: bool = False
     tier_at_admission: Tier = Tier.NONE
     cached_tokens: int = 0
+    overlapped_ns: int = 0
+
+    def note_overlap(self, start_ns: int, end_ns: int) -> None:
+        """Layers of the prompt were computed; what lies before the end of the fetch overlapped with it."""
+        last_ns = min(end_ns, self.fetch_end_ns) if self.fetch_end_ns else end_ns
+        self.overlapped_ns += max(0, last_ns - start_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,14 @@ from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.arrivals import Arrival
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
+from adaptermesh.worker.engine.entry import Entry
 from adaptermesh.worker.engine.holders import Holder, Holders, OnDone, OnFailed
 from adaptermesh.worker.engine.host_arena import HostCopy
 from adaptermesh.worker.engine.request import Timeline
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
 from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
-from adaptermesh.worker.engine.tiers import Entry, TierTable
+from adaptermesh.worker.engine.tiers import TierTable
 from adaptermesh.worker.engine.transfers import Transfers, no_room
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """A slot to fill. The host copy is held here, whatever becomes of it in the arena."""
+    """A slot to fill up to a layer. The host copy is held here, whatever becomes of it in the arena."""
 
     slot: int
     digest: str
     copy: HostCopy
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """A slot whose last copies are queued: when the first ones were, and when the last ones."""
+
+    digest: str
+    first_ns: int
+    last_ns: int
+    arrival: Arrival
 
 
 class Residency:
@@ -51,6 +63,7 @@ class Residency:
         on_failed: OnFailed,
     ) -> None:
         self._slots = slots
+        self._layers = base.sites.num_layers
         self._clock = clock
         self._lock = lock
         self._table = TierTable(clock, config.device_slots, config.host_bytes, config.disk_bytes)
@@ -60,7 +73,8 @@ class Residency:
         )
         self._staging: list[Staging] = []
         self._unloads: list[int] = []
-        self._arriving: list[tuple[str, int, Arrival]] = []
+        self._copy_starts = [0] * config.device_slots
+        self._arriving: list[_Copying] = []
         self._load_ids = itertools.count()
 
     def close(self, error: MeshError) -> None:
@@ -144,7 +158,39 @@ class Residency:
         return entry is not None and entry.kept is not Tier.DEVICE
 
     def unplace(self, digest: str) -> None:
-        self._table.unuse(digest)
+        slot = self._table.unuse(digest)
+        if slot is not None:
+            self._unloads.append(slot)
+
+    def arrived(self, digest: str) -> int | None:
+        entry = self._table.get(digest)
+        if entry is None:
+            return 0
+        return None if entry.is_whole else entry.arrived
+
+    def place_early(self, digest: str) -> int | None:
+        entry = self._table.get(digest)
+        if entry is None or not entry.arrived:
+            return None
+        if entry.slot is None:
+            grant = self._table.take_slot(digest)
+            if grant is None:
+                return None
+        self._table.use(digest)
+        return entry.slot
+
+    @property
+    def has_slot(self) -> bool:
+        return self._table.has_slot
+
+    @property
+    def empty_slots(self) -> int:
+        return self._table.empty_slots
+
+    def stage_ahead(self, digest: str) -> None:
+        entry = self._table.get(digest)
+        if entry is not None and self._table.empty_slots:
+            self._take_slot(entry)
 
     # Filling slots.
 
@@ -153,6 +199,8 @@ class Residency:
         for holder in self._holders.loads:
             if holder.tier is Tier.DEVICE:
                 self._place_load(holder)
+        for entry in tuple(self._table.partial):
+            self._stage_rest(entry)
         unloads, self._unloads = self._unloads, []
         staging, self._staging = self._staging, []
         return unloads, staging
@@ -163,10 +211,13 @@ class Residency:
         for slot in unloads:
             self._slots.unload(slot)
         for job in staging:
-            self._slots.unload(job.slot)
             start_ns = self._now_ns()
             try:
-                arrival = self._slots.load(job.slot, job.digest, job.copy.manifest, job.copy.data)
+                if self._slots.digest(job.slot) != job.digest:
+                    self._slots.unload(job.slot)
+                    self._slots.reserve(job.slot, job.digest, job.copy.manifest)
+                    self._copy_starts[job.slot] = start_ns
+                arrival = self._slots.fill(job.slot, job.until, job.copy.data)
             except MeshError as error:
                 failed.append((job.digest, error))
                 continue
@@ -175,24 +226,29 @@ class Residency:
                 log.exception("staging failed", extra={"digest": job.digest})
                 failed.append((job.digest, MeshError(Code.INTERNAL, Reason.INTERNAL, f"staging: {error}")))
                 continue
-            self._staged(job.digest, start_ns, self._now_ns())
+            if not self._slots.is_whole(job.slot, job.digest):
+                continue
+            first_ns = self._copy_starts[job.slot]
+            self._staged(job.digest, first_ns, self._now_ns())
             if arrival is not None:
-                self._arriving.append((job.digest, start_ns, arrival))
+                self._arriving.append(_Copying(job.digest, first_ns, start_ns, arrival))
         return failed
 
     def note_arrivals(self) -> None:
         """Corrects the times of copies that were still under way when they were staged. Under the lock."""
         arriving, self._arriving = self._arriving, []
-        for digest, start_ns, arrival in arriving:
-            elapsed_ns = arrival.elapsed_ns()
+        for one in arriving:
+            elapsed_ns = one.arrival.elapsed_ns()
             if elapsed_ns is None:
-                self._arriving.append((digest, start_ns, arrival))
+                self._arriving.append(one)
             else:
-                self._note_copy(digest, start_ns, start_ns + elapsed_ns)
+                self._note_copy(one.digest, one.first_ns, one.last_ns + elapsed_ns)
 
     def stage_failed(self, digest: str, error: MeshError) -> None:
         """Frees the slot that could not be filled. Its rows have left it. Under the lock."""
-        holder_ids = self._table.end_flight(digest)
+        if self._table.get(digest) is None:
+            return
+        holder_ids = self._transfers.call_off(digest)
         self._table.drop_slot(digest)
         self._holders.fail(holder_ids, error)
 
@@ -211,17 +267,28 @@ class Residency:
         )
 
     def _take_slot(self, entry: Entry) -> bool:
-        """Whether the adapter has a slot, taking one if it is on the host."""
+        """Whether the adapter is whole and has a slot, taking one if it is on the host."""
         if entry.slot is not None:
-            return True
+            return entry.is_whole
         copy = self._transfers.host_copy(entry.digest) if entry.on_host else None
         grant = None if copy is None else self._table.take_slot(entry.digest)
         if copy is None or grant is None:
             return False
-        self._staging.append(Staging(grant.slot, entry.digest, copy))
+        self._staging.append(Staging(grant.slot, entry.digest, copy, self._layers))
         if grant.evicted is not None and self._table.get(grant.evicted) is not None:
             self._transfers.ensure(grant.evicted)
         return True
+
+    def _stage_rest(self, entry: Entry) -> None:
+        """Fills a slot that was given early as far as its adapter has come."""
+        digest, slot, until = entry.digest, entry.slot or 0, entry.arrived
+        copy = self._transfers.arriving_copy(digest)
+        if entry.on_host:
+            copy, until = self._transfers.host_copy(digest), self._layers
+            self._table.complete_slot(digest)
+        loaded = 0 if slot in self._unloads else self._slots.loaded(slot, digest)
+        if copy is not None and loaded < until:
+            self._staging.append(Staging(slot, digest, copy, until))
 
     def _place_load(self, holder: Holder) -> None:
         entry = self._table.get(holder.digest)
@@ -239,15 +306,17 @@ class Residency:
         entry = self._table.get(digest)
         for holder_id in entry.holders if entry is not None else ():
             timeline = self._holders[holder_id].timeline
-            if timeline.h2d_start_ns in (0, start_ns):
-                timeline.h2d_start_ns, timeline.h2d_end_ns = start_ns, end_ns
+            # Who came later did not wait for the first layers.
+            own_ns = max(start_ns, timeline.submitted_ns)
+            if timeline.h2d_start_ns in (0, own_ns):
+                timeline.h2d_start_ns, timeline.h2d_end_ns = own_ns, end_ns
 
     def _settle_loads(self, digest: str) -> None:
         """Ends the loads whose tier is reached."""
         entry = self._table.get(digest)
         if entry is None:
             return
-        in_slot = entry.slot is not None and self._slots.digest(entry.slot) == digest
+        in_slot = entry.slot is not None and self._slots.is_whole(entry.slot, digest)
         reached = Tier.DEVICE if in_slot else Tier.HOST if entry.on_host else Tier.NONE
         for holder_id in list(entry.holders):
             holder = self._holders[holder_id]

@@ -1,6 +1,7 @@
 """Runs a plan: packs its rows into tensors, goes through the model once, draws the tokens."""
 
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -17,9 +18,9 @@ from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.postprocess import Drawn, Scored, StepResult
 from adaptermesh.worker.engine.sampling import Draw, sample
-from adaptermesh.worker.engine.scheduler import Row, StepPlan
 from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.static_step import StaticStep
+from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
 from adaptermesh.worker.engine.upload import to_device
 
 
@@ -60,38 +61,35 @@ class Runner:
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
             logits = self._logits(self.pack(plan))
-            draws = [_draw(row) for row in plan.rows if row.samples]
-            sampled = logits[: len(draws)]
-            tokens = sample(sampled, draws)
-            logprobs = token_logprobs(sampled, tokens, [draw.params for draw in draws])
-            drawn = tuple(Drawn(*one) for one in zip(tokens, logprobs, strict=True))
-            return StepResult(drawn, _score_prompts(plan, logits[len(draws) :]))
+            drawn = _drawn(plan.rows, logits)
+            return StepResult(drawn, _score_prompts(plan, logits[len(drawn) :]))
+
+    @property
+    def resumable_layers(self) -> int:
+        """Layers between which a batch can stop; 0 if it can't."""
+        return self._base.sites.num_layers if self._forward.resumable else 0
+
+    def advance(self, advance: Advance, fresh_blocks: list[int]) -> StepResult:
+        """Draws tokens for the rows of an early prefill that sample, if this finishes it.
+
+        Raises:
+            MeshError: INTERNAL if the slot doesn't hold those layers of the digest that is asked for.
+        """
+        early, plan = advance.early, StepPlan((), advance.early.rows)
+        with torch.inference_mode():
+            self._cache.zero(fresh_blocks)
+            self._slots.check(_wanted(early.rows), advance.until)
+            if early.passage is None:
+                early.passage = self._forward.start(self._upload(_host_step(plan)), self._cache)
+            # Anew each time: the slots' memory may have moved since the last layers.
+            adapters = self._slots.plan(StepTokens(_segments(plan)))
+            early.passage.advance(advance.until, adapters)
+            return StepResult(_drawn(early.rows, early.passage.logits()) if advance.finishes else ())
 
     def pack(self, plan: StepPlan) -> HostStep:
         """The step of a plan; checks every row's slot."""
-        rows = plan.rows
-        self._slots.check((row.sequence.slot, row.sequence.digest) for row in rows)
-        spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
-        ids: list[int] = []
-        positions: list[int] = []
-        outputs: list[int] = []
-        scored: list[int] = []
-        for row, span in zip(rows, spans, strict=True):
-            end, shift = span.past + span.count, len(ids) - span.past
-            ids.extend(row.sequence.tokens[span.past : end])
-            positions.extend(range(span.past, end))
-            if row.samples:
-                outputs.append(len(ids) - 1)
-            scored.extend(position + shift for position in row.scores)
-        return HostStep(
-            token_ids=ids,
-            positions=positions,
-            outputs=outputs + scored,
-            spans=tuple(spans),
-            slots=tuple(row.sequence.slot for row in rows),
-            decodes=len(plan.decodes),
-            tokens=StepTokens(_segments(plan)),
-        )
+        self._slots.check(_wanted(plan.rows))
+        return _host_step(plan)
 
     def record_with(self, recorder: Recorder, config: EngineConfig) -> None:
         """Makes steps of decodes replays of what `recorder` records; without attention over pages nothing."""
@@ -121,6 +119,45 @@ class Runner:
         ids, positions, outputs = packed.split([len(step.token_ids), len(step.positions), len(step.outputs)])
         attention = self._plan_attention(step.spans, step.decodes)
         return StepBatch(ids, positions, outputs, attention, self._slots.plan(step.tokens), step.spans)
+
+
+def _wanted(rows: Iterable[Row]) -> Iterator[tuple[int, str | None]]:
+    """The slot and the digest of each row."""
+    return ((row.sequence.slot, row.sequence.digest) for row in rows)
+
+
+def _host_step(plan: StepPlan) -> HostStep:
+    rows = plan.rows
+    spans = [Span(row.sequence.computed, row.count, tuple(row.sequence.table.blocks)) for row in rows]
+    ids: list[int] = []
+    positions: list[int] = []
+    outputs: list[int] = []
+    scored: list[int] = []
+    for row, span in zip(rows, spans, strict=True):
+        end, shift = span.past + span.count, len(ids) - span.past
+        ids.extend(row.sequence.tokens[span.past : end])
+        positions.extend(range(span.past, end))
+        if row.samples:
+            outputs.append(len(ids) - 1)
+        scored.extend(position + shift for position in row.scores)
+    return HostStep(
+        token_ids=ids,
+        positions=positions,
+        outputs=outputs + scored,
+        spans=tuple(spans),
+        slots=tuple(row.sequence.slot for row in rows),
+        decodes=len(plan.decodes),
+        tokens=StepTokens(_segments(plan)),
+    )
+
+
+def _drawn(rows: Sequence[Row], logits: torch.Tensor) -> tuple[Drawn, ...]:
+    """Draws for the rows that sample. logits: [those rows and maybe more, vocabulary]."""
+    draws = [_draw(row) for row in rows if row.samples]
+    sampled = logits[: len(draws)]
+    tokens = sample(sampled, draws)
+    logprobs = token_logprobs(sampled, tokens, [draw.params for draw in draws])
+    return tuple(Drawn(*one) for one in zip(tokens, logprobs, strict=True))
 
 
 def _segments(plan: StepPlan) -> tuple[Segment, ...]:

@@ -29,6 +29,7 @@ class Sequence:
         overtaken: Requests that joined past this one because its adapter could not.
         level: Priority with which it joined the batch, aged as the waiting queue does.
         charged: Tokens of the prompt that its tenant was charged for.
+        early: It got its row before its adapter was whole, and its first chunk is not computed yet.
         seed: Of the request, or drawn when it was submitted.
         history: Token counts of a request with penalties; None for all others.
         keys: What its full blocks are found by in the prefix cache.
@@ -52,6 +53,7 @@ class Sequence:
     history: TokenHistory | None = None
     level: int = 0
     charged: int = 0
+    early: bool = False
     keys: BlockKeys = field(init=False)
     scored: int = field(init=False)
 
@@ -75,6 +77,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are not in the cache yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether, while it runs, its next step is one token; the last of a prompt counts as such."""
+        return self.pending == 1 and not self.early
 
     @property
     def unscored(self) -> int:

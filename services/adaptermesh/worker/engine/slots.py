@@ -5,19 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.artifact.manifest import Manifest, ModuleOp
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.arrivals import DTYPES, Arrival, Copies, LayerWaits
-from adaptermesh.worker.engine.ops.op import (
-    CapturableOp,
-    CapturedOp,
-    LayerLanded,
-    Op,
-    SitePlan,
-    StepTokens,
-    TensorReader,
-    ignore_landed,
-)
+from adaptermesh.worker.engine.ops.op import CapturableOp, CapturedOp, Op, SitePlan, StepTokens, TensorReader
 
 BASE_SLOT = -1
 
@@ -66,15 +57,31 @@ class CapturedSlots:
             op.fill(slots, rows)
 
 
-class DeviceSlots:
-    """A fixed number of slots; each holds one adapter version or nothing."""
+@dataclass(slots=True)
+class _Parts:
+    """An adapter's modules by op and layer, and how many of its layers are loaded, or queued to be.
 
-    def __init__(self, count: int, ops: Mapping[str, Op], copies: Copies | None = None) -> None:
+    `read` gives its tensors, out of `data`; there is none before the first layer.
+    """
+
+    manifest: Manifest
+    modules: Mapping[tuple[str, int], Sequence[ModuleOp]]
+    loaded: int = 0
+    data: torch.Tensor | None = None
+    read: TensorReader | None = None
+
+
+class DeviceSlots:
+    """A fixed number of slots; each holds one adapter version, maybe its first layers only, or nothing."""
+
+    def __init__(self, count: int, layers: int, ops: Mapping[str, Op], copies: Copies | None = None) -> None:
         """`copies`: where adapters are copied beside the steps; None: at once, as on a CPU."""
+        self._layers = layers
         self._digests: list[str | None] = [None] * count
+        self._parts: list[_Parts | None] = [None] * count
         self._ops = ops
         self._copies = copies
-        self._arrivals: dict[int, Arrival] = {}
+        self._arrivals: dict[int, list[Arrival]] = {}
         self._capturable = [op for op in ops.values() if isinstance(op, CapturableOp)]
 
     @property
@@ -84,8 +91,17 @@ class DeviceSlots:
     def digest(self, slot: int) -> str | None:
         return self._digests[slot]
 
-    def load(self, slot: int, digest: str, manifest: Manifest, data: torch.Tensor) -> Arrival | None:
-        """Copies an adapter into an empty slot. data: [size_bytes] uint8, the canonical tensor file.
+    def loaded(self, slot: int, digest: str) -> int:
+        """How many of an adapter's leading layers are in a slot; 0 if it holds another one."""
+        parts = self._parts[slot]
+        return 0 if parts is None or self._digests[slot] != digest else parts.loaded
+
+    def is_whole(self, slot: int, digest: str) -> bool:
+        """Whether a slot holds all of an adapter."""
+        return self._digests[slot] == digest and self.loaded(slot, digest) == self._layers
+
+    def reserve(self, slot: int, digest: str, manifest: Manifest) -> None:
+        """Gives an adapter an empty slot and the room that it takes there.
 
         On a device of its own the copies are queued and the slot may be used at once: the steps wait for
         them there. The result tells when they are done; None: they are.
@@ -96,23 +112,44 @@ class DeviceSlots:
         if self._digests[slot] is not None:
             raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"slot {slot} is not empty")
         check_servable(digest, manifest, self._ops)
-        arrival: Arrival | None = None
+        modules: dict[tuple[str, int], list[ModuleOp]] = {}
+        for module in manifest.modules:
+            modules.setdefault((module.op, module.layer), []).append(module)
+        self._digests[slot] = digest
+        self._parts[slot] = _Parts(manifest, modules)
         try:
-            if self._copies is None:
-                self._fill(slot, manifest, _host_reader(manifest, data), ignore_landed)
-            else:
-                with self._copies.begin() as arrival:
-                    self._fill(slot, manifest, self._copies.reader(manifest, data), arrival.landed)
-                self._arrivals[slot] = arrival
+            for kind, op in self._ops.items():
+                op.reserve(slot, [module for module in manifest.modules if module.op == kind])
         except BaseException:
             self.unload(slot)
             raise
-        self._digests[slot] = digest
-        return arrival
+
+    def fill(self, slot: int, until: int, data: torch.Tensor) -> Arrival | None:
+        """Copies the layers up to `until` that a reserved slot lacks; empties the slot if that fails.
+
+        data: [size_bytes] uint8, the canonical tensor file; what lies behind those layers is not read.
+
+        On a device of its own the copies are queued and the layers may be used at once: the steps wait for
+        them there. The result tells when they are done; None: they are.
+        """
+        parts = self._parts[slot]
+        if parts is None:
+            raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"slot {slot} is not reserved")
+        try:
+            if self._copies is None:
+                self._copy(slot, parts, until, data, None)
+                return None
+            with self._copies.begin() as arrival:
+                self._copy(slot, parts, until, data, arrival)
+            self._arrivals.setdefault(slot, []).append(arrival)
+            return arrival
+        except BaseException:
+            self.unload(slot)
+            raise
 
     def unload(self, slot: int) -> None:
         """Empties a slot. The caller knows that no running row uses it."""
-        self._digests[slot] = None
+        self._digests[slot] = self._parts[slot] = None
         self._arrivals.pop(slot, None)
         for op in self._ops.values():
             op.unload(slot)
@@ -145,12 +182,15 @@ class DeviceSlots:
         for arrival in self._arriving(frozenset(slots)) if self._arrivals else ():
             arrival.wait_all()
 
-    def check(self, rows: Iterable[tuple[int, str | None]]) -> None:
+    def check(self, rows: Iterable[tuple[int, str | None]], layers: int | None = None) -> None:
         """Asserts for each (slot, requested digest) that the slot holds that digest, and no digest is base.
+
+        All of it, or its first `layers` layers.
 
         Raises:
             MeshError: INTERNAL. The step must not run: it would answer with another adapter or the base.
         """
+        needed = self._layers if layers is None else layers
         for slot, digest in rows:
             held = None if slot == BASE_SLOT else self._digests[slot]
             if held != digest or (slot == BASE_SLOT) != (digest is None):
@@ -160,15 +200,44 @@ class DeviceSlots:
                     f"slot {slot} holds {held or 'nothing'}, the request asks for {digest or 'the base'}",
                     metadata={"digest": digest or ""},
                 )
+            if digest is not None and self.loaded(slot, digest) < needed:
+                raise MeshError(
+                    Code.INTERNAL,
+                    Reason.INTERNAL,
+                    f"slot {slot} holds {self.loaded(slot, digest)} of the {needed} layers to compute",
+                    metadata={"digest": digest},
+                )
 
-    def _fill(self, slot: int, manifest: Manifest, read: TensorReader, landed: LayerLanded) -> None:
-        for kind, op in self._ops.items():
-            op.load(slot, [module for module in manifest.modules if module.op == kind], read, landed)
+    def _copy(
+        self, slot: int, parts: _Parts, until: int, data: torch.Tensor, arrival: Arrival | None
+    ) -> None:
+        read = self._reader(parts, data)
+        for layer in range(parts.loaded, until):
+            for kind, op in self._ops.items():
+                op.load_layer(slot, layer, parts.modules.get((kind, layer), ()), read)
+            if arrival is not None:
+                arrival.landed(layer)
+            parts.loaded = layer + 1
+        if until == self._layers:
+            # What it has staged on the device is not kept.
+            parts.data = parts.read = None
+
+    def _reader(self, parts: _Parts, data: torch.Tensor) -> TensorReader:
+        """That of the layers before, unless another transfer of the same adapter brings the rest."""
+        if parts.read is None or parts.data is not data:
+            copies, manifest = self._copies, parts.manifest
+            parts.data = data
+            parts.read = _host_reader(manifest, data) if copies is None else copies.reader(manifest, data)
+        return parts.read
 
     def _arriving(self, slots: frozenset[int]) -> list[Arrival]:
         """Those of the slots whose copies run; forgets the others."""
-        self._arrivals = {slot: one for slot, one in self._arrivals.items() if one.elapsed_ns() is None}
-        return [arrival for slot, arrival in self._arrivals.items() if slot in slots]
+        running = (
+            (slot, [arrival for arrival in arrivals if arrival.elapsed_ns() is None])
+            for slot, arrivals in self._arrivals.items()
+        )
+        self._arrivals = {slot: arrivals for slot, arrivals in running if arrivals}
+        return [arrival for slot in slots for arrival in self._arrivals.get(slot, ())]
 
 
 def _by_site(parts: Iterable[Mapping[str, SitePlan]]) -> Mapping[str, tuple[SitePlan, ...]]:

@@ -5,78 +5,21 @@ same answers. It isn't thread-safe; `residency` calls it under the engine's lock
 
 Never evicted: a slot that a running row uses; a host copy that somebody waits for and that has no slot yet;
 the copy that keeps a pinned adapter in its tier; anything that is arriving.
+
+An adapter may get its slot while it arrives, once its first layer is here. That slot lasts as long as rows
+use it: when the last one leaves before the adapter is whole, it is free.
 """
 
-import enum
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.entry import Entry, Flight
 
 HALF_LIFE_SECONDS = 120.0
 """A use counts half after this time: recency and frequency in one number."""
-
-
-class Flight(enum.Enum):
-    """How an adapter's bytes are getting into host memory."""
-
-    NONE = "none"
-    FETCH = "fetch"
-    """From the store."""
-    DISK = "disk"
-    ROOM = "room"
-    """Not yet: host memory is full of what can't be evicted."""
-
-
-@dataclass(slots=True)
-class Entry:
-    """One adapter version. `holders` wait for it or run with it; `uses` counts the rows in its slot.
-
-    `pinned` is the tier that it must not leave for a farther one; NONE if it may.
-    """
-
-    digest: str
-    size_bytes: int = 0
-    on_disk: bool = False
-    on_host: bool = False
-    slot: int | None = None
-    pinned: Tier = Tier.NONE
-    uses: int = 0
-    flight: Flight = Flight.NONE
-    reserved_bytes: int = 0
-    holders: dict[str, None] = field(default_factory=dict)
-    rate: float = 0.0
-    rate_time: float = 0.0
-
-    @property
-    def tier(self) -> Tier:
-        """The nearest tier that holds all of it."""
-        if self.slot is not None:
-            return Tier.DEVICE
-        if self.on_host:
-            return Tier.HOST
-        return Tier.DISK if self.on_disk else Tier.STORE
-
-    @property
-    def kept(self) -> Tier:
-        """The tier whose copy the pin keeps: the pinned one or, without a copy there, the next nearer one."""
-        copies = ((Tier.DISK, self.on_disk), (Tier.HOST, self.on_host), (Tier.DEVICE, self.slot is not None))
-        if self.pinned is not Tier.NONE:
-            for tier, held in copies:
-                if held and tier >= self.pinned:
-                    return tier
-        return Tier.NONE
-
-    @property
-    def idle_slot(self) -> bool:
-        return self.slot is not None and self.uses == 0 and self.kept is not Tier.DEVICE
-
-    @property
-    def idle_host(self) -> bool:
-        wanted = self.slot is None and bool(self.holders)
-        return self.on_host and not wanted and self.kept is not Tier.HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +41,7 @@ class TierTable:
         self._slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._held: dict[str, str] = {}
+        self._partial: dict[str, Entry] = {}
         self.host_used = 0
         self.disk_used = 0
 
@@ -110,6 +54,20 @@ class TierTable:
 
     def get(self, digest: str) -> Entry | None:
         return self._entries.get(digest)
+
+    @property
+    def partial(self) -> Collection[Entry]:
+        """The adapters whose slots lack layers."""
+        return self._partial.values()
+
+    @property
+    def empty_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether an adapter on the host would get a slot."""
+        return bool(self._free_slots) or any(entry.idle_slot for entry in self._entries.values())
 
     # Who wants what.
 
@@ -143,7 +101,7 @@ class TierTable:
     def start_flight(self, digest: str) -> Flight:
         """What has to be started so that a wanted adapter gets to the host; NONE if nothing has to."""
         entry = self._entries[digest]
-        if not entry.holders or entry.on_host or entry.slot is not None or entry.flight is not Flight.NONE:
+        if not entry.holders or entry.is_whole or entry.flight is not Flight.NONE:
             return Flight.NONE
         entry.flight = Flight.DISK if entry.on_disk else Flight.FETCH
         return entry.flight
@@ -182,24 +140,23 @@ class TierTable:
 
     def restart_flight(self, digest: str) -> None:
         """The transfer came to nothing and another one has to be started; the holders go on waiting."""
-        entry = self._entries[digest]
-        entry.flight = Flight.NONE
-        self.host_used -= entry.reserved_bytes
-        entry.reserved_bytes = 0
+        self._stop_flight(self._entries[digest])
+
+    def arrive(self, digest: str, layers: int) -> None:
+        """That many leading layers are in host memory and verified."""
+        self._entries[digest].arrived = layers
 
     def land(self, digest: str) -> None:
         """All bytes are in host memory and verified."""
         entry = self._entries[digest]
         entry.flight = Flight.NONE
-        entry.reserved_bytes = 0
+        entry.reserved_bytes = entry.arrived = 0
         entry.on_host = True
 
     def end_flight(self, digest: str) -> list[str]:
         """The flight failed or was called off. Gives the holders that waited for it; they hold no longer."""
         entry = self._entries[digest]
-        entry.flight = Flight.NONE
-        self.host_used -= entry.reserved_bytes
-        entry.reserved_bytes = 0
+        self._stop_flight(entry)
         holders = list(entry.holders)
         for holder in holders:
             del self._held[holder]
@@ -207,41 +164,59 @@ class TierTable:
         self._forget_if_empty(entry)
         return holders
 
+    def _stop_flight(self, entry: Entry) -> None:
+        entry.flight = Flight.NONE
+        self.host_used -= entry.reserved_bytes
+        entry.reserved_bytes = entry.arrived = 0
+
     # The way up: host -> device.
 
     def take_slot(self, digest: str) -> SlotGrant | None:
-        """A slot for an adapter on the host: a free one, or that of the least valuable idle one."""
+        """A slot for an adapter: a free one, or that of the least valuable idle one.
+
+        One that is still arriving takes no slot from an adapter that somebody waits for.
+        """
         entry = self._entries[digest]
+        evicted: str | None = None
         if self._free_slots:
             entry.slot = self._free_slots.pop()
-            return SlotGrant(entry.slot, None)
-        now = self._clock.monotonic()
-        idle = [other for other in self._entries.values() if other.idle_slot]
-        if not idle:
-            return None
-        victim = min(
-            idle, key=lambda other: (bool(other.holders), self._slot_value(other, now), other.digest)
-        )
-        slot, victim.slot = victim.slot, None
-        entry.slot = slot
-        self._forget_if_empty(victim)
-        return SlotGrant(entry.slot or 0, victim.digest)
+        else:
+            victim = self._slot_victim(only_unwanted=not entry.on_host)
+            if victim is None:
+                return None
+            entry.slot, victim.slot = victim.slot, None
+            evicted = victim.digest
+            self._forget_if_empty(victim)
+        if not entry.on_host:
+            entry.partial = True
+            self._partial[digest] = entry
+        return SlotGrant(entry.slot or 0, evicted)
+
+    def complete_slot(self, digest: str) -> None:
+        """A slot that was given early gets the rest of its layers before the next step."""
+        self._partial.pop(digest).partial = False
 
     def use(self, digest: str) -> None:
         self._entries[digest].uses += 1
 
-    def unuse(self, digest: str) -> None:
-        self._entries[digest].uses -= 1
+    def unuse(self, digest: str) -> int | None:
+        """A row leaves the slot. Gives the slot if it is free now, as it lacks layers and nobody uses it."""
+        entry = self._entries[digest]
+        entry.uses -= 1
+        return self.drop_slot(digest) if entry.partial and not entry.uses else None
 
     # The way down.
 
     def drop_slot(self, digest: str) -> int | None:
         """Frees the slot; gives its number."""
-        entry = self._entries[digest]
+        entry = self._entries.get(digest)
+        if entry is None or entry.slot is None:
+            return None
         slot, entry.slot = entry.slot, None
-        if slot is not None:
-            self._free_slots.append(slot)
-            self._free_slots.sort(reverse=True)
+        entry.partial = False
+        self._partial.pop(digest, None)
+        self._free_slots.append(slot)
+        self._free_slots.sort(reverse=True)
         self._forget_if_empty(entry)
         return slot
 
@@ -292,6 +267,16 @@ class TierTable:
 
     # What a copy is worth.
 
+    def _slot_victim(self, *, only_unwanted: bool) -> Entry | None:
+        """The least valuable idle slot, preferably of an adapter that nobody waits for, or only of such."""
+        now = self._clock.monotonic()
+        idle = [entry for entry in self._entries.values() if entry.idle_slot]
+        return min(
+            (entry for entry in idle if not (only_unwanted and entry.holders)),
+            key=lambda entry: (bool(entry.holders), self._slot_value(entry, now), entry.digest),
+            default=None,
+        )
+
     def _host_victims(self, size_bytes: int) -> list[Entry] | None:
         """The least valuable idle host copies that make room together; None if all don't suffice."""
         short = self.host_used + size_bytes - self.host_budget
@@ -324,8 +309,8 @@ class TierTable:
         return self._rate(entry, now) * _reload(entry.size_bytes, source)
 
     def _forget_if_empty(self, entry: Entry) -> None:
-        empty = not entry.holders and entry.tier is Tier.STORE and entry.flight is Flight.NONE
-        if empty and not entry.pinned:
+        here = entry.tier is not Tier.STORE or entry.slot is not None or entry.pinned
+        if not (entry.holders or here or entry.flight is not Flight.NONE):
             self._entries.pop(entry.digest, None)
 
 

@@ -16,11 +16,12 @@ from adaptermesh.worker.engine.admission import check_adapter
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.disk_cache import DiskCache
+from adaptermesh.worker.engine.entry import Flight
 from adaptermesh.worker.engine.fetch import FetchSink, Transfer
 from adaptermesh.worker.engine.holders import Holders
 from adaptermesh.worker.engine.host_arena import HostArena, HostCopy, Landing
 from adaptermesh.worker.engine.source import AdapterSource
-from adaptermesh.worker.engine.tiers import Flight, TierTable
+from adaptermesh.worker.engine.tiers import TierTable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class Transfers:
     def host_copy(self, digest: str) -> HostCopy | None:
         return self._arena.get(digest)
 
+    def arriving_copy(self, digest: str) -> HostCopy | None:
+        """What is there of an adapter that is on its way; only its verified layers may be read."""
+        transfer = self._transfers.get(digest)
+        landing = None if transfer is None else transfer.landing
+        return None if landing is None else HostCopy(landing.manifest, landing.data)
+
     def drop_copies(self, digest: str) -> None:
         """Drops an idle adapter from host and disk."""
         entry = self._table.get(digest)
@@ -88,15 +95,16 @@ class Transfers:
         else:
             self._source.fetch(digest, FetchSink(self, transfer), starter.context)
 
-    def call_off(self, digest: str) -> None:
-        """Ends a transfer that nobody waits for any more."""
+    def call_off(self, digest: str) -> list[str]:
+        """Ends a transfer whose bytes are of no use any more. Gives the holders that waited for it."""
         transfer = self._transfers.pop(digest, None)
-        self._table.end_flight(digest)
+        holder_ids = self._table.end_flight(digest)
         if transfer is not None:
             if transfer.writer is not None:
                 transfer.writer.abort()
             if transfer.from_store:
                 self._source.cancel(digest)
+        return holder_ids
 
     def resume(self) -> None:
         """Starts what was postponed for want of room, now that something has changed."""
@@ -118,7 +126,8 @@ class Transfers:
                 self._table.postpone(transfer.digest)
                 raise no_room(transfer.digest, "finds no room in host memory now", 0.1)
             self._drop_host(victims)
-        landing = Landing(transfer.digest, manifest, self._arena.allocate(manifest.size_bytes))
+        data = self._arena.allocate(manifest.size_bytes)
+        landing = Landing(transfer.digest, manifest, data, self._base.sites.num_layers)
         if raw is not None:
             writer = self._disk.writer(transfer.digest, raw)
             with self._lock:
@@ -126,6 +135,12 @@ class Transfers:
                 if not self.is_current(transfer):
                     writer.abort()
         return landing
+
+    def layers_arrived(self, transfer: Transfer) -> None:
+        with self._lock:
+            if transfer.landing is not None and self.is_current(transfer):
+                self._table.arrive(transfer.digest, transfer.landing.layers_ready)
+                self._lock.notify_all()
 
     def landed(self, transfer: Transfer) -> None:
         landing = transfer.landing

@@ -136,6 +136,47 @@ class MemorySource:
             return
 
 
+class Courier:
+    """Delivers one adapter's bytes when told."""
+
+    def __init__(self, adapter: Adapter, sink: AdapterSink) -> None:
+        self.adapter = adapter
+        self._sink = sink
+        self._data = adapter.data
+        self._sent = 0
+        self._begun = False
+        self.layers = 0
+
+    def spoil_layer(self, layer: int) -> None:
+        """Changes a byte in what is sent of a layer, or of the next one that the adapter touches."""
+        chunks = self.adapter.manifest.chunks
+        offset = next((chunk.offset for chunk in chunks if chunk.layer >= layer), len(self._data) - 1)
+        data = bytearray(self._data)
+        data[offset] ^= 1
+        self._data = bytes(data)
+
+    def send_layers(self, until: int) -> None:
+        """The bytes of the layers before `until` that were not sent yet."""
+        self.layers = until
+        chunks = self.adapter.manifest.chunks
+        self.send_to(max(chunk.offset + chunk.size for chunk in chunks if chunk.layer < until))
+
+    def send_to(self, end: int) -> None:
+        if not self._begun:
+            self._begun = True
+            self._sink.begin(self.adapter.manifest.to_bytes())
+        if end > self._sent:
+            start, self._sent = self._sent, end
+            self._sink.write(self._data[start:end])
+
+    def finish(self) -> None:
+        self.send_to(len(self._data))
+        self._sink.finish()
+
+    def fail(self, error: MeshError) -> None:
+        self._sink.fail(error)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, without merges: one token a byte, so characters span tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -298,6 +339,12 @@ class Bench:
                 threading.Event().wait(0.001)
         raise AssertionError("the requests did not end")
 
+    def courier(self, adapter: Adapter) -> Courier:
+        """Takes over the one held fetch of an adapter."""
+        [found] = [item for item in self.source.waiting if item[0] == adapter.digest]
+        self.source.waiting.remove(found)
+        return Courier(adapter, found[1])
+
     def assert_empty(self) -> None:
         """Nothing is held by anybody."""
         status = self.engine.status()
@@ -305,7 +352,10 @@ class Bench:
         assert all(view.requests == 0 for view in status.residencies)
         assert len(self.engine._residency._holders) == 0
         assert len(self.engine._residency._transfers) == 0
-        assert all(entry.uses == 0 for entry in self.engine._residency._table)
+        table = self.engine._residency._table
+        assert all(entry.uses == entry.reserved_bytes == entry.arrived == 0 for entry in table)
+        assert table.host_used == sum(entry.size_bytes for entry in table if entry.on_host)
+        assert len(table.partial) == len(self.engine._scheduler._early) == 0
 
 
 @pytest.fixture(scope="session")

@@ -346,14 +346,14 @@ def test_the_status_tells_what_each_tier_holds_and_may_hold(lab: Any, make_bench
 def test_an_op_that_cannot_be_staged_fails_its_requests_and_frees_the_slot(lab: Any, make_bench: Any) -> None:
     bench = make_bench(device_slots=1)
     bad, good = some(lab, 2)
-    load = bench.engine._slots.load
+    reserve = bench.engine._slots.reserve
 
-    def refuse(slot: int, digest: str, *rest: Any) -> None:
+    def refuse(slot: int, digest: str, manifest: Any) -> None:
         if digest == bad.digest:
             raise MeshError(Code.FAILED_PRECONDITION, Reason.ADAPTER_UNSUPPORTED, "too large")
-        load(slot, digest, *rest)
+        reserve(slot, digest, manifest)
 
-    bench.engine._slots.load = refuse
+    bench.engine._slots.reserve = refuse
     heard = [bench.submit(bad, [1], 4), bench.submit(bad, [2], 4), bench.submit(good, [1], 4)]
     bench.run(*heard)
     assert [one.error.reason for one in heard[:2]] == [Reason.ADAPTER_UNSUPPORTED] * 2

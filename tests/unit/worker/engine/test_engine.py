@@ -12,6 +12,15 @@ from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.request import FinishReason
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Polls, at most a minute."""
+    for _ in range(60_000):
+        if condition():
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("it did not come to that")
+
+
 def test_max_tokens_end_with_length(make_bench: Any) -> None:
     bench = make_bench()
     heard = bench.submit(None, [1, 2, 3], 5)
@@ -303,6 +312,29 @@ def test_the_thread_survives_what_goes_wrong_between_steps(make_bench: Any) -> N
     assert second.outcome
     bench.engine.drain(60.0)
     bench.assert_empty()
+
+
+def test_a_notice_between_a_step_and_the_wait_is_not_lost(make_bench: Any) -> None:
+    bench = make_bench()
+    step, wait = bench.engine.step, bench.engine._lock.wait
+    heard: list[Any] = []
+    missed: list[int] = []
+
+    def submit_after_the_last_look() -> bool:
+        worked: bool = step()
+        if not worked and not heard:
+            heard.append(bench.submit(None, [1, 2], 2))
+        return worked
+
+    def watch(timeout: float | None = None) -> bool:
+        missed.append(bench.engine.status().waiting)
+        found: bool = wait(timeout)
+        return found
+
+    bench.engine.step, bench.engine._lock.wait = submit_after_the_last_look, watch
+    bench.engine.start()
+    until(lambda: bool(heard) and heard[0].ended.is_set())
+    assert sum(missed) == 0
 
 
 def test_stopping_ends_loads_too(lab: Any, make_bench: Any) -> None:

@@ -16,8 +16,9 @@ from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.fairness import TenantCounters
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.request import Outcome, Request, Timeline
-from adaptermesh.worker.engine.scheduler import Scheduler, StepPlan
+from adaptermesh.worker.engine.scheduler import Scheduler
 from adaptermesh.worker.engine.sequence import Sequence, SequenceState
+from adaptermesh.worker.engine.step_plan import StepPlan
 from adaptermesh.worker.engine.text import TextStream
 
 
@@ -33,9 +34,10 @@ class Deaf:
 
 @dataclass
 class FakePlacer:
-    """A number of slots, idle ones for whoever asks; adapters arrive on the host at a given step."""
+    """A number of slots, idle ones for whoever asks; adapters arrive on the host, whole, at a given step."""
 
     slots: int
+    empty_slots: int = 0
     arrives: dict[str, int] = field(default_factory=dict)
     step: int = 0
     uses: dict[str, int] = field(default_factory=dict)
@@ -69,6 +71,19 @@ class FakePlacer:
         self.uses[digest] -= 1
         assert self.uses[digest] >= 0
 
+    def arrived(self, digest: str) -> int | None:
+        return None if digest in self.uses or self._on_host(digest) else 0
+
+    def place_early(self, digest: str) -> int | None:
+        raise AssertionError(f"nothing of {digest} is here")
+
+    @property
+    def has_slot(self) -> bool:
+        return len(self.uses) < self.slots or not all(self.uses.values())
+
+    def stage_ahead(self, digest: str) -> None:
+        raise AssertionError("no slot is empty")
+
     def _on_host(self, digest: str) -> bool:
         return self.arrives.get(digest, 0) <= self.step
 
@@ -86,7 +101,7 @@ class Line:
             **config,
         }
         self.config = EngineConfig(disk_dir=Path(), device_slots=slots, **values)
-        self.placer = FakePlacer(slots, arrives or {})
+        self.placer = FakePlacer(slots, arrives=arrives or {})
         self.blocks = BlockAllocator(self.config.kv_tokens // 4, 4)
         self.scheduler = Scheduler(self.config, self.blocks, self.placer)
         self.joined: list[str] = []
@@ -131,7 +146,7 @@ class Line:
         adapters = {row.sequence.digest for row in plan.rows} - {None}
         self.most_adapters = max(self.most_adapters, len(adapters))
         sampling = [row.sequence for row in plan.rows if row.samples]
-        self.scheduler.book(plan)
+        self.scheduler.book(plan.rows)
         for sequence in (row.sequence for row in plan.rows):
             if sequence in sampling:
                 sequence.tokens.append(1)

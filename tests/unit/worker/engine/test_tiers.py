@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from adaptermesh.core.tiers import Tier
-from adaptermesh.worker.engine.tiers import HALF_LIFE_SECONDS, Flight, TierTable
+from adaptermesh.worker.engine.entry import Flight
+from adaptermesh.worker.engine.tiers import HALF_LIFE_SECONDS, TierTable
 
 SLOTS, HOST_BYTES, DISK_BYTES = 3, 100, 150
 NAMES = [f"d{number}" for number in range(7)]
@@ -62,6 +63,18 @@ class TierMachine(RuleBasedStateMachine):
         for digest in self.table.resume():
             self.ensure(digest)
 
+    def leave(self, holder: str) -> None:
+        """A row ends."""
+        self.table.unuse(self.rows.pop(holder))
+        self.give_back(holder)
+
+    def give_back(self, holder: str) -> None:
+        orphan = self.table.drop(holder)
+        if orphan is not None:
+            assert orphan.digest not in {*self.waiters.values(), *self.rows.values()}
+            self.table.end_flight(orphan.digest)
+            self.flights.pop(orphan.digest, None)
+
     @rule(seconds=st.floats(0.0, 200.0))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -78,11 +91,7 @@ class TierMachine(RuleBasedStateMachine):
     def give_up(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(sorted(self.waiters)))
         del self.waiters[holder]
-        orphan = self.table.drop(holder)
-        if orphan is not None:
-            assert orphan.digest not in self.waiters.values()
-            self.table.end_flight(orphan.digest)
-            self.flights.pop(orphan.digest, None)
+        self.give_back(holder)
         self.resume()
 
     @precondition(lambda self: self.flights)
@@ -99,17 +108,49 @@ class TierMachine(RuleBasedStateMachine):
         del self.flights[digest]
         self.table.land(digest)
         self.table.add_disk(digest, size_of(digest))
+        if digest in self.rows.values():
+            # As the next step does, which stages what is missing.
+            self.table.complete_slot(digest)
         self.resume()
+
+    @precondition(lambda self: any(self.flights.values()))
+    @rule(data=st.data(), layers=st.integers(1, 3))
+    def a_layer_arrives(self, data: st.DataObject, layers: int) -> None:
+        reserved = sorted(digest for digest, room in self.flights.items() if room)
+        self.table.arrive(data.draw(st.sampled_from(reserved)), layers)
+
+    @precondition(lambda self: self.waiters)
+    @rule(data=st.data())
+    def run_row_early(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.waiters)))
+        digest = self.waiters[holder]
+        entry = self.table.get(digest)
+        assert entry is not None
+        if not entry.arrived:
+            return
+        if entry.slot is None:
+            grant = self.table.take_slot(digest)
+            if grant is None:
+                return
+            assert grant.evicted not in {*self.rows.values(), *self.waiters.values()}
+        assert entry.partial
+        assert entry.tier < Tier.HOST
+        self.table.use(digest)
+        self.rows[holder] = digest
+        del self.waiters[holder]
 
     @precondition(lambda self: self.flights)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         digest = data.draw(st.sampled_from(sorted(self.flights)))
         del self.flights[digest]
-        expected = {holder for holder, wanted in self.waiters.items() if wanted == digest}
-        assert set(self.table.end_flight(digest)) == expected
-        for holder in expected:
+        waiting = {holder for holder, wanted in self.waiters.items() if wanted == digest}
+        running = {holder for holder, wanted in self.rows.items() if wanted == digest}
+        assert set(self.table.end_flight(digest)) == waiting | running
+        for holder in waiting:
             del self.waiters[holder]
+        freed = [self.table.unuse(self.rows.pop(holder)) for holder in running]
+        assert sum(slot is not None for slot in freed) == bool(running)
         self.resume()
 
     @precondition(lambda self: self.waiters)
@@ -119,9 +160,9 @@ class TierMachine(RuleBasedStateMachine):
         digest = self.waiters[holder]
         entry = self.table.get(digest)
         assert entry is not None
+        if not entry.is_whole:
+            return
         if entry.slot is None:
-            if not entry.on_host:
-                return
             used = set(self.rows.values())
             grant = self.table.take_slot(digest)
             if grant is None:
@@ -140,8 +181,7 @@ class TierMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def end_row(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(sorted(self.rows)))
-        self.table.unuse(self.rows.pop(holder))
-        assert self.table.drop(holder) is None
+        self.leave(holder)
         self.resume()
 
     @rule(digest=st.sampled_from(NAMES))
@@ -201,6 +241,15 @@ class TierMachine(RuleBasedStateMachine):
     def slots_are_held_once(self) -> None:
         slots = [entry.slot for entry in self.table if entry.slot is not None]
         assert len(slots) == len(set(slots)) <= SLOTS
+        assert self.table.empty_slots == SLOTS - len(slots)
+
+    @invariant()
+    def a_slot_that_lacks_layers_is_in_use_and_its_adapter_on_the_way(self) -> None:
+        for entry in self.table.partial:
+            assert entry.partial
+            assert entry.uses
+            assert entry.flight is Flight.FETCH or entry.flight is Flight.DISK
+        assert len(self.table.partial) == sum(entry.partial for entry in self.table)
 
     @invariant()
     def what_runs_has_its_slot(self) -> None:
@@ -224,8 +273,7 @@ class TierMachine(RuleBasedStateMachine):
         for digest in self.pins:
             self.table.unpin(digest)
         for holder in sorted(self.rows):
-            self.table.unuse(self.rows.pop(holder))
-            self.table.drop(holder)
+            self.leave(holder)
         for _ in range(200):
             self.resume()
             for digest in sorted(self.flights):

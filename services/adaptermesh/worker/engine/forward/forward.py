@@ -13,6 +13,7 @@ from adaptermesh.worker.engine.forward.int8 import check_int8
 from adaptermesh.worker.engine.forward.linear import LinearKind
 from adaptermesh.worker.engine.forward.llama import LlamaForward, is_lean
 from adaptermesh.worker.engine.forward.native import NativeForward
+from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.forward.plain import PlainForward
 from adaptermesh.worker.engine.forward.rotation import check_rotation
 from adaptermesh.worker.engine.kv import KvCache
@@ -23,10 +24,19 @@ log = logging.getLogger(__name__)
 
 
 class Forward(Protocol):
-    """Runs a packed batch through the base model and the adapters."""
+    """Runs a packed batch through the base model and the adapters.
+
+    `resumable`: it can stop between layers, so `start` may be called.
+    """
+
+    resumable: bool
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         """Fills the cache and gives the logits of the batch's outputs: [outputs, vocabulary] float32."""
+        ...
+
+    def start(self, batch: StepBatch, cache: KvCache) -> Passage:
+        """Begins to run a batch, before its first layer. Its tokens' places in the cache are its own."""
         ...
 
 

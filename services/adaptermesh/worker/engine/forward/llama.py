@@ -4,7 +4,7 @@ q, k and v are one product, gate and up are one product; the rotation is in plac
 are stored by one write. The sites' outputs are column ranges of the joint products, so adapters add in place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import rms_norm, silu
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.linear import Linear, LinearKind, PackedLinear
+from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.slots import AdapterPlan
 
@@ -43,6 +44,8 @@ class LlamaForward:
     product in many and the one whose errors reach the tokens directly.
     """
 
+    resumable = True
+
     def __init__(self, base: Base, linears: LinearKind) -> None:
         config = base.model.config
         decoder = base.model.model
@@ -59,15 +62,35 @@ class LlamaForward:
         self._scaling = self._dim**-0.5
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
+        passage = self.start(batch, cache)
+        passage.advance(len(self._layers), batch.adapters)
+        return passage.logits()
+
+    def start(self, batch: StepBatch, cache: KvCache) -> Passage:
         hidden = self._embeddings[batch.token_ids]
-        cos, sin = self._rotation(hidden, batch.positions)
-        for index, layer in enumerate(self._layers):
+        return _LlamaPassage(self, batch, cache, hidden, self._rotation(hidden, batch.positions))
+
+    def layers(
+        self,
+        part: range,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        batch: StepBatch,
+        cache: KvCache,
+    ) -> torch.Tensor:
+        """hidden: [tokens, hidden] before the layers of `part` -> the same after them."""
+        cos, sin = rotation
+        for index in part:
+            layer = self._layers[index]
             x = rms_norm(hidden, self._hidden, layer.norm_in, self._eps)
             hidden = hidden + self._attention(index, layer, x, cos, sin, batch, cache)
             x = rms_norm(hidden, self._hidden, layer.norm_mid, self._eps)
             hidden += _feed_forward(index, layer, x, batch.adapters)
-        hidden = rms_norm(hidden.index_select(0, batch.outputs), self._hidden, self._norm, self._eps)
-        return self._head(hidden).float()
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [outputs, hidden] -> [outputs, vocabulary] float32."""
+        return self._head(rms_norm(hidden, self._hidden, self._norm, self._eps)).float()
 
     def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, 1, d] each; the sine's first half is negated, so that a roll does for `rotate_half`."""
@@ -103,6 +126,33 @@ class LlamaForward:
         out = layer.o(mixed)
         adapters.apply("o", index, mixed, out)
         return out
+
+
+class _LlamaPassage:
+    """A batch of the lean path between two layers."""
+
+    def __init__(
+        self,
+        forward: LlamaForward,
+        batch: StepBatch,
+        cache: KvCache,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self._forward = forward
+        self._batch = batch
+        self._cache = cache
+        self._hidden = hidden
+        self._rotation = rotation
+        self._done = 0
+
+    def advance(self, until: int, adapters: AdapterPlan) -> None:
+        batch, part = replace(self._batch, adapters=adapters), range(self._done, until)
+        self._hidden = self._forward.layers(part, self._hidden, self._rotation, batch, self._cache)
+        self._done = max(until, self._done)
+
+    def logits(self) -> torch.Tensor:
+        return self._forward.head(self._hidden.index_select(0, self._batch.outputs))
 
 
 def _feed_forward(index: int, layer: _Layer, x: torch.Tensor, adapters: AdapterPlan) -> torch.Tensor:

@@ -15,10 +15,12 @@ from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.panels import Panels, Weight
+from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import SITES, Adapters, Kernels, Layer, Matrix, Model, Step
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
+from adaptermesh.worker.engine.slots import AdapterPlan
 
 NATIVE_ARCHITECTURES = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -38,6 +40,8 @@ class NativeForward:
         NoKernels: The kernels can't compute this base; the message says why.
     """
 
+    resumable = True
+
     def __init__(self, base: Base, kernels: Kernels | None, block_tokens: int) -> None:
         kernels = _check(base, kernels, block_tokens)
         self._kernels = kernels
@@ -54,14 +58,17 @@ class NativeForward:
         torch.set_num_threads(1)
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
+        passage = self.start(batch, cache)
+        passage.advance(len(self._layers), batch.adapters)
+        return passage.logits()
+
+    def start(self, batch: StepBatch, cache: KvCache) -> Passage:
         self._use_cache(cache)
         hidden = self._embeddings[batch.token_ids]
         cos, sin = self._decoder.rotary_emb(hidden, batch.positions[None])
         outputs = batch.outputs.to(torch.int32)
         logits = torch.empty(len(outputs), self._model.vocabulary)
-        tokens = len(hidden)
         spans, tables = _pack_spans(batch)
-        adapters, held = _pack_adapters(batch)
         step = Step(
             hidden=hidden.data_ptr(),
             cosines=cos.data_ptr(),
@@ -70,19 +77,21 @@ class NativeForward:
             tables=tables.ctypes.data,
             outputs=outputs.data_ptr(),
             logits=logits.data_ptr(),
-            scratch=self._scratch_for(tokens).data_ptr(),
-            adapters=adapters,
-            tokens=tokens,
+            tokens=len(hidden),
             span_count=len(spans),
             output_count=len(outputs),
-            first_layer=0,
-            last_layer=self._model.layer_count,
             threads=self._threads,
         )
+        return _NativePassage(self, step, logits, (hidden, cos, sin, spans, tables, outputs))
+
+    def compute(self, step: Step, until: int, adapters: AdapterPlan) -> None:
+        """The layers of a step from its last one up to `until`, and the head after all of them."""
+        step.first_layer, step.last_layer = step.last_layer, until
+        step.scratch = self._scratch_for(step.tokens).data_ptr()
+        step.adapters, held = _pack_adapters(adapters)
         self._kernels.run(self._model, step)
         # What the step points to must outlive it.
         del held
-        return logits
 
     def _use_cache(self, cache: KvCache) -> None:
         if self._cache is not cache:
@@ -136,6 +145,23 @@ class NativeForward:
         weight = weight.contiguous()
         self._keep.append(weight)
         return weight.data_ptr()
+
+
+class _NativePassage:
+    """A step between two layers. `held` is what it points to."""
+
+    def __init__(self, forward: NativeForward, step: Step, logits: torch.Tensor, held: object) -> None:
+        self._forward = forward
+        self._step = step
+        self._logits = logits
+        self._held = held
+
+    def advance(self, until: int, adapters: AdapterPlan) -> None:
+        if until > self._step.last_layer:
+            self._forward.compute(self._step, until, adapters)
+
+    def logits(self) -> torch.Tensor:
+        return self._logits
 
 
 def _check(base: Base, kernels: Kernels | None, block_tokens: int) -> Kernels:
@@ -209,14 +235,14 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
     return np.array(rows, np.int32).reshape(-1, 4), np.array(tables, np.int32)
 
 
-def _pack_adapters(batch: StepBatch) -> tuple[Adapters, object]:
+def _pack_adapters(plan: AdapterPlan) -> tuple[Adapters, object]:
     """The low-rank part of the step, and what it points to."""
-    if not batch.adapters.tokens.active_slots:
+    if not plan.tokens.active_slots:
         return Adapters(), None
-    op = batch.adapters.ops.get("lowrank")
-    if not isinstance(op, NativeLowRank) or len(batch.adapters.ops) > 1:
+    op = plan.ops.get("lowrank")
+    if not isinstance(op, NativeLowRank) or len(plan.ops) > 1:
         # An op that is passed over would answer with the base.
-        kinds = ", ".join(sorted(batch.adapters.ops))
+        kinds = ", ".join(sorted(plan.ops))
         raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
-    rows = op.rows_of(batch.adapters.tokens)
+    rows = op.rows_of(plan.tokens)
     return rows.adapters, rows

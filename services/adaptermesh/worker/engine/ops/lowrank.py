@@ -23,15 +23,7 @@ from adaptermesh.artifact.sites import Site
 from adaptermesh.worker.engine.arrivals import too_large
 from adaptermesh.worker.engine.ops.lowrank_gather import GatheredProduct, TokenRows, can_gather
 from adaptermesh.worker.engine.ops.lowrank_spans import CapturedSpans, Rows, plan_spans, span_product
-from adaptermesh.worker.engine.ops.op import (
-    CapturedOp,
-    LayerLanded,
-    Segment,
-    SitePlan,
-    StepTokens,
-    TensorReader,
-    ignore_landed,
-)
+from adaptermesh.worker.engine.ops.op import CapturedOp, Segment, SitePlan, StepTokens, TensorReader
 from adaptermesh.worker.engine.ranges import RangeAllocator
 from adaptermesh.worker.engine.upload import to_device
 
@@ -91,8 +83,8 @@ class SiteArena:
         """Rank rows; it never shrinks."""
         return self._rows.capacity
 
-    def take(self, slot: int, modules: Sequence[ModuleOp]) -> None:
-        """Gives a slot its rows, for one adapter's modules of this site, at most one a layer."""
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
+        """Takes the rows of one adapter's modules of this site, at most one a layer."""
         rank = max(module.rank for module in modules)
         start = self._take(rank)
         scales = {module.scale for module in modules}
@@ -102,8 +94,8 @@ class SiteArena:
             by_row[module.layer, : module.rank] = module.scale
         self._scale[:, start : start + rank] = to_device(by_row, self._scale.device)
 
-    def fill(self, slot: int, layer: int, module: ModuleOp | None, read: TensorReader) -> None:
-        """Copies one layer of an adapter into its rows."""
+    def load_layer(self, slot: int, layer: int, module: ModuleOp | None, read: TensorReader) -> None:
+        """Fills the rows of one layer; with zeros where no module is."""
         start, end = self.spans[slot].start, self.spans[slot].end
         used = start if module is None else start + module.rank
         if module is not None:
@@ -195,25 +187,20 @@ class LowRank:
         self._ranks: dict[int, int] = {}
         self._changes = 0
 
-    def load(
-        self,
-        slot: int,
-        modules: Sequence[ModuleOp],
-        read: TensorReader,
-        landed: LayerLanded = ignore_landed,
-    ) -> None:
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
         by_site: dict[str, list[ModuleOp]] = {}
         for module in modules:
             by_site.setdefault(module.site, []).append(module)
         for name, found in by_site.items():
-            self._arenas[name].take(slot, found)
-        by_place = {(module.site, module.layer): module for module in modules}
-        for layer in range(self._layers):
-            for name in by_site:
-                self._arenas[name].fill(slot, layer, by_place.get((name, layer)), read)
-            landed(layer)
+            self._arenas[name].reserve(slot, found)
         self._ranks[slot] = max((module.rank for module in modules), default=0)
         self._changes += 1
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        by_site = {module.site: module for module in modules}
+        for name, arena in self._arenas.items():
+            if slot in arena.spans:
+                arena.load_layer(slot, layer, by_site.get(name), read)
 
     @property
     def layout(self) -> int:

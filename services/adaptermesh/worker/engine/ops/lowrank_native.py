@@ -18,7 +18,7 @@ from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.artifact.sites import Site, SiteMap
 from adaptermesh.worker.engine.native.library import Adapters, Kernels
 from adaptermesh.worker.engine.native.memory import page_memory
-from adaptermesh.worker.engine.ops.op import LayerLanded, SitePlan, StepTokens, TensorReader, ignore_landed
+from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
 
 _LINE = 16
 """Floats of a cache line: where each tensor begins."""
@@ -28,12 +28,16 @@ _Longs = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
-    """One adapter: its memory, and the table of the kernels' `Rows`, [sites, layers, 4]."""
+    """One adapter: its memory, and the table of the kernels' `Rows`, [sites, layers, 4].
+
+    The table has no rows for a layer that is not loaded. `starts`: where each site's part of a layer begins.
+    """
 
     memory: torch.Tensor
     table: _Longs
     max_rank: int
     used: int
+    starts: Mapping[tuple[str, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +72,26 @@ class NativeLowRank:
         self._slots: dict[int, AdapterRows] = {}
         self._spare: torch.Tensor | None = None
 
-    def load(
-        self,
-        slot: int,
-        modules: Sequence[ModuleOp],
-        read: TensorReader,
-        landed: LayerLanded = ignore_landed,
-    ) -> None:
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
         if not modules:
             return
         ordered = sorted(modules, key=lambda module: (module.layer, self._sites[module.site][0]))
-        sizes = [self._size(module) for module in ordered]
-        memory = self._take(sum(sizes))
+        starts: dict[tuple[str, int], int] = {}
+        size = 0
+        for module in ordered:
+            starts[module.site, module.layer] = size
+            size += self._size(module)
         table = np.zeros((len(self._sites), self._layers, 4), np.int64)
-        start = 0
-        for module, size in zip(ordered, sizes, strict=True):
-            place = self._sites[module.site][0]
-            table[place, module.layer] = self._fill(memory[start : start + size], module, read)
-            start += size
-            landed(module.layer)
         used = sum(1 << place for place in {self._sites[module.site][0] for module in modules})
-        self._slots[slot] = AdapterRows(memory, table, max(module.rank for module in modules), used)
+        most = max(module.rank for module in modules)
+        self._slots[slot] = AdapterRows(self._take(size), table, most, used, starts)
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        for module in modules:
+            rows = self._slots[slot]
+            start = rows.starts[module.site, layer]
+            memory = rows.memory[start : start + self._size(module)]
+            rows.table[self._sites[module.site][0], layer] = self._fill(memory, module, read)
 
     def unload(self, slot: int) -> None:
         rows = self._slots.pop(slot, None)

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
-from adaptermesh.worker.engine.ops.op import (
-    LayerLanded,
-    SitePlan,
-    StepTokens,
-    TensorReader,
-    ignore_landed,
-)
+from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +24,16 @@ class PlainLowRank:
         self._device = device
         self._slots: dict[int, dict[tuple[str, int], _Module]] = {}
 
-    def load(
-        self,
-        slot: int,
-        modules: Sequence[ModuleOp],
-        read: TensorReader,
-        landed: LayerLanded = ignore_landed,
-    ) -> None:
-        self._slots[slot] = {
-            (module.site, module.layer): _Module(
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:  # noqa: ARG002 (it has no arena)
+        self._slots[slot] = {}
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        for module in modules:
+            self._slots[slot][module.site, layer] = _Module(
                 read(module.tensors["A"]).to(self._device, self._dtype, copy=True),
                 read(module.tensors["B"]).to(self._device, self._dtype, copy=True),
                 module.scale,
             )
-            for module in modules
-        }
-        for layer in sorted({module.layer for module in modules}):
-            landed(layer)
 
     def unload(self, slot: int) -> None:
         self._slots.pop(slot, None)

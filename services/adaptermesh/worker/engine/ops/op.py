@@ -35,14 +35,6 @@ class StepTokens:
         return frozenset(segment.slot for segment in self.segments if segment.slot >= 0)
 
 
-LayerLanded = Callable[[int], None]
-"""Called with a layer once all copies to it are made, or queued."""
-
-
-def ignore_landed(layer: int) -> None:
-    """For who needs not know."""
-
-
 class SitePlan(Protocol):
     """One site's share of one step."""
 
@@ -54,14 +46,12 @@ class SitePlan(Protocol):
 class Op(Protocol):
     """Holds one kind of op for all slots on one device."""
 
-    def load(
-        self,
-        slot: int,
-        modules: Sequence[ModuleOp],
-        read: TensorReader,
-        landed: LayerLanded = ignore_landed,
-    ) -> None:
-        """Copies an adapter's tensors of this kind into a slot that is empty, layer by layer."""
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
+        """Gives an adapter the room that its modules of this kind take in a slot that is empty."""
+        ...
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        """Copies the tensors of one layer, those of `modules`, into a reserved slot; there may be none."""
         ...
 
     def unload(self, slot: int) -> None:

@@ -38,6 +38,7 @@ from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.op import Op, Segment, StepTokens
 from adaptermesh.worker.engine.ops.registry import fast_ops, plain_ops
 from adaptermesh.worker.engine.slots import AdapterPlan
+from tests.unit.worker.engine.ops.loading import load
 
 VOCAB = 260
 CONTEXT = 1024
@@ -154,7 +155,7 @@ class Way:
                 tensors[a] = torch.randn(rank, site.in_features, generator=generator) * 0.1
                 tensors[b] = torch.randn(site.out_features, rank, generator=generator) * 0.1
                 modules.append(ModuleOp(site.name, layer, "lowrank", rank, 2.0, {"A": a, "B": b}))
-        op.load(slot, modules, tensors.__getitem__)
+        load(op, slot, modules, tensors.__getitem__, self.base.sites.num_layers)
 
     def place(self, rows: Sequence[Row]) -> None:
         """Gives the rows blocks, scattered over the cache."""
@@ -289,6 +290,48 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_batch(
         turn += 1
     for row, seed in zip(rows, chosen, strict=True):
         assert torch.equal(torch.stack(row.logits), alone.expected[seed])
+
+
+class Stopping:
+    """Runs a batch layer by layer, with another one between two layers."""
+
+    def __init__(self, way: Way) -> None:
+        self._way = way
+        self._forward = way.forward
+        self.between: Callable[[], object] = lambda: None
+
+    def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
+        passage = self._forward.start(batch, cache)
+        for layer in range(self._way.base.sites.num_layers):
+            self._way.forward = self._forward
+            self.between()
+            passage.advance(layer + 1, AdapterPlan(batch.adapters.tokens, self._way.ops))
+            self._way.forward = self  # type: ignore[assignment]
+        return passage.logits()
+
+
+@pytest.mark.parametrize("forward", ["native", "lean"])
+def test_a_batch_that_stops_between_layers_is_the_same_to_the_last_bit(
+    kernels: Kernels, forward: str
+) -> None:
+    way = Way(make_model(CONFIGS["llama"]()), kernels, forward=forward)
+    shapes = ((21, 0), (9, -1), (30, 1))
+    expected = [Row(make_tokens(count, count), slot) for count, slot in shapes]
+    rows = [Row(make_tokens(count, count), slot) for count, slot in shapes]
+    other, alone = (Row(make_tokens(40, 5), 2) for _ in range(2))
+    way.place([*expected, *rows, other, alone])
+    way.step([(alone, 20)])
+    for _ in range(2):
+        way.step([(alone, 1)])
+    way.step([(row, row.left) for row in expected])
+    way.step([(other, 20)])
+    stopping = Stopping(way)
+    stopping.between = lambda: way.step([(other, 1)])
+    way.forward = stopping  # type: ignore[assignment]
+    way.step([(row, row.left) for row in rows])
+    for row, same in zip(rows, expected, strict=True):
+        assert torch.equal(torch.stack(row.logits), torch.stack(same.logits))
+    assert torch.equal(torch.stack(other.logits), torch.stack(alone.logits))
 
 
 def test_a_row_that_overflows_changes_no_other(kernels: Kernels) -> None:

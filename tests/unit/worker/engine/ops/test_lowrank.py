@@ -13,6 +13,7 @@ from adaptermesh.worker.engine.ops import lowrank
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from tests.unit.worker.engine.ops.loading import load
 
 CPU = torch.device("cpu")
 SITES = (Site("q", "l.{layer}.q", 16, 24), Site("down", "l.{layer}.d", 40, 16))
@@ -39,8 +40,8 @@ class Pair:
             tensors[a] = torch.randn(rank, site.in_features, generator=generator)
             tensors[b] = torch.randn(site.out_features, rank, generator=generator)
             found.append(ModuleOp(name, layer, "lowrank", rank, scale, {"A": a, "B": b}))
-        self.fast.load(slot, found, tensors.__getitem__)
-        self.plain.load(slot, found, tensors.__getitem__)
+        for op in (self.fast, self.plain):
+            load(op, slot, found, tensors.__getitem__, LAYERS)
 
     def unload(self, slot: int) -> None:
         self.fast.unload(slot)
@@ -181,4 +182,4 @@ def test_a_weight_too_large_for_the_device_is_refused() -> None:
     op = LowRank(SITES, LAYERS, torch.float16, CPU)
     tensors = {"A": torch.full((2, 16), 1e6), "B": torch.ones(24, 2)}
     with pytest.raises(Exception, match="too large"):
-        op.load(0, [ModuleOp("q", 0, "lowrank", 2, 1.0, {"A": "A", "B": "B"})], tensors.__getitem__)
+        load(op, 0, [ModuleOp("q", 0, "lowrank", 2, 1.0, {"A": "A", "B": "B"})], tensors.__getitem__, LAYERS)

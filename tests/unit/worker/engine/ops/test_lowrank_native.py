@@ -13,6 +13,7 @@ from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from tests.unit.worker.engine.ops.loading import load
 
 LAYERS = 2
 # Outputs and inputs that fill no panel and no vector, that fill them exactly, and that are fewer than one.
@@ -53,8 +54,8 @@ class Pair:
             tensors[a] = torch.randn(rank, site.in_features, generator=generator).to(dtype)
             tensors[b] = torch.randn(site.out_features, rank, generator=generator).to(dtype) / rank**0.5
             found.append(ModuleOp(name, layer, "lowrank", rank, scale, {"A": a, "B": b}))
-        self.fast.load(slot, found, tensors.__getitem__)
-        self.plain.load(slot, found, tensors.__getitem__)
+        for op in (self.fast, self.plain):
+            load(op, slot, found, tensors.__getitem__, LAYERS)
 
     def unload(self, slot: int) -> None:
         self.fast.unload(slot)

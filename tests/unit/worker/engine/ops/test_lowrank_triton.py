@@ -16,6 +16,7 @@ from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 pytest.importorskip("triton", reason="needs Triton: pip install triton (Linux on x86-64)")
 
 from adaptermesh.worker.engine.ops.lowrank_triton import triton_product
+from tests.unit.worker.engine.ops.loading import load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Widths that no block size divides, and one below all of them.
@@ -46,8 +47,8 @@ class Pair:
             # What the arena holds, so that only the products differ.
             tensors = {key: tensor.to(self.dtype) for key, tensor in tensors.items()}
             found.append(ModuleOp(name, layer, "lowrank", rank, scale, {"A": a, "B": b}))
-        self.fast.load(slot, found, tensors.__getitem__)
-        self.plain.load(slot, found, tensors.__getitem__)
+        for op in (self.fast, self.plain):
+            load(op, slot, found, tensors.__getitem__, LAYERS)
 
     def check(self, segments: Sequence[tuple[int, int]]) -> None:
         """segments: (slot, tokens)."""
