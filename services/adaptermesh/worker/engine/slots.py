@@ -103,9 +103,6 @@ class DeviceSlots:
     def reserve(self, slot: int, digest: str, manifest: Manifest) -> None:
         """Gives an adapter an empty slot and the room that it takes there.
 
-        On a device of its own the copies are queued and the slot may be used at once: the steps wait for
-        them there. The result tells when they are done; None: they are.
-
         Raises:
             MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for an op that this engine doesn't have.
         """
