@@ -28,11 +28,12 @@ class EnginePeer:
     def load(self, message: dict[str, Any]) -> dict[str, Any]:
         config = EngineConfig(disk_dir=self._disk, dtype="float32", **message["options"])
         base = load_base(Path(message["model"]), config)
+        # What a decode step reads at least once; tied matrices count once. The engine may take the base's
+        # matrices for itself, so they are counted before.
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in base.model.parameters())
         self._source = LocalSource(Path(message["adapters"]))
         self._engine = Engine(config, base, self._source, SystemClock())
         self._rows = Rows(self._engine, self._source.digest)
-        # What a decode step reads at least once; tied matrices count once.
-        weight_bytes = sum(weight.numel() * weight.element_size() for weight in base.model.parameters())
         versions = {name: importlib.metadata.version(name) for name in ("adaptermesh", "torch")}
         return {"versions": versions, "threads": torch.get_num_threads(), "weight_bytes": weight_bytes}
 
