@@ -30,10 +30,10 @@ class EngineConfig:
             "plain", the slow twin of those over pages.
         cuda_graphs: On CUDA, record steps of decodes and replay them. No effect on a CPU.
         max_graphs: Graphs that may be recorded; steps that would need more run without.
-        pack_weights: Keep a second copy of the base's matrices in the CPU library's own layout, which makes
-            small batches faster. No effect on CUDA.
-        quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits. Faster
-            on a CPU, and no longer the base to the last digit; adapters stay exact.
+        pack_weights: On the lean way, keep a second copy of the base's matrices in the CPU library's own
+            layout, which makes small batches faster. No effect on CUDA.
+        quantization: "none", or "int8": the matrices of the base's layers and their inputs in 8 bits, by
+            torch on a CPU with VNNI. No longer the base to the last digit; adapters stay exact.
         max_batch_rows: Requests in one step.
         max_context_tokens: Longest prompt and output together; the model's own limit wins when it is smaller.
         step_tokens: Tokens of one step; longer prompts are computed in chunks.
