@@ -58,8 +58,8 @@ class WorkerSettings(ServiceSettings):
     quantization: str = Field(
         default=_ENGINE.quantization,
         description="none, or int8: the base's layers in 8 bits by torch, for models of the Llama "
-        "architecture on a CPU with VNNI. No longer the base to the last digit; adapters stay exact. Whether it beats the "
-        "native kernels depends on the CPU: measure it.",
+        "architecture on a CPU with VNNI. No longer the base to the last digit; adapters stay exact. Whether "
+        "it beats the native kernels depends on the CPU: measure it.",
     )
     max_batch_rows: int = Field(default=_ENGINE.max_batch_rows, ge=1, description="Requests in one step.")
     max_context_tokens: int = Field(
