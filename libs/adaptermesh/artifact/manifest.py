@@ -4,7 +4,6 @@ Its fields are complete from the start; those that no ingest fills yet are null 
 upload: the same files under the same name on the same base give the same digest everywhere.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +98,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical JSON."""
-        return canonical_json(dataclasses.asdict(self))
+        return canonical_json(_ADAPTER.dump_python(self, warnings=False))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":

@@ -4,6 +4,7 @@ import bisect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptermesh.artifact.manifest_parts import (
@@ -40,7 +41,7 @@ def check_manifest(manifest: "Manifest") -> None:
 
 
 def _check_identity(manifest: "Manifest") -> None:
-    _need(manifest.schema == SCHEMA, f"schema {manifest.schema[:80]!r} is not {SCHEMA!r}")
+    _need(manifest.schema == SCHEMA, "schema {!r} is not {!r}", manifest.schema[:80], SCHEMA)
     try:
         check_name(manifest.namespace, "namespace")
         check_name(manifest.name, "name")
@@ -48,33 +49,32 @@ def _check_identity(manifest: "Manifest") -> None:
         raise corrupt(error.message) from None
     base = manifest.base
     for digest in (base.digest, base.config_digest, base.weights_digest, *manifest.parents):
-        _need(is_digest(digest), f"{digest[:80]!r} is not a digest")
+        _need(is_digest(digest), "{!r} is not a digest", digest[:80])
     _need(
         min(base.hidden_size, base.num_layers, base.vocab_size) > 0,
         "the base has a size that is not positive",
     )
     paths = Counter(file.path for file in manifest.source.files)
     for file in manifest.source.files:
-        _need(
-            is_digest(file.sha256) and file.size_bytes >= 0,
-            f"source file {file.path[:80]!r} has a bad digest or size",
-        )
-        _need(paths[file.path] == 1, f"source file {file.path[:80]!r} is listed twice")
+        path = file.path[:80]
+        good = is_digest(file.sha256) and file.size_bytes >= 0
+        _need(good, "source file {!r} has a bad digest or size", path)
+        _need(paths[file.path] == 1, "source file {!r} is listed twice", path)
 
 
 def _check_chunks(chunks: Sequence[Chunk], size_bytes: int) -> None:
     _need(len(chunks) > 0 and chunks[0].layer == HEADER_LAYER, "the first chunk must hold the header")
     end, layer = 0, HEADER_LAYER
     for index, chunk in enumerate(chunks):
-        _need(chunk.offset == end, f"chunk {index} begins at {chunk.offset}, the one before ends at {end}")
         _need(
-            1 <= chunk.size <= MAX_CHUNK_BYTES,
-            f"chunk {index} has {chunk.size} bytes, not 1 to {MAX_CHUNK_BYTES}",
+            chunk.offset == end, "chunk {} begins at {}, the one before ends at {}", index, chunk.offset, end
         )
-        _need(is_digest(chunk.sha256), f"chunk {index} has no digest")
-        _need(chunk.layer >= layer, f"chunk {index} is of layer {chunk.layer}, after layer {layer}")
+        sized = 1 <= chunk.size <= MAX_CHUNK_BYTES
+        _need(sized, "chunk {} has {} bytes, not 1 to {}", index, chunk.size, MAX_CHUNK_BYTES)
+        _need(is_digest(chunk.sha256), "chunk {} has no digest", index)
+        _need(chunk.layer >= layer, "chunk {} is of layer {}, after layer {}", index, chunk.layer, layer)
         end, layer = chunk.offset + chunk.size, chunk.layer
-    _need(end == size_bytes, f"the chunks have {end} bytes, the file has {size_bytes}")
+    _need(end == size_bytes, "the chunks have {} bytes, the file has {}", end, size_bytes)
 
 
 def _check_tensors(tensors: Sequence[TensorEntry], chunks: Sequence[Chunk]) -> Mapping[str, int]:
@@ -84,21 +84,20 @@ def _check_tensors(tensors: Sequence[TensorEntry], chunks: Sequence[Chunk]) -> M
     layers: dict[str, int] = {}
     end = chunks[0].size if chunks else 0
     for tensor in tensors:
-        what = f"tensor {tensor.name[:120]!r}"
-        _need(tensor.name not in layers, f"{what} is listed twice")
-        _need(tensor.dtype in TENSOR_DTYPES, f"{what} has dtype {tensor.dtype[:20]!r}")
-        _need(0 < len(tensor.shape) <= 8 and min(tensor.shape) > 0, f"{what} has shape {tensor.shape[:8]}")
-        size = math.prod(tensor.shape) * TENSOR_DTYPES[tensor.dtype]
-        _need(tensor.size == size, f"{what} has {tensor.size} bytes, its shape needs {size}")
-        _need(
-            tensor.offset % TENSOR_ALIGNMENT == 0, f"{what} begins at {tensor.offset}, which is not aligned"
-        )
-        _need(tensor.offset >= end, f"{what} overlaps what is before it")
-        end = tensor.offset + tensor.size
-        _need(end <= file_end, f"{what} ends at {end}, past the end of the file at {file_end}")
-        first = chunks[bisect.bisect_right(starts, tensor.offset) - 1].layer
+        name, offset, shape = tensor.name[:120], tensor.offset, tensor.shape
+        _need(tensor.name not in layers, "tensor {!r} is listed twice", name)
+        _need(tensor.dtype in TENSOR_DTYPES, "tensor {!r} has dtype {!r}", name, tensor.dtype[:20])
+        _need(0 < len(shape) <= 8 and min(shape) > 0, "tensor {!r} has shape {}", name, shape[:8])
+        size = math.prod(shape) * TENSOR_DTYPES[tensor.dtype]
+        _need(tensor.size == size, "tensor {!r} has {} bytes, its shape needs {}", name, tensor.size, size)
+        aligned = offset % TENSOR_ALIGNMENT == 0
+        _need(aligned, "tensor {!r} begins at {}, which is not aligned", name, offset)
+        _need(offset >= end, "tensor {!r} overlaps what is before it", name)
+        end = offset + tensor.size
+        _need(end <= file_end, "tensor {!r} ends at {}, past the end of the file at {}", name, end, file_end)
+        first = chunks[bisect.bisect_right(starts, offset) - 1].layer
         last = chunks[bisect.bisect_right(starts, end - 1) - 1].layer
-        _need(first == last, f"{what} lies in chunks of layers {first} to {last}")
+        _need(first == last, "tensor {!r} lies in chunks of layers {} to {}", name, first, last)
         layers[tensor.name] = first
     return layers
 
@@ -108,65 +107,77 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
     unused = set(entries)
     seen: set[tuple[str, int, int | None, str]] = set()
     for module in manifest.modules:
-        what = f"{module.op[:20]} at layer {module.layer} {module.site[:40]!r}"
+        what = _Named(module)
         key = (module.site, module.layer, module.expert, module.op)
-        _need(key not in seen, f"{what} is listed twice")
+        _need(key not in seen, "{} is listed twice", what)
         seen.add(key)
-        _need(0 <= module.layer < manifest.base.num_layers, f"{what} is outside of the base")
-        _need(math.isfinite(module.scale) and module.scale > 0, f"{what} has scale {module.scale}")
+        _need(0 <= module.layer < manifest.base.num_layers, "{} is outside of the base", what)
+        scaled = math.isfinite(module.scale) and module.scale > 0
+        _need(scaled, "{} has scale {}", what, module.scale)
         _check_slots(module, what)
         for name in module.tensors.values():
-            _need(name in unused, f"{what} needs tensor {name[:120]!r}, which is absent or used twice")
+            short = name[:120]
+            _need(name in unused, "{} needs tensor {!r}, which is absent or used twice", what, short)
             unused.remove(name)
-            _need(
-                layers[name] == module.layer,
-                f"{what} has tensor {name[:120]!r} in chunks of layer {layers[name]}",
-            )
-            _need(entries[name].dtype == module.dtype, f"{what} has a tensor of dtype {entries[name].dtype}")
+            layer, dtype = layers[name], entries[name].dtype
+            _need(layer == module.layer, "{} has tensor {!r} in chunks of layer {}", what, short, layer)
+            _need(dtype == module.dtype, "{} has a tensor of dtype {}", what, dtype)
         if module.op == LOWRANK:
             _check_lowrank(module, entries, what)
-    _need(not unused, f"tensor {min(unused, default='')[:120]!r} belongs to no module")
+    _need(not unused, "tensor {!r} belongs to no module", min(unused, default="")[:120])
 
 
-def _check_slots(module: ModuleOp, what: str) -> None:
-    op = OPS.get(module.op)
-    _need(op is not None, f"{what}: there is no such op")
-    if op is not None:
-        given = set(module.tensors)
-        _need(
-            set(op.slots) <= given <= set(op.slots) | set(op.optional),
-            f"{what} has slots {sorted(given)[:8]}",
-        )
+def _check_slots(module: ModuleOp, what: "_Named") -> None:
+    slots = _SLOTS.get(module.op)
+    if slots is None:
+        raise corrupt(f"{what}: there is no such op")
+    needed, allowed = slots
+    given = module.tensors.keys()
+    _need(needed <= given <= allowed, "{} has slots {}", what, list(given)[:8])
 
 
-def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: str) -> None:
+def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
+    rank = module.rank
     a, b = entries[module.tensors["A"]].shape, entries[module.tensors["B"]].shape
-    _need(module.rank >= 1, f"{what} has rank {module.rank}")
-    _need(len(a) == 2 and a[0] == module.rank, f"{what} has rank {module.rank} and A of shape {a}")
-    _need(len(b) == 2 and b[1] == module.rank, f"{what} has rank {module.rank} and B of shape {b}")
+    _need(rank >= 1, "{} has rank {}", what, rank)
+    _need(len(a) == 2 and a[0] == rank, "{} has rank {} and A of shape {}", what, rank, a)
+    _need(len(b) == 2 and b[1] == rank, "{} has rank {} and B of shape {}", what, rank, b)
 
 
 def _check_summary(manifest: "Manifest") -> None:
     ops = {module.op for module in manifest.modules}
-    _need(
-        manifest.op_kinds == tuple(sorted(ops)),
-        f"op_kinds {manifest.op_kinds[:8]} are not those of the modules",
-    )
+    kinds = manifest.op_kinds
+    _need(kinds == tuple(sorted(ops)), "op_kinds {} are not those of the modules", kinds[:8])
     rank = max((module.rank for module in manifest.modules), default=0)
-    _need(manifest.cost.max_rank == rank, f"max_rank is {manifest.cost.max_rank}, the modules have {rank}")
+    cost = manifest.cost
+    _need(cost.max_rank == rank, "max_rank is {}, the modules have {}", cost.max_rank, rank)
     size = sum(tensor.size for tensor in manifest.tensors)
-    _need(
-        manifest.cost.device_bytes == size,
-        f"device_bytes is {manifest.cost.device_bytes}, the tensors have {size}",
-    )
+    _need(cost.device_bytes == size, "device_bytes is {}, the tensors have {}", cost.device_bytes, size)
     _need(manifest.servable != bool(manifest.unservable_reason), "servable and unservable_reason disagree")
     if manifest.servable:
         _need(bool(manifest.modules), "a servable manifest needs a module")
-        _need(all(OPS[op].served for op in ops), f"ops {sorted(ops)} are not all served")
+        _need(all(OPS[op].served for op in ops), "ops {} are not all served", sorted(ops))
     else:
         _need(not manifest.modules, "a manifest that is not servable has modules")
 
 
-def _need(condition: bool, otherwise: str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """How a problem names a module."""
+
+    module: ModuleOp
+
+    def __str__(self) -> str:
+        module = self.module
+        return f"{module.op[:20]} at layer {module.layer} {module.site[:40]!r}"
+
+
+_SLOTS = {
+    name: (frozenset(op.slots), frozenset(op.slots) | frozenset(op.optional)) for name, op in OPS.items()
+}
+
+
+def _need(condition: bool, otherwise: str, *values: object) -> None:
+    """Raises with `otherwise`, filled in only then: a manifest has thousands of things to check."""
     if not condition:
-        raise corrupt(otherwise)
+        raise corrupt(otherwise.format(*values))

@@ -13,6 +13,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.rpc import metadata as names
+from adaptermesh.rpc.payloads import serializer
 from adaptermesh.rpc.status import abort
 from adaptermesh.telemetry.tracing import Tracing, extract
 
@@ -22,7 +23,10 @@ _OWN = "/adaptermesh."
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
-    """Joins the caller's trace and turns `MeshError` into a rich status, for the mesh's own services."""
+    """Joins the caller's trace and turns `MeshError` into a rich status, for the mesh's own services.
+
+    A servicer may give a message as `encode_payload` made it.
+    """
 
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
@@ -134,7 +138,7 @@ def _wrap(
         return make_handler(
             behaviour,
             request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            response_serializer=serializer(handler.response_serializer),
         )
 
     return wrap

@@ -1,10 +1,10 @@
 """Streams of kept bytes, each piece read in a thread while the one before it is on its way."""
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 
-from adaptermesh.artifact.manifest import Chunk, Manifest
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
 from adaptermesh.store.blobs import BlobReader, BlobStore
@@ -12,8 +12,13 @@ from adaptermesh.store.records import SourceFile, VersionRecord
 from adaptermesh.store.rows import StoredVersion
 
 FILE_PIECE_BYTES = 512 * 1024
+MAX_PIECE_BYTES = 1024 * 1024
+_BLOCK_BYTES = 2 * 1024 * 1024
 
 _Range = tuple[int, int]
+"""An offset and a size."""
+_Block = list[_Range]
+"""Ranges without a gap between them."""
 
 
 async def read_manifest(blobs: BlobStore, digest: str) -> bytes:
@@ -27,16 +32,16 @@ async def read_manifest(blobs: BlobStore, digest: str) -> bytes:
 
 async def read_tensors(
     blobs: BlobStore, version: StoredVersion, manifest: bytes, offset: int
-) -> AsyncGenerator[bytes]:
+) -> AsyncGenerator[memoryview]:
     """The tensor file from an offset, cut where the manifest's chunks end.
 
     Raises:
         MeshError: OUT_OF_RANGE for an offset past the end; DATA_CORRUPT if sizes don't agree.
     """
     check_offset(offset, version.record.size_bytes)
-    chunks = (await asyncio.to_thread(Manifest.from_bytes, manifest)).chunks
+    chunks = _chunks(manifest)
     async with blobs.open(version.tensor_digest) as reader:
-        end = chunks[-1].offset + chunks[-1].size if chunks else 0
+        end = sum(chunks[-1]) if chunks else 0
         if not reader.size == version.record.size_bytes == end:
             message = f"the tensor file has {reader.size} bytes, the manifest says {end}"
             raise _corrupt(version.record.digest, message)
@@ -44,7 +49,7 @@ async def read_tensors(
             yield piece
 
 
-async def read_file(blobs: BlobStore, file: SourceFile, offset: int) -> AsyncGenerator[bytes]:
+async def read_file(blobs: BlobStore, file: SourceFile, offset: int) -> AsyncGenerator[memoryview]:
     """An uploaded file from an offset; raises MeshError OUT_OF_RANGE or DATA_CORRUPT."""
     check_offset(offset, file.size_bytes)
     async with blobs.open(file.digest) as reader:
@@ -75,32 +80,64 @@ def check_offset(offset: int, size: int) -> None:
         )
 
 
-async def _pieces(reader: BlobReader, ranges: Iterable[_Range]) -> AsyncGenerator[bytes]:
-    """Reads one range ahead of the one that is handed out, never more."""
-    ahead: deque[asyncio.Task[bytes]] = deque()
+async def _pieces(reader: BlobReader, ranges: Iterable[_Range]) -> AsyncGenerator[memoryview]:
+    """Reads one block ahead of the one that is handed out, never more."""
+    ahead: deque[tuple[_Block, asyncio.Task[bytes]]] = deque()
     try:
-        for offset, size in ranges:
-            ahead.append(asyncio.create_task(_read(reader, offset, size)))
+        for block in _blocks(ranges):
+            ahead.append((block, asyncio.create_task(_read(reader, block))))
             if len(ahead) > 1:
-                yield await ahead.popleft()
+                for piece in await _cut(*ahead.popleft()):
+                    yield piece
         while ahead:
-            yield await ahead.popleft()
+            for piece in await _cut(*ahead.popleft()):
+                yield piece
     finally:
-        for task in ahead:
+        for _, task in ahead:
             task.cancel()
-        await asyncio.gather(*ahead, return_exceptions=True)
+        await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
 
 
-async def _read(reader: BlobReader, offset: int, size: int) -> bytes:
-    return await reader.read(offset, size)
+def _blocks(ranges: Iterable[_Range]) -> Iterator[_Block]:
+    """Puts ranges together that are read at once, and sent one by one."""
+    block: _Block = []
+    for offset, size in ranges:
+        if block and offset + size - block[0][0] > _BLOCK_BYTES:
+            yield block
+            block = []
+        block.append((offset, size))
+    if block:
+        yield block
 
 
-def _chunk_ranges(chunks: tuple[Chunk, ...], offset: int) -> Iterator[_Range]:
-    for chunk in chunks:
-        end = chunk.offset + chunk.size
-        start = max(chunk.offset, offset)
-        if start < end:
+async def _read(reader: BlobReader, block: _Block) -> bytes:
+    start, (offset, size) = block[0][0], block[-1]
+    return await reader.read(start, offset + size - start)
+
+
+async def _cut(block: _Block, reading: asyncio.Task[bytes]) -> list[memoryview]:
+    data = memoryview(await reading)
+    start = block[0][0]
+    return [data[offset - start : offset - start + size] for offset, size in block]
+
+
+def _chunks(manifest: bytes) -> list[_Range]:
+    """Where the chunks are. All was checked at publication, and the digest says it is that manifest."""
+    return [(chunk["offset"], chunk["size"]) for chunk in json.loads(manifest)["chunks"]]
+
+
+def _chunk_ranges(chunks: Iterable[_Range], offset: int) -> Iterator[_Range]:
+    """Whole chunks, as many as a message takes; the first one may have begun before the offset."""
+    start = end = offset
+    for begin, size in chunks:
+        if begin + size <= offset:
+            continue
+        if start < end and begin + size - start > MAX_PIECE_BYTES:
             yield start, end - start
+            start = end
+        end = begin + size
+    if start < end:
+        yield start, end - start
 
 
 def _even_ranges(offset: int, size: int) -> Iterator[_Range]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.core.refs import AdapterName, check_name, parse_ref
+from adaptermesh.rpc.payloads import encode_payload
 from adaptermesh.store import wire
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.headers import invalid_upload
@@ -49,25 +50,25 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
             feed_position=outcome.feed_position,
         )
 
-    async def DownloadFile(
+    async def DownloadFile(  # type: ignore[override]  # large messages are encoded here already
         self, request: store_pb2.DownloadFileRequest, context: Context
-    ) -> AsyncIterator[store_pb2.DownloadFileResponse]:
+    ) -> AsyncIterator[store_pb2.DownloadFileResponse | bytes]:
         version = await self._stores.catalogue.get_digest(request.digest)
         file = find_file(version.record, request.path)
         async with aclosing(read_file(self._stores.blobs, file, request.offset)) as pieces:
             async for piece in pieces:
-                yield store_pb2.DownloadFileResponse(data=piece)
+                yield encode_payload(store_pb2.DownloadFileResponse.DATA_FIELD_NUMBER, piece)
 
-    async def FetchAdapter(
+    async def FetchAdapter(  # type: ignore[override]  # as above
         self, request: store_pb2.FetchAdapterRequest, context: Context
-    ) -> AsyncIterator[store_pb2.FetchAdapterResponse]:
+    ) -> AsyncIterator[store_pb2.FetchAdapterResponse | bytes]:
         version = await self._stores.catalogue.get_digest(request.digest)
         check_offset(request.offset, version.record.size_bytes)
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
         async with aclosing(read_tensors(self._stores.blobs, version, manifest, request.offset)) as pieces:
             async for piece in pieces:
-                yield store_pb2.FetchAdapterResponse(data=piece)
+                yield encode_payload(store_pb2.FetchAdapterResponse.DATA_FIELD_NUMBER, piece)
 
     async def ResolveRef(
         self, request: store_pb2.ResolveRefRequest, context: Context

@@ -1,21 +1,25 @@
 """One adapter's way from the store's stream into the engine's sink: in order, off the loop, resumable."""
 
 import asyncio
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import grpc.aio
 
-from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.rpc.payloads import payload_or
 from adaptermesh.worker.engine.source import AdapterSink
 
-_FetchCall: TypeAlias = (
-    "grpc.aio.UnaryStreamCall[store_pb2.FetchAdapterRequest, store_pb2.FetchAdapterResponse]"
-)
-_ResultT = TypeVar("_ResultT")
+_Message: TypeAlias = store_pb2.FetchAdapterResponse | memoryview
+"""A message, or its data if it has nothing else."""
+_FetchCall: TypeAlias = "grpc.aio.UnaryStreamCall[store_pb2.FetchAdapterRequest, _Message]"
+Fetch: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[store_pb2.FetchAdapterRequest, _Message]"
+_QUEUED_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,67 +38,131 @@ class SourceConfig:
     """Before the second stream; doubles with each that brings nothing, up to 2 s."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a sink, and the bytes that it holds."""
+
+    run: Callable[[], None]
+    size_bytes: int = 0
+
+
 class SinkFeed:
-    """Runs a sink's calls on threads, one at a time and in order, and adds up what they take."""
+    """Runs a sink's calls on a thread, one after the other, and adds up what they take.
+
+    What has been received waits here until the thread comes to it, so that receiving goes on while a manifest
+    is read and bytes are hashed; never more than `_QUEUED_BYTES` and one message. All methods belong to the
+    event loop.
+    """
 
     def __init__(self, sink: AdapterSink, executor: Executor) -> None:
         self._sink = sink
         self._executor = executor
-        self._pending: asyncio.Future[int] | None = None
+        self._loop = asyncio.get_running_loop()
+        # What the thread and the loop share, under the lock.
+        self._lock = threading.Lock()
+        self._calls: deque[_Call] = deque()
+        self._queued_bytes = 0
+        self._busy = False
+        self._error: Exception | None = None
+        self._waited_for = False
+        self._room = asyncio.Event()
+        self._job: asyncio.Future[None] | None = None
         self.written = 0
         self.verify_ns = 0
 
     async def begin(self, manifest: bytes) -> None:
-        await self._run(lambda: self._sink.begin(manifest))
+        await self._push(_Call(lambda: self._sink.begin(manifest)))
 
-    async def write(self, data: bytes) -> None:
-        """Returns as soon as the bytes before these are verified, so that receiving and hashing overlap."""
+    async def write(self, data: bytes | memoryview) -> None:
+        """Returns as soon as there is room for more; raises what the sink raised of what came before."""
+        await self._push(_Call(lambda: self._sink.write(data), len(data)))
+
+    async def finish(self) -> None:
+        await self._push(_Call(self._sink.finish))
         await self.settle()
-        self._pending = self._submit(lambda: self._write(data))
 
     async def settle(self) -> None:
         """Waits for what was handed over; raises what it raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            await _outlast(pending)
+        if self._job is not None:
+            await _outlast(self._job)
+        self._raise_error()
 
     async def quiesce(self) -> None:
         """Waits until no thread touches the sink, whatever came of it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            await asyncio.wait((pending,))
-            pending.exception()
+        with self._lock:
+            self._calls.clear()
+            self._queued_bytes = 0
+        if self._job is not None:
+            await asyncio.wait((self._job,))
 
-    async def finish(self) -> None:
-        await self.settle()
-        await self._run(self._sink.finish)
+    async def _push(self, call: _Call) -> None:
+        while self._is_full():
+            await self._room.wait()
+        self._raise_error()
+        with self._lock:
+            self._calls.append(call)
+            self._queued_bytes += call.size_bytes
+            idle, self._busy = not self._busy, True
+        if idle:
+            self._job = self._loop.run_in_executor(self._executor, self._drain)
 
-    async def _run(self, call: Callable[[], None]) -> None:
-        await _outlast(self._submit(lambda: self._timed(call)))
+    def _is_full(self) -> bool:
+        with self._lock:
+            self._room.clear()
+            self._waited_for = self._queued_bytes >= _QUEUED_BYTES
+            return self._waited_for
 
-    def _submit(self, call: Callable[[], int]) -> asyncio.Future[int]:
-        return asyncio.get_running_loop().run_in_executor(self._executor, call)
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
-    def _write(self, data: bytes) -> int:
-        elapsed = self._timed(lambda: self._sink.write(data))
-        self.written += len(data)
-        return elapsed
+    def _drain(self) -> None:
+        """On the thread: runs what there is."""
+        while (call := self._next_call()) is not None:
+            start = time.perf_counter_ns()
+            try:
+                call.run()
+            except Exception as error:  # noqa: BLE001  # whoever hands over the next one hears of it
+                self._ended(call, 0, start, error)
+            else:
+                self._ended(call, call.size_bytes, start, None)
 
-    def _timed(self, call: Callable[[], None]) -> int:
-        start = time.perf_counter_ns()
-        call()
-        elapsed = time.perf_counter_ns() - start
-        self.verify_ns += elapsed
-        return elapsed
+    def _next_call(self) -> _Call | None:
+        with self._lock:
+            self._busy = bool(self._calls)
+            return self._calls.popleft() if self._calls else None
+
+    def _ended(self, call: _Call, written: int, start_ns: int, error: Exception | None) -> None:
+        with self._lock:
+            self.verify_ns += time.perf_counter_ns() - start_ns
+            self.written += written
+            self._queued_bytes -= call.size_bytes
+            if error is not None:
+                self._error = error
+                self._calls.clear()
+                self._queued_bytes = 0
+            if self._waited_for:
+                self._waited_for = False
+                self._loop.call_soon_threadsafe(self._room.set)
 
 
-async def _outlast(future: "asyncio.Future[_ResultT]") -> _ResultT:
-    """The future's result. A cancelled caller leaves only when the thread is done with the sink."""
+async def _outlast(future: "asyncio.Future[None]") -> None:
+    """A cancelled caller leaves only when the thread is done with the sink."""
     try:
-        return await asyncio.shield(future)
+        await asyncio.shield(future)
     except asyncio.CancelledError:
         await asyncio.wait((future,))
         raise
+
+
+def fetch_of(channel: grpc.aio.Channel) -> Fetch:
+    """The store's `FetchAdapter`, whose data are not copied once more."""
+    response = store_pb2.FetchAdapterResponse
+    return channel.unary_stream(
+        "/adaptermesh.api.store.v1.StoreService/FetchAdapter",
+        request_serializer=store_pb2.FetchAdapterRequest.SerializeToString,
+        response_deserializer=payload_or(response.DATA_FIELD_NUMBER, response.FromString),
+    )
 
 
 class Stalled(Exception):
@@ -104,10 +172,8 @@ class Stalled(Exception):
 class StoreStream:
     """Reads one adapter over as many streams as it takes; each goes on where the verified bytes end."""
 
-    def __init__(
-        self, stub: "store_pb2_grpc.StoreServiceAsyncStub", digest: str, feed: SinkFeed, config: SourceConfig
-    ) -> None:
-        self._stub = stub
+    def __init__(self, fetch: Fetch, digest: str, feed: SinkFeed, config: SourceConfig) -> None:
+        self._fetch = fetch
         self._digest = digest
         self._feed = feed
         self._config = config
@@ -115,7 +181,7 @@ class StoreStream:
 
     async def read(self) -> None:
         """Reads one stream to its end."""
-        call = self._stub.FetchAdapter(
+        call = self._fetch(
             store_pb2.FetchAdapterRequest(digest=self._digest, offset=self._feed.written),
             timeout=self._config.timeout_seconds,
         )
@@ -129,15 +195,18 @@ class StoreStream:
         finally:
             call.cancel()
 
-    async def _next(self, call: _FetchCall) -> store_pb2.FetchAdapterResponse | None:
+    async def _next(self, call: _FetchCall) -> _Message | None:
         try:
             async with asyncio.timeout(self._config.stall_seconds):
                 message = await call.read()
         except TimeoutError:
             raise Stalled from None
-        return message if isinstance(message, store_pb2.FetchAdapterResponse) else None
+        return message if isinstance(message, _Message) else None
 
-    async def _take(self, message: store_pb2.FetchAdapterResponse) -> None:
+    async def _take(self, message: _Message) -> None:
+        if isinstance(message, memoryview):
+            await self._feed.write(message)
+            return
         part = message.WhichOneof("part")
         if part == "data":
             await self._feed.write(message.data)

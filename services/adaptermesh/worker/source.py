@@ -13,10 +13,9 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanContext, StatusCode, Tracer
 
-from adaptermesh.api.store.v1 import store_pb2_grpc
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found, unavailable
 from adaptermesh.rpc.status import mesh_error_from
-from adaptermesh.worker.adapter_stream import SinkFeed, SourceConfig, Stalled, StoreStream
+from adaptermesh.worker.adapter_stream import SinkFeed, SourceConfig, Stalled, StoreStream, fetch_of
 from adaptermesh.worker.engine.source import AdapterSink
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class GrpcAdapterSource:
     """
 
     def __init__(self, channel: grpc.aio.Channel, config: SourceConfig, tracer: Tracer) -> None:
-        self._stub = store_pb2_grpc.StoreServiceStub(channel)
+        self._fetch_adapter = fetch_of(channel)
         self._config = config
         self._tracer = tracer
         self._loop = asyncio.get_running_loop()
@@ -151,7 +150,7 @@ class GrpcAdapterSource:
             await feed.finish()
 
     async def _fetch_with_retries(self, digest: str, feed: SinkFeed) -> None:
-        stream = StoreStream(self._stub, digest, feed, self._config)
+        stream = StoreStream(self._fetch_adapter, digest, feed, self._config)
         failures = 0
         while True:
             before = feed.written

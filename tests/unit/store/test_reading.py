@@ -8,6 +8,7 @@ from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, Reason
+from adaptermesh.store import reading
 
 
 async def fetch(store: Any, digest: str, offset: int = 0) -> tuple[bytes, list[bytes]]:
@@ -38,20 +39,25 @@ async def test_a_fetch_from_any_offset_gives_the_same_bytes(store: Any, version:
         assert b"".join(rest) == whole[offset:]
 
 
-async def test_a_message_ends_where_a_chunk_ends_so_it_never_crosses_a_layer(
-    store: Any, version: Any
+async def test_a_message_is_as_many_whole_chunks_as_fit(
+    store: Any, version: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    most = 8192
+    monkeypatch.setattr(reading, "MAX_PIECE_BYTES", most)
     manifest, _ = await fetch(store, version.digest)
     chunks = Manifest.from_bytes(manifest).chunks
-    assert {chunk.layer for chunk in chunks} >= {0, 1, 2}
     ends = [chunk.offset + chunk.size for chunk in chunks]
+    assert max(chunk.size for chunk in chunks) <= most < version.size_bytes
     for offset in (0, 5, chunks[1].offset + 3):
         _, pieces = await fetch(store, version.digest, offset)
-        position, seen = offset, []
+        start = offset
         for piece in pieces:
-            position += len(piece)
-            seen.append(position)
-        assert seen == [end for end in ends if end > offset]
+            end = start + len(piece)
+            assert len(piece) <= most
+            assert end in ends
+            assert all(later - start > most for later in ends if later > end)
+            start = end
+        assert start == version.size_bytes
 
 
 async def test_a_fetch_from_the_end_gives_the_manifest_alone(store: Any, version: Any) -> None:

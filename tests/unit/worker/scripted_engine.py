@@ -176,7 +176,7 @@ class RecordingSink:
         if self.refuse_begin is not None:
             raise self.refuse_begin
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         if not self.writing.acquire(blocking=False):
             self.overlapped = True
             return

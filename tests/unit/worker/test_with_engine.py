@@ -282,6 +282,10 @@ async def test_a_pin_goes_over_the_wire_and_comes_off_again(real: RealWorker) ->
     (residency,) = (await real.status()).residencies
     assert (residency.tier, residency.pinned) == (adapter_pb2.TIER_HOST, False)
     budgets = (await real.status()).load.budgets
+    while budgets.disk_used_bytes == 0:
+        # Written behind the load.
+        await asyncio.sleep(0.001)
+        budgets = (await real.status()).load.budgets
     assert budgets.host_used_bytes == budgets.disk_used_bytes == len(adapter.data)
     assert budgets.kv_total_bytes > 0
 

@@ -2,14 +2,13 @@
 
 An entry is written to a temporary folder and renamed when it is whole. Nothing is trusted when it is read
 back: the manifest must have the digest, each chunk must be what the manifest says. The byte budget is the
-tier table's. All methods block; they run on the engine's input/output threads or on the source's.
+tier table's. All methods block; they run on the engine's input/output threads.
 """
 
 import contextlib
 import logging
 import secrets
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,46 +32,41 @@ class DiskEntry:
 
 
 class DiskWriter:
-    """An entry that is being written. A full or broken disk ends it quietly: the cache is optional."""
+    """An entry that is being written, by one thread.
+
+    A full or broken disk ends it quietly: the cache is optional.
+    """
 
     def __init__(self, digest: str, target: Path, manifest: bytes) -> None:
         self._digest = digest
         self._target = target
         self._folder = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
         self._file: BinaryIO | None = None
-        # A transfer is called off by another thread than the one that writes.
-        self._lock = threading.Lock()
         with self._guard():
             self._folder.mkdir(parents=True)
             (self._folder / _MANIFEST).write_bytes(manifest)
             self._file = (self._folder / _TENSORS).open("wb")
 
-    def write(self, data: bytes) -> None:
-        with self._lock:
-            if self._file is not None:
-                with self._guard():
-                    self._file.write(data)
+    def write(self, data: bytes | memoryview) -> None:
+        if self._file is not None:
+            with self._guard():
+                self._file.write(data)
 
     def commit(self) -> bool:
         """Makes the entry visible; False if the disk did not take it."""
-        with self._lock:
-            if self._file is None:
-                return False
-            with self._guard():
-                self._file.close()
-                if self._target.exists():
-                    shutil.rmtree(self._target)
-                self._folder.rename(self._target)
-                self._file = None
-                return True
+        if self._file is None:
             return False
+        with self._guard():
+            self._file.close()
+            if self._target.exists():
+                shutil.rmtree(self._target)
+            self._folder.rename(self._target)
+            self._file = None
+            return True
+        return False
 
     def abort(self) -> None:
         """Leaves nothing behind of an entry that was not committed."""
-        with self._lock:
-            self._abort()
-
-    def _abort(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -86,7 +80,7 @@ class DiskWriter:
             log.warning(
                 "disk cache can't take an adapter", extra={"digest": self._digest, "error": str(error)}
             )
-            self._abort()
+            self.abort()
 
 
 class DiskCache:

@@ -6,7 +6,6 @@ from typing import Protocol
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.worker.engine.disk_cache import DiskWriter
 from adaptermesh.worker.engine.host_arena import Landing, corrupt
 
 
@@ -14,7 +13,8 @@ from adaptermesh.worker.engine.host_arena import Landing, corrupt
 class Transfer:
     """One transfer of one adapter; a later one of the same adapter is another object.
 
-    `starter` is the holder for whom it was started. `from_store` False: it comes from the disk cache.
+    `starter` is the holder for whom it was started. `from_store` False: it comes from the disk cache; else
+    `manifest` is what the store sent of it.
     """
 
     digest: str
@@ -23,13 +23,13 @@ class Transfer:
     start_ns: int
     end_ns: int = 0
     landing: Landing | None = None
-    writer: DiskWriter | None = None
+    manifest: bytes = b""
 
 
 class Landings(Protocol):
     """What a transfer needs of the residency. Every method takes the engine's lock."""
 
-    def open_landing(self, transfer: Transfer, manifest: Manifest, raw: bytes) -> Landing:
+    def open_landing(self, transfer: Transfer, manifest: Manifest) -> Landing:
         """Checks the manifest and gives it room; raises MeshError as `AdapterSink.begin` does."""
         ...
 
@@ -63,14 +63,15 @@ class FetchSink:
             if digest_bytes(manifest) != self._transfer.digest:
                 raise corrupt(self._transfer.digest, "the manifest has another digest")
             parsed = Manifest.from_bytes(manifest)
-            landing = self._transfer.landing = self._landings.open_landing(self._transfer, parsed, manifest)
+            self._transfer.manifest = manifest
+            landing = self._transfer.landing = self._landings.open_landing(self._transfer, parsed)
         except MeshError as error:
             self._landings.transfer_failed(self._transfer, error)
             raise
         if landing.layers_ready:
             self._landings.layers_arrived(self._transfer)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         landing = self._begun()
         before = landing.layers_ready
         try:
@@ -80,8 +81,6 @@ class FetchSink:
             raise
         if landing.layers_ready > before:
             self._landings.layers_arrived(self._transfer)
-        if self._transfer.writer is not None:
-            self._transfer.writer.write(data)
 
     def finish(self) -> None:
         landing = self._begun()

@@ -76,6 +76,8 @@ class Residency:
         self._copy_starts = [0] * config.device_slots
         self._arriving: list[_Copying] = []
         self._load_ids = itertools.count()
+        # Those that use a slot which was given before their adapter was whole.
+        self._early_loads: set[str] = set()
 
     def close(self, error: MeshError) -> None:
         """Ends the loads that are under way and the threads. Without the lock."""
@@ -105,7 +107,14 @@ class Residency:
     def load(self, digest: str, tier: Tier, pin: bool, on_done: OnDone, context: object | None) -> None:
         """Brings an adapter to a tier; `on_done` is called once, on any thread."""
         holder_id = f"load:{next(self._load_ids)}"
-        self.want(Holder(holder_id, digest, context, Timeline(), tier, pin, on_done))
+
+        def ended(error: MeshError | None) -> None:
+            if holder_id in self._early_loads:
+                self._early_loads.remove(holder_id)
+                self.unplace(digest)
+            on_done(error)
+
+        self.want(Holder(holder_id, digest, context, Timeline(), tier, pin, ended))
         self._settle_loads(digest)
 
     def evict(self, digest: str) -> None:
@@ -248,9 +257,9 @@ class Residency:
         """Frees the slot that could not be filled. Its rows have left it. Under the lock."""
         if self._table.get(digest) is None:
             return
-        holder_ids = self._transfers.call_off(digest)
+        # A load that fails lets go of the slot.
+        self._holders.fail(self._transfers.call_off(digest), error)
         self._table.drop_slot(digest)
-        self._holders.fail(holder_ids, error)
 
     def views(self) -> tuple[ResidencyView, ...]:
         return tuple(_view(entry) for entry in self._table if entry.tier > Tier.STORE)
@@ -286,15 +295,22 @@ class Residency:
         if entry.on_host:
             copy, until = self._transfers.host_copy(digest), self._layers
             self._table.complete_slot(digest)
-        loaded = 0 if slot in self._unloads else self._slots.loaded(slot, digest)
-        if copy is not None and loaded < until:
+        if copy is not None and self._loaded(entry) < until:
             self._staging.append(Staging(slot, digest, copy, until))
+
+    def _loaded(self, entry: Entry) -> int:
+        """How many layers of an adapter are in its slot."""
+        if entry.slot is None or entry.slot in self._unloads:
+            return 0
+        return self._slots.loaded(entry.slot, entry.digest)
 
     def _place_load(self, holder: Holder) -> None:
         entry = self._table.get(holder.digest)
         if entry is not None and entry.on_host and not self._take_slot(entry):
             self.drop(holder.holder_id)
             _tell(holder, no_room(holder.digest, "finds every device slot in use", 1.0))
+        elif holder.holder_id not in self._early_loads and self.place_early(holder.digest) is not None:
+            self._early_loads.add(holder.holder_id)
 
     def _staged(self, digest: str, start_ns: int, end_ns: int) -> None:
         with self._lock:
@@ -316,8 +332,13 @@ class Residency:
         entry = self._table.get(digest)
         if entry is None:
             return
-        in_slot = entry.slot is not None and self._slots.is_whole(entry.slot, digest)
-        reached = Tier.DEVICE if in_slot else Tier.HOST if entry.on_host else Tier.NONE
+        in_slot = self._loaded(entry) == self._layers
+        if entry.partial and entry.on_host and in_slot:
+            # Its last layer was staged before its last byte was verified.
+            self._table.complete_slot(digest)
+        reached = Tier.NONE
+        if entry.is_whole:
+            reached = Tier.DEVICE if in_slot else Tier.HOST
         for holder_id in list(entry.holders):
             holder = self._holders[holder_id]
             if holder.on_done is not None and holder.tier <= reached:

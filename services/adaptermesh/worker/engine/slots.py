@@ -1,5 +1,6 @@
 """Device slots: which adapter is where on the device, and what it adds to a step."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -247,13 +248,22 @@ def _by_site(parts: Iterable[Mapping[str, SitePlan]]) -> Mapping[str, tuple[Site
 
 def _host_reader(manifest: Manifest, data: torch.Tensor) -> TensorReader:
     entries = {entry.name: entry for entry in manifest.tensors}
+    # The file seen as one row of each dtype; tensors are aligned, so they begin at whole elements.
+    rows = {
+        name: data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+        for name, dtype in DTYPES.items()
+    }
 
     def read(name: str) -> torch.Tensor:
         entry = entries[name]
-        raw = data[entry.offset : entry.offset + entry.size]
-        return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+        row, shape = rows[entry.dtype], entry.shape
+        return row.as_strided(shape, _strides(shape), entry.offset // row.itemsize)
 
     return read
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[place + 1 :]) for place in range(len(shape))]
 
 
 def check_servable(digest: str, manifest: Manifest, ops: Mapping[str, Op] | frozenset[str]) -> None:

@@ -21,7 +21,7 @@ class AdapterSink(Protocol):
         """
         ...
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Takes the next bytes; each chunk of the manifest is verified as soon as it is complete.
 
         Raises:

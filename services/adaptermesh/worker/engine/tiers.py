@@ -123,6 +123,10 @@ class TierTable:
         """Whether it could ever be there."""
         return size_bytes <= self.host_budget
 
+    def fits_disk(self, size_bytes: int) -> bool:
+        """Whether it could ever be there."""
+        return size_bytes <= self.disk_budget
+
     def postpone(self, digest: str) -> None:
         """The flight waits for room."""
         self._entries[digest].flight = Flight.ROOM

@@ -16,6 +16,7 @@ from adaptermesh.worker.engine.admission import check_adapter
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.disk_cache import DiskCache
+from adaptermesh.worker.engine.disk_writes import DiskWrites
 from adaptermesh.worker.engine.entry import Flight
 from adaptermesh.worker.engine.fetch import FetchSink, Transfer
 from adaptermesh.worker.engine.holders import Holders
@@ -50,6 +51,7 @@ class Transfers:
         self._arena = HostArena(base.device)
         self._disk = DiskCache(config.disk_dir)
         self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="adapter-disk")
+        self._writes = DiskWrites(self._disk, lock, self._written)
         self._transfers: dict[str, Transfer] = {}
         for entry in self._disk.scan():
             self._delete_disk(self._table.add_disk(entry.digest, entry.size_bytes))
@@ -59,6 +61,7 @@ class Transfers:
 
     def close(self) -> None:
         self._io.shutdown(wait=True, cancel_futures=True)
+        self._writes.close()
 
     # Under the lock.
 
@@ -73,6 +76,7 @@ class Transfers:
 
     def drop_copies(self, digest: str) -> None:
         """Drops an idle adapter from host and disk."""
+        self._writes.call_off(digest)
         entry = self._table.get(digest)
         if entry is not None and entry.on_disk:
             self._table.drop_disk(digest)
@@ -99,11 +103,8 @@ class Transfers:
         """Ends a transfer whose bytes are of no use any more. Gives the holders that waited for it."""
         transfer = self._transfers.pop(digest, None)
         holder_ids = self._table.end_flight(digest)
-        if transfer is not None:
-            if transfer.writer is not None:
-                transfer.writer.abort()
-            if transfer.from_store:
-                self._source.cancel(digest)
+        if transfer is not None and transfer.from_store:
+            self._source.cancel(digest)
         return holder_ids
 
     def resume(self) -> None:
@@ -113,7 +114,7 @@ class Transfers:
 
     # Called by sinks and input/output threads, which take the lock here.
 
-    def open_landing(self, transfer: Transfer, manifest: Manifest, raw: bytes | None) -> Landing:
+    def open_landing(self, transfer: Transfer, manifest: Manifest) -> Landing:
         check_adapter(transfer.digest, manifest, self._base)
         with self._lock:
             if not self.is_current(transfer):
@@ -127,14 +128,7 @@ class Transfers:
                 raise no_room(transfer.digest, "finds no room in host memory now", 0.1)
             self._drop_host(victims)
         data = self._arena.allocate(manifest.size_bytes)
-        landing = Landing(transfer.digest, manifest, data, self._base.sites.num_layers)
-        if raw is not None:
-            writer = self._disk.writer(transfer.digest, raw)
-            with self._lock:
-                transfer.writer = writer
-                if not self.is_current(transfer):
-                    writer.abort()
-        return landing
+        return Landing(transfer.digest, manifest, data, self._base.sites.num_layers)
 
     def layers_arrived(self, transfer: Transfer) -> None:
         with self._lock:
@@ -144,11 +138,8 @@ class Transfers:
 
     def landed(self, transfer: Transfer) -> None:
         landing = transfer.landing
-        stored = transfer.writer is not None and transfer.writer.commit()
         with self._lock:
             digest = transfer.digest
-            if stored and landing is not None:
-                self._delete_disk(self._table.add_disk(digest, landing.manifest.size_bytes))
             if landing is None or not self.is_current(transfer):
                 return
             del self._transfers[digest]
@@ -158,11 +149,14 @@ class Transfers:
                 self._note_fetch(transfer, landing)
             self._on_landed(digest)
             self.resume()
+            late = None
+            if transfer.from_store and self._table.fits_disk(landing.manifest.size_bytes):
+                late = self._writes.start(digest, transfer.manifest, landing.finish())
             self._lock.notify_all()
+        if late is not None:
+            late()
 
     def transfer_failed(self, transfer: Transfer, error: MeshError) -> None:
-        if transfer.writer is not None:
-            transfer.writer.abort()
         with self._lock:
             if not self.is_current(transfer):
                 return
@@ -177,9 +171,8 @@ class Transfers:
     def _read_disk(self, transfer: Transfer) -> None:
         """Reads an entry of the disk cache, or fetches it anew if it is damaged. On its own thread."""
         try:
-            landing = transfer.landing = self.open_landing(
-                transfer, self._disk.manifest(transfer.digest), None
-            )
+            manifest = self._disk.manifest(transfer.digest)
+            landing = transfer.landing = self.open_landing(transfer, manifest)
             with self._disk.open(transfer.digest) as file:
                 landing.read_from(file.readinto)  # type: ignore[attr-defined]
             self.landed(transfer)
@@ -214,6 +207,9 @@ class Transfers:
             timeline.verify_ns = landing.verify_ns
             timeline.fetched_bytes = landing.position
             timeline.shared_fetch = holder_id != transfer.starter
+
+    def _written(self, digest: str, size_bytes: int) -> None:
+        self._delete_disk(self._table.add_disk(digest, size_bytes))
 
     def _drop_host(self, digests: Sequence[str]) -> None:
         for digest in digests:

@@ -339,6 +339,14 @@ class Bench:
                 threading.Event().wait(0.001)
         raise AssertionError("the requests did not end")
 
+    def wait_for_disk(self, size_bytes: int) -> None:
+        """The disk is written behind the requests: waits until it holds that much."""
+        for _ in range(10_000):
+            if self.engine.status().tiers.disk_used_bytes == size_bytes:
+                return
+            threading.Event().wait(0.001)
+        raise AssertionError("it was not written to disk")
+
     def courier(self, adapter: Adapter) -> Courier:
         """Takes over the one held fetch of an adapter."""
         [found] = [item for item in self.source.waiting if item[0] == adapter.digest]

@@ -200,6 +200,7 @@ def test_a_damaged_disk_copy_is_dropped_and_fetched_anew(lab: Any, make_bench: A
     bench = make_bench()
     adapter = lab.adapter(1, 4)
     bench.run(bench.submit(adapter, [1, 2], 4))
+    bench.wait_for_disk(len(adapter.data))
     other = make_bench()
     folder = bench.config.disk_dir / adapter.digest.replace(":", "-")
     if damaged == "tensors":
@@ -212,6 +213,7 @@ def test_a_damaged_disk_copy_is_dropped_and_fetched_anew(lab: Any, make_bench: A
     assert heard.tokens == lab.continuation(adapter, [1, 2], 4)
     assert other.source.fetches == [adapter.digest]
     other.assert_empty()
+    other.wait_for_disk(len(adapter.data))
     assert (folder / "tensors.safetensors").read_bytes() == adapter.data
 
 
@@ -331,6 +333,7 @@ def test_the_status_tells_what_each_tier_holds_and_may_hold(lab: Any, make_bench
     first, second = some(lab, 2)
     bench.run(bench.submit(first, [1], 2), bench.submit(second, [1], 2))
     held = len(first.data) + len(second.data)
+    bench.wait_for_disk(held)
     full = bench.engine.status().tiers
     assert (full.host_used_bytes, full.disk_used_bytes, full.device_used_slots) == (held, held, 2)
     assert full.device_used_bytes == bench.engine._slots.size_bytes > 0

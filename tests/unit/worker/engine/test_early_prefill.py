@@ -790,3 +790,72 @@ def test_every_request_ends_with_its_own_tokens_or_a_typed_error(
     story.finish()
     story.check()
     bench.engine.stop()
+
+
+# Loads ahead of any request use early slots too.
+
+
+class Ended:
+    """What a load was told."""
+
+    def __init__(self) -> None:
+        self.errors: list[MeshError | None] = []
+
+    def __call__(self, error: MeshError | None) -> None:
+        self.errors.append(error)
+
+
+def early_load(lab: Any, bench: Any, adapter: Any) -> tuple[Any, Ended]:
+    """A load into a slot whose layers are all staged, but not verified to the last byte."""
+    bench.source.adapters[adapter.digest] = adapter
+    ended = Ended()
+    bench.engine.load(adapter.digest, Tier.DEVICE, True, ended)
+    courier = bench.courier(adapter)
+    for layer in range(1, lab.facts.num_layers + 1):
+        courier.send_layers(layer)
+        bench.engine.step()
+    return courier, ended
+
+
+def test_a_load_is_staged_as_it_arrives_and_done_with_its_last_byte(lab: Any, make_bench: Any) -> None:
+    bench = held(make_bench, device_slots=1)
+    adapter = lab.adapter(1, 4)
+    courier, ended = early_load(lab, bench, adapter)
+    assert bench.engine._slots.is_whole(0, adapter.digest)
+    assert ended.errors == []
+    courier.finish()
+    assert ended.errors == [None]
+    [view] = bench.engine.status().residencies
+    assert (view.tier, view.pinned, view.requests) == (Tier.DEVICE, True, 0)
+    heard = bench.submit(adapter, [1, 2], 4)
+    bench.run(heard)
+    assert heard.tokens == lab.continuation(adapter, [1, 2], 4)
+    bench.engine.evict(adapter.digest)
+    bench.assert_empty()
+
+
+def test_a_load_that_fails_midway_gives_its_slot_back(lab: Any, make_bench: Any) -> None:
+    bench = held(make_bench, device_slots=1)
+    adapter, other = lab.adapter(1, 4), lab.adapter(2, 4)
+    courier, ended = early_load(lab, bench, adapter)
+    courier.fail(MeshError(Code.UNAVAILABLE, Reason.STORE_UNREACHABLE, "gone"))
+    assert [error.reason for error in ended.errors if error] == [Reason.STORE_UNREACHABLE]
+    assert bench.engine.status().tiers.device_used_slots == 0
+    resident(bench, other)
+    heard = bench.submit(other, [1, 2], 4)
+    bench.run(heard)
+    assert heard.tokens == lab.continuation(other, [1, 2], 4)
+    bench.assert_empty()
+
+
+def test_a_request_shares_the_early_slot_of_a_load(lab: Any, make_bench: Any) -> None:
+    bench = held(make_bench, device_slots=1)
+    adapter = lab.adapter(1, 4)
+    courier, ended = early_load(lab, bench, adapter)
+    heard = bench.submit(adapter, [1, 2], 4)
+    bench.engine.step()
+    courier.finish()
+    bench.run(heard)
+    assert ended.errors == [None]
+    assert heard.tokens == lab.continuation(adapter, [1, 2], 4)
+    bench.assert_empty()

@@ -235,7 +235,7 @@ class FetchAdapterResponse(_message.Message):
     manifest: _builtins.bytes
     """The canonical manifest, byte for byte. Exactly once, first."""
     data: _builtins.bytes
-    """The next bytes of the tensor file, 1 byte to 1 MiB; never across the end of a layer."""
+    """The next bytes of the tensor file, 1 byte to 1 MiB; they end where a chunk of the manifest ends."""
     def __init__(
         self,
         *,

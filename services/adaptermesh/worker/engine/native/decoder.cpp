@@ -369,7 +369,9 @@ void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_
   });
 }
 
-void adaptermesh_pack_b(const float* from, int32_t outputs, int32_t rank, float* to) { pack_b(from, outputs, rank, to); }
+void adaptermesh_load(const Load* loads, int32_t count) {
+  for (int32_t i = 0; i < count; ++i) load_module(loads[i]);
+}
 
 // y += s B (A x) at one site outside of a step; `index` is that of the site and layer in the tables. Rows of x and y
 // are `x_stride` and `y_stride` floats apart. `inner` of the adapters: [tokens][max_rank].

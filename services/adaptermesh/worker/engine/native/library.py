@@ -4,6 +4,7 @@ import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from adaptermesh.worker.engine.native.build import NoKernels, find_library
@@ -85,6 +86,17 @@ class Step(Structure):
     )
 
 
+LOAD = np.dtype(
+    [
+        *((name, np.int64) for name in ("from_a", "from_b", "a", "b", "scales")),
+        *((name, np.int32) for name in ("inputs", "outputs", "rank")),
+        ("scale", np.float32),
+    ]
+)
+"""`Load`: one module to copy. The first five are addresses."""
+Loads = np.ndarray[tuple[int], np.dtype[np.void]]
+
+
 class Kernels:
     """The loaded library. Its calls let other Python threads run."""
 
@@ -96,8 +108,8 @@ class Kernels:
         self._library.adaptermesh_pack.argtypes = (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32)
         self._library.adaptermesh_run.restype = None
         self._library.adaptermesh_run.argtypes = (POINTER(Model), POINTER(Step))
-        self._library.adaptermesh_pack_b.restype = None
-        self._library.adaptermesh_pack_b.argtypes = (c_void_p, c_int32, c_int32, c_void_p)
+        self._library.adaptermesh_load.restype = None
+        self._library.adaptermesh_load.argtypes = (c_void_p, c_int32)
         self._library.adaptermesh_add_lowrank.restype = None
         self._library.adaptermesh_add_lowrank.argtypes = (
             *(POINTER(Adapters), c_int32),
@@ -125,11 +137,9 @@ class Kernels:
         """Runs layers [first_layer, last_layer) of a step, and the head after the last one."""
         self._library.adaptermesh_run(model, step)
 
-    def pack_b(self, b: torch.Tensor, to: torch.Tensor) -> None:
-        """b: [out, rank]. to: [panels, rank, panel] float32, flat, with whatever room is left behind it."""
-        outputs, rank = b.shape
-        b = b.float().contiguous()
-        self._library.adaptermesh_pack_b(b.data_ptr(), outputs, rank, to.data_ptr())
+    def load(self, loads: Loads) -> None:
+        """Copies modules into the memory of an adapter; all addresses must be good while it runs."""
+        self._library.adaptermesh_load(loads.ctypes.data, len(loads))
 
     def add_lowrank(self, adapters: Adapters, index: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds s B (A x) to y for each token. x: [tokens, in]; y: [tokens, out]. The columns lie together.

@@ -160,6 +160,19 @@ class Expectation {
   int line_ = 0;
 };
 
+// One module on its way into an adapter's memory. from_a: [rank, inputs]. from_b: [outputs, rank]. The rest as in Rows.
+struct Load {
+  const float* from_a;
+  const float* from_b;
+  float* a;
+  float* b;
+  float* scales;
+  int32_t inputs;
+  int32_t outputs;
+  int32_t rank;
+  float scale;
+};
+
 // Lays a B of [outputs, rank] out in panels; the last panel is filled up with zeros.
 static inline void pack_b(const float* from, int outputs, int rank, float* to) {
   for (int first = 0; first < outputs; first += kPanel, to += static_cast<ptrdiff_t>(rank) * kPanel) {
@@ -170,4 +183,10 @@ static inline void pack_b(const float* from, int outputs, int rank, float* to) {
       for (int i = count; i < kPanel; ++i) to[r * kPanel + i] = 0.0f;
     }
   }
+}
+
+static inline void load_module(const Load& load) {
+  std::memcpy(load.a, load.from_a, sizeof(float) * load.rank * static_cast<size_t>(load.inputs));
+  pack_b(load.from_b, load.outputs, load.rank, load.b);
+  for (int r = 0; r < load.rank; ++r) load.scales[r] = load.scale;
 }

@@ -8,6 +8,7 @@ slots.
 Source of the formula: LoRA (arXiv:2106.09685); of the gather by token: Punica (arXiv:2310.18547), section 4.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.artifact.sites import Site, SiteMap
-from adaptermesh.worker.engine.native.library import Adapters, Kernels
+from adaptermesh.worker.engine.native.library import LOAD, Adapters, Kernels, Loads
 from adaptermesh.worker.engine.native.memory import page_memory
 from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
 
@@ -30,14 +31,17 @@ _Longs = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 class AdapterRows:
     """One adapter: its memory, and the table of the kernels' `Rows`, [sites, layers, 4].
 
-    The table has no rows for a layer that is not loaded. `starts`: where each site's part of a layer begins.
+    The table has no rows for a layer that is not loaded. `modules`, by layer, and their `loads` are in one
+    order; `layer_ends` says where in it each layer ends.
     """
 
     memory: torch.Tensor
     table: _Longs
     max_rank: int
     used: int
-    starts: Mapping[tuple[str, int], int]
+    modules: Sequence[ModuleOp]
+    loads: Loads
+    layer_ends: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +80,36 @@ class NativeLowRank:
         if not modules:
             return
         ordered = sorted(modules, key=lambda module: (module.layer, self._sites[module.site][0]))
-        starts: dict[tuple[str, int], int] = {}
-        size = 0
-        for module in ordered:
-            starts[module.site, module.layer] = size
-            size += self._size(module)
+        loads = np.zeros(len(ordered), LOAD)
+        sites = [self._sites[module.site][1] for module in ordered]
+        loads["inputs"] = [site.in_features for site in sites]
+        loads["outputs"] = [site.out_features for site in sites]
+        loads["rank"] = [module.rank for module in ordered]
+        # Kept apart from B, so that a request's weights stay exact.
+        loads["scale"] = [module.scale for module in ordered]
+        memory = self._lay_out(loads)
         table = np.zeros((len(self._sites), self._layers, 4), np.int64)
         used = sum(1 << place for place in {self._sites[module.site][0] for module in modules})
-        most = max(module.rank for module in modules)
-        self._slots[slot] = AdapterRows(self._take(size), table, most, used, starts)
+        layers = [module.layer for module in ordered]
+        ends = [bisect_right(layers, layer) for layer in range(self._layers)]
+        most = int(loads["rank"].max())
+        self._slots[slot] = AdapterRows(memory, table, most, used, ordered, loads, ends)
 
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
-        for module in modules:
-            rows = self._slots[slot]
-            start = rows.starts[module.site, layer]
-            memory = rows.memory[start : start + self._size(module)]
-            rows.table[self._sites[module.site][0], layer] = self._fill(memory, module, read)
+        if not modules:
+            return
+        rows = self._slots[slot]
+        start, end = rows.layer_ends[layer - 1] if layer else 0, rows.layer_ends[layer]
+        loads, ordered = rows.loads[start:end], rows.modules[start:end]
+        # Held until they are copied: what is not float32 is another tensor.
+        a = [read(module.tensors["A"]).float() for module in ordered]
+        b = [read(module.tensors["B"]).float() for module in ordered]
+        loads["from_a"] = [tensor.data_ptr() for tensor in a]
+        loads["from_b"] = [tensor.data_ptr() for tensor in b]
+        self._kernels.load(loads)
+        places = [self._sites[module.site][0] for module in ordered]
+        for column, field in enumerate(("a", "b", "scales", "rank")):
+            rows.table[places, layer, column] = loads[field]
 
     def unload(self, slot: int) -> None:
         rows = self._slots.pop(slot, None)
@@ -134,26 +152,17 @@ class NativeLowRank:
             return spare
         return page_memory(floats * 4).view(torch.float32)
 
-    def _parts(self, module: ModuleOp) -> tuple[int, int, int]:
-        """Floats of A, B and the scales, each filled up to whole cache lines."""
-        site, rank = self._sites[module.site][1], module.rank
-        padded = self._kernels.panels(site.out_features) * self._kernels.panel
-        return _lines(rank * site.in_features), _lines(rank * padded), _lines(rank)
-
-    def _size(self, module: ModuleOp) -> int:
-        return sum(self._parts(module))
-
-    def _fill(self, memory: torch.Tensor, module: ModuleOp, read: TensorReader) -> tuple[int, int, int, int]:
-        """Copies one module; gives its `Rows`."""
-        in_a, in_b, _ = self._parts(module)
-        site, rank = self._sites[module.site][1], module.rank
-        a, b, scales = memory[:in_a], memory[in_a : in_a + in_b], memory[in_a + in_b :]
-        a[: rank * site.in_features].view(rank, -1).copy_(read(module.tensors["A"]))
-        self._kernels.pack_b(read(module.tensors["B"]), b)
-        # Kept apart from B, so that a request's weights stay exact.
-        scales[:rank] = module.scale
-        return a.data_ptr(), b.data_ptr(), scales.data_ptr(), rank
-
-
-def _lines(floats: int) -> int:
-    return -(-floats // _LINE) * _LINE
+    def _lay_out(self, loads: Loads) -> torch.Tensor:
+        """Gives each module its place in the memory of an adapter: A, B, the scales, one after the other."""
+        rank, panel = loads["rank"].astype(np.int64), self._kernels.panel
+        sizes = np.empty((len(loads), 3), np.int64)
+        sizes[:, 0] = rank * loads["inputs"]
+        sizes[:, 1] = rank * (-(-loads["outputs"] // panel) * panel)
+        sizes[:, 2] = rank
+        # Each begins with a cache line of its own.
+        ends = np.cumsum(-(-sizes // _LINE) * _LINE)
+        memory = self._take(int(ends[-1]))
+        starts = np.concatenate(((0,), ends[:-1])).reshape(sizes.shape)
+        for column, field in enumerate(("a", "b", "scales")):
+            loads[field] = memory.data_ptr() + 4 * starts[:, column]
+        return memory

@@ -83,7 +83,7 @@ struct Linear {
 // One adapter at one site of one layer; every array ends where the kernels must stop.
 struct Low {
   int rank = 0, outputs = 0;
-  Floats a, b, scales, panels;
+  Floats a, b, rows_a, scales, panels;
 
   Low() = default;
   Low(int rank, int inputs, int outputs)
@@ -91,12 +91,15 @@ struct Low {
         outputs(outputs),
         a(random_floats(static_cast<size_t>(rank) * inputs, 1.0f / std::sqrt(inputs))),
         b(random_floats(static_cast<size_t>(rank) * outputs, 0.5f / std::sqrt(rank))),
-        scales(random_floats(rank, 1.0f)),
+        rows_a(a.size(), NAN),
+        scales(rank, NAN),
         panels(static_cast<size_t>((outputs + kPanel - 1) / kPanel) * kPanel * rank, NAN) {
-    adaptermesh_pack_b(b.data(), outputs, rank, panels.data());
+    const float scale = random_floats(1, 1.0f)[0];
+    const Load load{a.data(), b.data(), rows_a.data(), panels.data(), scales.data(), inputs, outputs, rank, scale};
+    adaptermesh_load(&load, 1);
   }
 
-  Rows rows() const { return {a.data(), panels.data(), scales.data(), rank}; }
+  Rows rows() const { return {rows_a.data(), panels.data(), scales.data(), rank}; }
 };
 
 struct Adapter {
