@@ -138,7 +138,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent on each step of the switch path, as the worker measured them; 0 if it did not happen."""
+    """Seconds spent on each step of the switch path, as the worker measured them; 0 if it did not happen.
+
+    `overlap` is the part of the prompt's computing that went on while the adapter was still arriving.
+    """
 
     time_to_first_token: float = 0.0
     queue: float = 0.0
@@ -149,6 +152,7 @@ class Timings:
     decode: float = 0.0
     shared_fetch: bool = False
     fetched_bytes: int = 0
+    overlap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +312,7 @@ def finished_of(message: inference_pb2.GenerateFinished) -> Finished:
             decode=_seconds(timings.decode),
             shared_fetch=timings.shared_fetch,
             fetched_bytes=timings.fetched_bytes,
+            overlap=_seconds(timings.overlap),
         ),
         cached_tokens=message.cached_tokens,
     )

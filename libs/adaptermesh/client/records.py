@@ -175,10 +175,11 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Bytes that a worker's adapters and its KV cache hold, and may hold; the device is bounded by its slots.
+    """Bytes that a worker's adapters and its KV cache hold, and may hold.
 
     `host_used_bytes` includes what is reserved for arriving adapters. `kv_cached_bytes` are in nobody's use:
-    prompts that begin alike find them there until room is short.
+    prompts that begin alike find them there until room is short. `device_budget_bytes` is 0 where the slots
+    alone bound what is on the device.
     """
 
     device_used_bytes: int = 0
@@ -190,6 +191,7 @@ class Budgets:
     kv_used_bytes: int = 0
     kv_cached_bytes: int = 0
     kv_total_bytes: int = 0
+    device_budget_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

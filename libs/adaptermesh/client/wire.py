@@ -137,6 +137,7 @@ def _budgets_of(message: worker_pb2.Budgets) -> Budgets:
         kv_used_bytes=message.kv_used_bytes,
         kv_cached_bytes=message.kv_cached_bytes,
         kv_total_bytes=message.kv_total_bytes,
+        device_budget_bytes=message.device_budget_bytes,
     )
 
 

@@ -72,6 +72,17 @@ class WorkerSettings(ServiceSettings):
         ge=1,
         description="Tokens of one step; longer prompts are computed in chunks.",
     )
+    early_tokens: int = Field(
+        default=_ENGINE.early_tokens,
+        ge=0,
+        description="Tokens of prompts that may be computed while their adapters still arrive from the "
+        "store; 0: a prompt waits for all of its adapter.",
+    )
+    scored_tokens: int = Field(
+        default=_ENGINE.scored_tokens,
+        ge=1,
+        description="Prompt tokens that one step gives log probabilities of; their logits take memory.",
+    )
     kv_tokens: int = Field(
         default=_ENGINE.kv_tokens, ge=1, description="Tokens that the KV cache holds in all."
     )
@@ -82,6 +93,12 @@ class WorkerSettings(ServiceSettings):
     )
     device_slots: int = Field(
         default=_ENGINE.device_slots, ge=1, description="Adapters on the device at once."
+    )
+    device_bytes: int = Field(
+        default=_ENGINE.device_bytes,
+        ge=0,
+        description="Bytes of adapters on the device, in the dtype that is computed in. 0: the slots alone "
+        "bound them.",
     )
     host_bytes: int = Field(
         default=_ENGINE.host_bytes,
@@ -155,9 +172,12 @@ class WorkerSettings(ServiceSettings):
             max_batch_rows=self.max_batch_rows,
             max_context_tokens=self.max_context_tokens,
             step_tokens=self.step_tokens,
+            early_tokens=self.early_tokens,
+            scored_tokens=self.scored_tokens,
             kv_tokens=self.kv_tokens,
             prefix_cache=self.prefix_cache,
             device_slots=self.device_slots,
+            device_bytes=self.device_bytes,
             host_bytes=self.host_bytes,
             disk_bytes=self.disk_bytes,
             max_waiting=self.max_waiting,

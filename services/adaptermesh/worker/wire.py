@@ -166,6 +166,8 @@ def _timings(timeline: Timeline) -> inference_pb2.Timings:
             _set(duration, max(0, end_ns - start_ns))
     if timeline.fetch_start_ns:
         _set(timings.verify, timeline.verify_ns)
+    if timeline.overlapped_ns:
+        _set(timings.overlap, timeline.overlapped_ns)
     return timings
 
 
@@ -202,6 +204,7 @@ def _budgets(status: EngineStatus) -> worker_pb2.Budgets:
         kv_used_bytes=status.kv_used_bytes,
         kv_cached_bytes=status.kv_cached_bytes,
         kv_total_bytes=status.kv_total_bytes,
+        device_budget_bytes=tiers.device_budget_bytes,
     )
 
 

@@ -328,6 +328,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         for name, milliseconds in (("time_to_first_token", 30), ("queue", 12), ("fetch", 10), ("verify", 2)):
             getattr(finished.timings, name).FromMilliseconds(milliseconds)
         finished.timings.fetched_bytes = 4096
+        finished.timings.overlap.FromMilliseconds(2)
         return finished
 
     async def ListModels(self, request: Any, context: Any) -> inference_pb2.ListModelsResponse:

@@ -47,7 +47,14 @@ async def test_a_stream_is_started_deltas_finished(worker: Worker) -> None:
     first = await call.read()
     worker.engine.tokens("r1", "lo", 8, 9)
     worker.engine.finish(
-        "r1", Timeline(1_000, 2_000, 5_000, 6_000, 7_000, 8_000, 9_000, 12_000, 500, 64, cached_tokens=2)
+        "r1",
+        Timeline(
+            *(1_000, 2_000, 5_000, 6_000, 7_000, 8_000, 9_000, 12_000),
+            verify_ns=500,
+            fetched_bytes=64,
+            cached_tokens=2,
+            overlapped_ns=700,
+        ),
     )
     rest = [message async for message in call]
     assert started.started.prompt_tokens == 3
@@ -66,6 +73,7 @@ async def test_a_stream_is_started_deltas_finished(worker: Worker) -> None:
     assert finished.timings.prefill.ToNanoseconds() == 1_000
     assert finished.timings.decode.ToNanoseconds() == 3_000
     assert finished.timings.fetched_bytes == 64
+    assert finished.timings.overlap.ToNanoseconds() == 700
     assert worker.engine.cancelled == []
 
 

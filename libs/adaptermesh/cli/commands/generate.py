@@ -157,7 +157,8 @@ def served_by(answer: Generation) -> Table:
         steps.append(f"{fetched}, of it verify {milliseconds(timings.verify)}{shared}")
     if timings.h2d:
         steps.append(f"h2d {milliseconds(timings.h2d)}")
-    steps += [f"prefill {milliseconds(timings.prefill)}", f"decode {milliseconds(timings.decode)}"]
+    overlap = f", of it {milliseconds(timings.overlap)} during the fetch" if timings.overlap else ""
+    steps += [f"prefill {milliseconds(timings.prefill)}{overlap}", f"decode {milliseconds(timings.decode)}"]
     reused = answer.finished.cached_tokens
     cached = f" ({reused} of them from the prefix cache)" if reused else ""
     route = f"{started.cohort or started.ref} (route change {started.route_generation})"

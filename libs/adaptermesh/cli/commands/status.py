@@ -145,7 +145,7 @@ def _budgets(workers: list[Worker]) -> RenderableType:
         slots = f"{budgets.device_used_slots} of {worker.device_slots} slots"
         cached = f"+ {size(budgets.kv_cached_bytes)} cached" if budgets.kv_cached_bytes else ""
         held = (
-            ("device", budgets.device_used_bytes, 0, slots),
+            ("device", budgets.device_used_bytes, budgets.device_budget_bytes, slots),
             ("host", budgets.host_used_bytes, budgets.host_budget_bytes, ""),
             ("disk", budgets.disk_used_bytes, budgets.disk_budget_bytes, ""),
             ("kv cache", budgets.kv_used_bytes, budgets.kv_total_bytes, cached),

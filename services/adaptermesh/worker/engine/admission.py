@@ -1,5 +1,9 @@
 """What a request and an adapter must be before this engine takes them."""
 
+import math
+
+import torch
+
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.priority import check_priority
@@ -31,6 +35,11 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
                 entry = entries.get(module.tensors.get(slot, ""))
                 if entry is None or entry.shape != shape:
                     raise corrupt(digest, f"{slot} of {module.site} in layer {module.layer} is not {shape}")
+
+
+def device_bytes_of(manifest: Manifest, dtype: torch.dtype) -> int:
+    """What an adapter's weights take on a device that computes in a dtype."""
+    return sum(math.prod(tensor.shape) for tensor in manifest.tensors) * dtype.itemsize
 
 
 def check_request(request: Request, vocab_size: int, max_context_tokens: int) -> None:

@@ -47,6 +47,8 @@ class EngineConfig:
         prefix_cache: Keep computed blocks and share them with requests that begin with the same tokens, for
             the same adapter version and tenant.
         device_slots: Adapters on the device at once.
+        device_bytes: Bytes that their weights may take there, in the computing dtype; 0: the slots alone
+            bound them.
         host_bytes: Bytes of adapters in host memory; page-locked when the device is CUDA.
         disk_bytes: Bytes of adapters in the disk cache.
         max_waiting: Requests that may wait; more are refused.
@@ -81,6 +83,7 @@ class EngineConfig:
     kv_tokens: int = 32768
     prefix_cache: bool = True
     device_slots: int = 16
+    device_bytes: int = 0
     host_bytes: int = 2**30
     disk_bytes: int = 8 * 2**30
     max_waiting: int = 1024
@@ -111,8 +114,9 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise invalid_field(name, "needs to be at least 1")
         self._check_fairness()
-        if self.early_tokens < 0:
-            raise invalid_field("early_tokens", "must not be negative")
+        for name in ("early_tokens", "device_bytes"):
+            if getattr(self, name) < 0:
+                raise invalid_field(name, "must not be negative")
         if self.step_tokens < self.max_batch_rows:
             # Each running row decodes in each step: a smaller budget would leave rows behind.
             raise invalid_field("step_tokens", f"{self.step_tokens} is less than max_batch_rows")

@@ -28,6 +28,7 @@ class Entry:
 
     digest: str
     size_bytes: int = 0
+    device_bytes: int = 0
     on_disk: bool = False
     on_host: bool = False
     slot: int | None = None

@@ -1,5 +1,6 @@
 """Which adapters may get new rows in a step, so that adapters beyond the slots cost time and not liveness."""
 
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -38,9 +39,17 @@ class Placer(Protocol):
         """As `place`, for an adapter whose first layers are here; it takes no slot that others wait for."""
         ...
 
+    def has_slot(self, digest: str) -> bool:
+        """Whether an adapter that is whole would get a slot, and room on the device."""
+        ...
+
+    def device_bytes(self, digest: str) -> int:
+        """What the adapter takes on the device, as far as that is known."""
+        ...
+
     @property
-    def has_slot(self) -> bool:
-        """Whether an adapter that is whole would get a slot."""
+    def device_room(self) -> float:
+        """Bytes that adapters could get on the device now, those in idle slots included."""
         ...
 
     @property
@@ -57,9 +66,10 @@ class AdapterGate:
     """Made anew for each step.
 
     A request that was overtaken too often claims a place for its adapter. For each claim one running adapter
-    is drained: it takes no new rows. One whose slot nobody else can get is spared. While there are claims, a
-    place that gets free goes to the oldest one, whatever the order of the queue, since that order alone could
-    pass it over each time.
+    is drained, or more if their bytes are needed: it takes no new rows. One whose slot nobody else can get is
+    spared. While there are claims, a place that gets free goes to the oldest one, whatever the order of the
+    queue, since that order alone could pass it over each time. While a claim lacks bytes, idle adapters get
+    no new rows either: the room that they leave has to add up.
     """
 
     def __init__(
@@ -75,11 +85,22 @@ class AdapterGate:
         for sequence in running:
             if sequence.digest is not None:
                 self._left[sequence.digest] = self._left.get(sequence.digest, 0) + sequence.remaining
-        self._claims = self._find_claims(starving, config.device_slots)
         # The ones with the fewest tokens left get free first.
         yielding = [digest for digest in self._left if self._limit or placer.gives_way(digest)]
         shortest = sorted(yielding, key=lambda digest: (self._left[digest], digest))
-        self._drained = set(shortest[: len(self._claims)])
+        room = placer.device_room
+        self._claims = self._find_claims(
+            starving, config.device_slots, room + sum(map(placer.device_bytes, yielding))
+        )
+        short = sum(map(self._lacking, self._claims)) - room
+        self._by_bytes = not math.isinf(room)
+        self._lacks_bytes = short > 0
+        self._drained: set[str] = set()
+        for digest in shortest:
+            if len(self._drained) >= len(self._claims) and short <= 0:
+                break
+            self._drained.add(digest)
+            short -= placer.device_bytes(digest)
         self._absent: set[str] = set()
         self._slots_taken = False
 
@@ -89,9 +110,11 @@ class AdapterGate:
             return None
         slot = self._placer.place(digest)
         if slot is None:
-            # Nothing leaves a slot within a step: neither this adapter need ask again, nor others for a slot.
+            # Nothing leaves a slot within a step: neither this adapter need ask again, nor others for a slot,
+            # unless it was bytes that it lacked: a smaller one may find them.
             self._absent.add(digest)
-            self._slots_taken = self._slots_taken or self._placer.waits_for_slot(digest)
+            if not self._by_bytes:
+                self._slots_taken = self._slots_taken or self._placer.waits_for_slot(digest)
             return None
         self._left.setdefault(digest, 0)
         if digest in self._claims:
@@ -111,6 +134,9 @@ class AdapterGate:
         return slot
 
     def _held_back(self, digest: str) -> bool:
+        idle = digest not in self._left and digest not in self._claims and self._placer.in_slot(digest)
+        if self._lacks_bytes and idle:
+            return True
         if not self._needs_place(digest):
             return False
         if self._slots_taken and not self._placer.in_slot(digest):
@@ -125,11 +151,21 @@ class AdapterGate:
             return True
         return bool(self._limit) and digest not in self._left and self._placer.in_slot(digest)
 
-    def _find_claims(self, starving: Iterable[Sequence], most: int) -> list[str]:
+    def _find_claims(self, starving: Iterable[Sequence], most: int, room: float) -> list[str]:
+        """The adapters to make way for, as many as `room` bytes take: no use in draining for the others."""
         claims: dict[str, None] = {}
         for sequence in starving:
             if len(claims) >= most:
                 break
-            if sequence.digest is not None and self._needs_place(sequence.digest):
-                claims[sequence.digest] = None
+            digest = sequence.digest
+            if digest is None or digest in claims or not self._needs_place(digest):
+                continue
+            lacking = self._lacking(digest)
+            if lacking <= room:
+                claims[digest] = None
+                room -= lacking
         return list(claims)
+
+    def _lacking(self, digest: str) -> int:
+        """The bytes that an adapter needs on the device and doesn't have."""
+        return 0 if self._placer.in_slot(digest) else self._placer.device_bytes(digest)

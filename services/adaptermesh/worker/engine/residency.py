@@ -66,7 +66,9 @@ class Residency:
         self._layers = base.sites.num_layers
         self._clock = clock
         self._lock = lock
-        self._table = TierTable(clock, config.device_slots, config.host_bytes, config.disk_bytes)
+        self._table = TierTable(
+            clock, config.device_slots, config.host_bytes, config.disk_bytes, config.device_bytes
+        )
         self._holders = Holders(on_failed)
         self._transfers = Transfers(
             config, base, self._table, self._holders, source, clock, lock, self._settle_loads
@@ -181,16 +183,21 @@ class Residency:
         entry = self._table.get(digest)
         if entry is None or not entry.arrived:
             return None
-        if entry.slot is None:
-            grant = self._table.take_slot(digest)
-            if grant is None:
-                return None
+        if entry.slot is None and self._grant_slot(digest) is None:
+            return None
         self._table.use(digest)
         return entry.slot
 
+    def has_slot(self, digest: str) -> bool:
+        return self._table.has_slot(digest)
+
+    def device_bytes(self, digest: str) -> int:
+        entry = self._table.get(digest)
+        return 0 if entry is None else entry.device_bytes
+
     @property
-    def has_slot(self) -> bool:
-        return self._table.has_slot
+    def device_room(self) -> float:
+        return self._table.device_room
 
     @property
     def empty_slots(self) -> int:
@@ -198,7 +205,7 @@ class Residency:
 
     def stage_ahead(self, digest: str) -> None:
         entry = self._table.get(digest)
-        if entry is not None and self._table.empty_slots:
+        if entry is not None and self._table.has_empty_slot(digest):
             self._take_slot(entry)
 
     # Filling slots.
@@ -269,6 +276,7 @@ class Residency:
         return TierBudgets(
             device_used_bytes=self._slots.size_bytes,
             device_used_slots=table.slots_used,
+            device_budget_bytes=table.device_budget,
             host_used_bytes=table.host_used,
             host_budget_bytes=table.host_budget,
             disk_used_bytes=table.disk_used,
@@ -280,13 +288,22 @@ class Residency:
         if entry.slot is not None:
             return entry.is_whole
         copy = self._transfers.host_copy(entry.digest) if entry.on_host else None
-        grant = None if copy is None else self._table.take_slot(entry.digest)
-        if copy is None or grant is None:
+        slot = None if copy is None else self._grant_slot(entry.digest)
+        if copy is None or slot is None:
             return False
-        self._staging.append(Staging(grant.slot, entry.digest, copy, self._layers))
-        if grant.evicted is not None and self._table.get(grant.evicted) is not None:
-            self._transfers.ensure(grant.evicted)
+        self._staging.append(Staging(slot, entry.digest, copy, self._layers))
         return True
+
+    def _grant_slot(self, digest: str) -> int | None:
+        grant = self._table.take_slot(digest)
+        if grant is None:
+            return None
+        for evicted in grant.evicted:
+            if evicted.slot != grant.slot:
+                self._unloads.append(evicted.slot)
+            if self._table.get(evicted.digest) is not None:
+                self._transfers.ensure(evicted.digest)
+        return grant.slot
 
     def _stage_rest(self, entry: Entry) -> None:
         """Fills a slot that was given early as far as its adapter has come."""

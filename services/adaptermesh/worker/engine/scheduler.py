@@ -155,7 +155,7 @@ class Scheduler:
             return False
         adapters = {row.digest for row in self.running} - {None}
         crowded = bool(limit) and len(adapters) >= limit and digest not in adapters
-        return crowded or (self._placer.waits_for_slot(digest) and not self._placer.has_slot)
+        return crowded or (self._placer.waits_for_slot(digest) and not self._placer.has_slot(digest))
 
     def _admit_early(self, sequences: Iterable[Sequence], gate: AdapterGate) -> None:
         """Lets requests join whose adapter's first layers are here, after all those that are ready."""

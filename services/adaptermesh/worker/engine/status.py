@@ -18,11 +18,12 @@ class ResidencyView:
 
 @dataclass(frozen=True, slots=True)
 class TierBudgets:
-    """What the adapters take of each tier, and what they may take. The device is bounded by its slots.
+    """What the adapters take of each tier, and what they may take.
 
     Attributes:
         device_used_bytes: Memory that the ops hold on the device.
         device_used_slots: Slots that are taken.
+        device_budget_bytes: What the weights of the adapters in slots may take; 0: only slots bound them.
         host_used_bytes: Host memory, that of arriving adapters included.
     """
 
@@ -32,6 +33,7 @@ class TierBudgets:
     host_budget_bytes: int = 0
     disk_used_bytes: int = 0
     disk_budget_bytes: int = 0
+    device_budget_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

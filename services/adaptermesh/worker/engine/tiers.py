@@ -24,17 +24,29 @@ HALF_LIFE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class SlotGrant:
-    """A slot for an adapter, and what was in it."""
+    """A slot for an adapter, and who gave way for it."""
 
     slot: int
-    evicted: str | None
+    evicted: tuple["Evicted", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """An adapter that gave its slot up; one such slot may be the grant's own, the others are empty now."""
+
+    digest: str
+    slot: int
 
 
 class TierTable:
     """The state of all tiers of one worker."""
 
-    def __init__(self, clock: Clock, slots: int, host_bytes: int, disk_bytes: int) -> None:
+    def __init__(
+        self, clock: Clock, slots: int, host_bytes: int, disk_bytes: int, device_bytes: int = 0
+    ) -> None:
+        """`device_bytes` 0: the device is bounded by its slots alone."""
         self._clock = clock
+        self.device_budget = device_bytes
         self.host_budget = host_bytes
         self.disk_budget = disk_bytes
         self._entries: dict[str, Entry] = {}
@@ -44,6 +56,7 @@ class TierTable:
         self._partial: dict[str, Entry] = {}
         self.host_used = 0
         self.disk_used = 0
+        self.device_used = 0
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -64,10 +77,21 @@ class TierTable:
     def empty_slots(self) -> int:
         return len(self._free_slots)
 
+    def has_slot(self, digest: str) -> bool:
+        """Whether an adapter that is whole would get a slot."""
+        return self._slot_victims(self._entries[digest], only_unwanted=False) is not None
+
+    def has_empty_slot(self, digest: str) -> bool:
+        """Whether it would get one for which nobody has to give way."""
+        return bool(self._free_slots) and self._device_short(self._entries[digest]) <= 0
+
     @property
-    def has_slot(self) -> bool:
-        """Whether an adapter on the host would get a slot."""
-        return bool(self._free_slots) or any(entry.idle_slot for entry in self._entries.values())
+    def device_room(self) -> float:
+        """Bytes that adapters could get on the device now, those in idle slots included."""
+        if not self.device_budget:
+            return math.inf
+        idle = sum(entry.device_bytes for entry in self._entries.values() if entry.idle_slot)
+        return self.device_budget - self.device_used + idle
 
     # Who wants what.
 
@@ -106,10 +130,12 @@ class TierTable:
         entry.flight = Flight.DISK if entry.on_disk else Flight.FETCH
         return entry.flight
 
-    def reserve_host(self, digest: str, size_bytes: int) -> list[str] | None:
+    def reserve_host(self, digest: str, size_bytes: int, device_bytes: int = 0) -> list[str] | None:
         """Makes room for an arriving adapter. Gives the host copies that go; None if there is no room now."""
         entry = self._entries[digest]
         entry.size_bytes = size_bytes
+        if entry.slot is None:
+            entry.device_bytes = device_bytes
         victims = self._host_victims(size_bytes)
         if victims is None:
             return None
@@ -122,6 +148,10 @@ class TierTable:
     def fits_host(self, size_bytes: int) -> bool:
         """Whether it could ever be there."""
         return size_bytes <= self.host_budget
+
+    def fits_device(self, device_bytes: int) -> bool:
+        """Whether it could ever be there."""
+        return not self.device_budget or device_bytes <= self.device_budget
 
     def fits_disk(self, size_bytes: int) -> bool:
         """Whether it could ever be there."""
@@ -176,25 +206,21 @@ class TierTable:
     # The way up: host -> device.
 
     def take_slot(self, digest: str) -> SlotGrant | None:
-        """A slot for an adapter: a free one, or that of the least valuable idle one.
+        """A slot for an adapter, and room for its bytes: free ones, or those of the least valuable idle ones.
 
-        One that is still arriving takes no slot from an adapter that somebody waits for.
+        One that is still arriving takes nothing from an adapter that somebody waits for.
         """
         entry = self._entries[digest]
-        evicted: str | None = None
-        if self._free_slots:
-            entry.slot = self._free_slots.pop()
-        else:
-            victim = self._slot_victim(only_unwanted=not entry.on_host)
-            if victim is None:
-                return None
-            entry.slot, victim.slot = victim.slot, None
-            evicted = victim.digest
-            self._forget_if_empty(victim)
+        victims = self._slot_victims(entry, only_unwanted=not entry.on_host)
+        if victims is None:
+            return None
+        evicted = tuple(Evicted(victim.digest, self._vacate(victim)) for victim in victims)
+        slot = entry.slot = self._free_slots.pop()
+        self.device_used += entry.device_bytes
         if not entry.on_host:
             entry.partial = True
             self._partial[digest] = entry
-        return SlotGrant(entry.slot or 0, evicted)
+        return SlotGrant(slot, evicted)
 
     def complete_slot(self, digest: str) -> None:
         """A slot that was given early gets the rest of its layers before the next step."""
@@ -216,9 +242,13 @@ class TierTable:
         entry = self._entries.get(digest)
         if entry is None or entry.slot is None:
             return None
-        slot, entry.slot = entry.slot, None
         entry.partial = False
         self._partial.pop(digest, None)
+        return self._vacate(entry)
+
+    def _vacate(self, entry: Entry) -> int:
+        slot, entry.slot = entry.slot or 0, None
+        self.device_used -= entry.device_bytes
         self._free_slots.append(slot)
         self._free_slots.sort(reverse=True)
         self._forget_if_empty(entry)
@@ -271,15 +301,39 @@ class TierTable:
 
     # What a copy is worth.
 
-    def _slot_victim(self, *, only_unwanted: bool) -> Entry | None:
-        """The least valuable idle slot, preferably of an adapter that nobody waits for, or only of such."""
+    def _device_short(self, entry: Entry) -> int:
+        """Bytes that the device lacks for an adapter."""
+        if not self.device_budget:
+            return 0
+        return self.device_used + entry.device_bytes - self.device_budget
+
+    def _slot_victims(self, entry: Entry, *, only_unwanted: bool) -> list[Entry] | None:
+        """The least valuable idle slots that give a slot and room together; None if all don't suffice.
+
+        Preferably those of adapters that nobody waits for, or only such.
+        """
+        slots, short = len(self._free_slots), self._device_short(entry)
+        if slots and short <= 0:
+            return []
         now = self._clock.monotonic()
-        idle = [entry for entry in self._entries.values() if entry.idle_slot]
-        return min(
-            (entry for entry in idle if not (only_unwanted and entry.holders)),
-            key=lambda entry: (bool(entry.holders), self._slot_value(entry, now), entry.digest),
-            default=None,
-        )
+        idle = [
+            one for one in self._entries.values() if one.idle_slot and not (only_unwanted and one.holders)
+        ]
+        idle.sort(key=lambda one: (bool(one.holders), self._slot_value(one, now), one.digest))
+        victims: list[Entry] = []
+        for one in idle:
+            victims.append(one)
+            slots, short = slots + 1, short - one.device_bytes
+            if short <= 0:
+                break
+        if not slots or short > 0:
+            return None
+        # The last one may have brought so much that the others can stay.
+        for one in reversed(victims[:-1]):
+            if short + one.device_bytes <= 0 and slots > 1:
+                victims.remove(one)
+                slots, short = slots - 1, short + one.device_bytes
+        return victims
 
     def _host_victims(self, size_bytes: int) -> list[Entry] | None:
         """The least valuable idle host copies that make room together; None if all don't suffice."""

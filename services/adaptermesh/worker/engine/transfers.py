@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.worker.engine.admission import check_adapter
+from adaptermesh.worker.engine.admission import check_adapter, device_bytes_of
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.disk_cache import DiskCache
@@ -116,12 +116,15 @@ class Transfers:
 
     def open_landing(self, transfer: Transfer, manifest: Manifest) -> Landing:
         check_adapter(transfer.digest, manifest, self._base)
+        device_bytes = device_bytes_of(manifest, self._base.dtype)
         with self._lock:
             if not self.is_current(transfer):
                 raise MeshError(Code.CANCELLED, Reason.CANCELLED, "nobody waits for this adapter any more")
             if not self._table.fits_host(manifest.size_bytes):
                 raise no_room(transfer.digest, "is larger than all of the host memory for adapters", None)
-            victims = self._table.reserve_host(transfer.digest, manifest.size_bytes)
+            if not self._table.fits_device(device_bytes):
+                raise no_room(transfer.digest, "is larger than all of the device memory for adapters", None)
+            victims = self._table.reserve_host(transfer.digest, manifest.size_bytes, device_bytes)
             if victims is None:
                 del self._transfers[transfer.digest]
                 self._table.postpone(transfer.digest)

@@ -171,6 +171,60 @@ def test_host_memory_smaller_than_the_demand_costs_time_only(lab: Any, make_benc
     bench.assert_empty()
 
 
+def device_bytes(adapter: Any) -> int:
+    return int(adapter.manifest.cost.device_bytes)
+
+
+def test_device_memory_smaller_than_the_demand_costs_time_only(lab: Any, make_bench: Any) -> None:
+    adapters = [lab.adapter(seed, rank) for seed, rank in ((1, 4), (2, 16), (3, 2), (4, 8), (5, 4))]
+    largest = max(device_bytes(adapter) for adapter in adapters)
+    bench = make_bench(device_slots=8, device_bytes=largest)
+    heard = [(adapter, bench.submit(adapter, [n], 4)) for n, adapter in enumerate(adapters * 3)]
+    most = 0
+    for _ in range(3000):
+        if all(one.ended.is_set() for _, one in heard):
+            break
+        if not bench.engine.step():
+            threading.Event().wait(0.001)
+        most = max(most, bench.engine._residency._table.device_used)
+    assert 0 < most <= largest
+    for number, (adapter, one) in enumerate(heard):
+        assert one.tokens == lab.continuation(adapter, [number], 4)
+    assert bench.engine.status().tiers.device_budget_bytes == largest
+    bench.assert_empty()
+
+
+def test_a_large_adapter_does_not_starve_behind_small_ones(lab: Any, make_bench: Any) -> None:
+    small = [lab.adapter(seed, 2) for seed in (1, 2, 3, 4)]
+    large = lab.adapter(2, 16)
+    room = max(device_bytes(large), sum(map(device_bytes, small)))
+    bench = make_bench(device_slots=8, device_bytes=room, max_overtakes=2)
+    running = [bench.submit(adapter, [n], 6) for n, adapter in enumerate(small)]
+    bench.engine.step()
+    waiting = bench.submit(large, [7], 3)
+    for turn in range(200):
+        # Somebody always asks for each of the small ones.
+        running.append(bench.submit(small[turn % 4], [turn], 3 + turn % 4))
+        if not bench.engine.step():
+            threading.Event().wait(0.001)
+        if waiting.ended.is_set():
+            break
+    assert waiting.outcome, "the request starved"
+    assert waiting.tokens == lab.continuation(large, [7], 3)
+    bench.run(*running)
+    bench.assert_empty()
+
+
+def test_an_adapter_larger_than_the_device_memory_is_refused(lab: Any, make_bench: Any) -> None:
+    bench = make_bench(device_bytes=100)
+    heard = bench.submit(lab.adapter(1, 4), [1], 4)
+    bench.run(heard)
+    assert heard.error.code is Code.RESOURCE_EXHAUSTED
+    assert "device memory" in heard.error.message
+    assert heard.error.retry_after is None
+    bench.assert_empty()
+
+
 def test_an_adapter_larger_than_the_host_memory_is_refused(lab: Any, make_bench: Any) -> None:
     bench = make_bench(host_bytes=1000)
     heard = bench.submit(lab.adapter(1, 4), [1], 4)

@@ -1,5 +1,6 @@
 """The order of admission: fair shares, priorities, adapters beyond the slots. Steps without a model."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +78,15 @@ class FakePlacer:
     def place_early(self, digest: str) -> int | None:
         raise AssertionError(f"nothing of {digest} is here")
 
-    @property
-    def has_slot(self) -> bool:
+    def has_slot(self, digest: str) -> bool:
         return len(self.uses) < self.slots or not all(self.uses.values())
+
+    def device_bytes(self, digest: str) -> int:
+        return 0
+
+    @property
+    def device_room(self) -> float:
+        return math.inf
 
     def stage_ahead(self, digest: str) -> None:
         raise AssertionError("no slot is empty")

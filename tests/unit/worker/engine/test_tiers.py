@@ -7,9 +7,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.entry import Flight
-from adaptermesh.worker.engine.tiers import HALF_LIFE_SECONDS, TierTable
+from adaptermesh.worker.engine.tiers import HALF_LIFE_SECONDS, SlotGrant, TierTable
 
-SLOTS, HOST_BYTES, DISK_BYTES = 3, 100, 150
+SLOTS, HOST_BYTES, DISK_BYTES, DEVICE_BYTES = 3, 100, 150, 70
 NAMES = [f"d{number}" for number in range(7)]
 
 
@@ -26,6 +26,10 @@ class Clock:
 
     def wall(self) -> float:
         return self.now
+
+
+def evicted_by(grant: SlotGrant) -> set[str]:
+    return {one.digest for one in grant.evicted}
 
 
 def evict(table: TierTable, digest: str) -> None:
@@ -46,7 +50,7 @@ class TierMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.table = TierTable(self.clock, SLOTS, HOST_BYTES, DISK_BYTES)
+        self.table = TierTable(self.clock, SLOTS, HOST_BYTES, DISK_BYTES, DEVICE_BYTES)
         self.waiters: dict[str, str] = {}
         self.rows: dict[str, str] = {}
         self.flights: dict[str, bool] = {}  # digest -> room reserved
@@ -58,6 +62,12 @@ class TierMachine(RuleBasedStateMachine):
         if flight is not Flight.NONE:
             assert digest not in self.flights
             self.flights[digest] = False
+
+    def ensure_evicted(self, grant: SlotGrant) -> None:
+        """Who gave way and is still wanted is brought back to the host."""
+        for digest in evicted_by(grant):
+            if self.table.get(digest) is not None:
+                self.ensure(digest)
 
     def resume(self) -> None:
         for digest in self.table.resume():
@@ -99,7 +109,7 @@ class TierMachine(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject) -> None:
         digest = data.draw(st.sampled_from(sorted(self.flights)))
         if not self.flights[digest]:
-            if self.table.reserve_host(digest, size_of(digest)) is None:
+            if self.table.reserve_host(digest, size_of(digest), size_of(digest)) is None:
                 del self.flights[digest]
                 self.table.postpone(digest)
             else:
@@ -132,7 +142,7 @@ class TierMachine(RuleBasedStateMachine):
             grant = self.table.take_slot(digest)
             if grant is None:
                 return
-            assert grant.evicted not in {*self.rows.values(), *self.waiters.values()}
+            assert evicted_by(grant).isdisjoint({*self.rows.values(), *self.waiters.values()})
         assert entry.partial
         assert entry.tier < Tier.HOST
         self.table.use(digest)
@@ -166,12 +176,12 @@ class TierMachine(RuleBasedStateMachine):
             used = set(self.rows.values())
             grant = self.table.take_slot(digest)
             if grant is None:
-                kept = {other.digest for other in self.table if other.kept is Tier.DEVICE}
-                assert len(used | kept) >= SLOTS
+                stays = [one for one in self.table if one.slot is not None and not one.idle_slot]
+                taken = sum(one.device_bytes for one in stays)
+                assert len(stays) >= SLOTS or taken + entry.device_bytes > DEVICE_BYTES
                 return
-            assert grant.evicted not in used
-            if grant.evicted is not None and self.table.get(grant.evicted) is not None:
-                self.ensure(grant.evicted)
+            assert evicted_by(grant).isdisjoint(used)
+            self.ensure_evicted(grant)
         self.table.use(digest)
         self.rows[holder] = digest
         del self.waiters[holder]
@@ -241,6 +251,8 @@ class TierMachine(RuleBasedStateMachine):
     def slots_are_held_once(self) -> None:
         slots = [entry.slot for entry in self.table if entry.slot is not None]
         assert len(slots) == len(set(slots)) <= SLOTS
+        held = sum(entry.device_bytes for entry in self.table if entry.slot is not None)
+        assert self.table.device_used == held <= DEVICE_BYTES
         assert self.table.empty_slots == SLOTS - len(slots)
 
     @invariant()
@@ -278,7 +290,7 @@ class TierMachine(RuleBasedStateMachine):
             self.resume()
             for digest in sorted(self.flights):
                 reserved = self.flights.pop(digest)
-                if not reserved and self.table.reserve_host(digest, size_of(digest)) is None:
+                if not reserved and self.table.reserve_host(digest, size_of(digest), size_of(digest)) is None:
                     self.table.postpone(digest)
                     continue
                 self.table.land(digest)
@@ -288,8 +300,7 @@ class TierMachine(RuleBasedStateMachine):
                 if entry.slot is None and entry.on_host:
                     grant = self.table.take_slot(digest)
                     assert grant is not None
-                    if grant.evicted is not None and self.table.get(grant.evicted) is not None:
-                        self.ensure(grant.evicted)
+                    self.ensure_evicted(grant)
                 if entry.slot is not None:
                     del self.waiters[holder]
                     self.table.drop(holder)
@@ -329,6 +340,50 @@ def test_the_least_used_goes_first(clock: Clock) -> None:
     table.want("new", "new")
     table.start_flight("new")
     assert table.reserve_host("new", 10) == ["once"]
+
+
+def on_device(table: TierTable, digest: str, device_bytes: int) -> None:
+    """Brings an adapter to a slot and leaves it idle there."""
+    table.want(digest, digest)
+    table.start_flight(digest)
+    assert table.reserve_host(digest, 1, device_bytes) is not None
+    table.land(digest)
+    assert table.take_slot(digest) is not None
+    table.drop(digest)
+
+
+def test_a_large_adapter_takes_the_room_of_several_and_spares_who_need_not_go(clock: Clock) -> None:
+    table = TierTable(clock, 5, 1000, 0, device_bytes=100)
+    for digest, size in (("a", 20), ("b", 60), ("c", 20)):
+        on_device(table, digest, size)
+        clock.now += 100.0
+    assert table.device_used == 100
+    table.want("waiting", "large")
+    table.start_flight("large")
+    table.reserve_host("large", 1, 70)
+    table.land("large")
+    assert not table.has_empty_slot("large")
+    assert table.has_slot("large")
+    assert table.device_room == 100
+    grant = table.take_slot("large")
+    # "a" was used longest ago, but together with "b" it is "a" and 60 bytes; both are needed.
+    assert grant is not None
+    assert evicted_by(grant) == {"a", "b"}
+    assert table.device_used == 90
+    table.use("large")
+    table.want("too", "small")
+    table.start_flight("small")
+    table.reserve_host("small", 1, 40)
+    table.land("small")
+    assert table.take_slot("small") is None
+    assert not table.has_slot("small")
+    table.unuse("large")
+    table.drop("waiting")
+    grant = table.take_slot("small")
+    assert grant is not None
+    # The one that brings enough goes; the other one would have gone before it, and may stay.
+    assert evicted_by(grant) == {"large"}
+    assert table.device_used == 60
 
 
 def test_old_uses_count_less(clock: Clock) -> None:
@@ -451,7 +506,7 @@ def test_what_is_pinned_on_the_host_gives_its_slot_back_and_keeps_its_copy(clock
     table.land("new")
     grant = table.take_slot("new")
     assert grant is not None
-    assert grant.evicted == "pinned"
+    assert evicted_by(grant) == {"pinned"}
     entry = table.get("pinned")
     assert entry is not None
     assert entry.tier is Tier.HOST

@@ -634,6 +634,7 @@ class Timings(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     SHARED_FETCH_FIELD_NUMBER: _builtins.int
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
     shared_fetch: _builtins.bool
     """True if the fetch had been started for another request."""
     fetched_bytes: _builtins.int
@@ -666,6 +667,10 @@ class Timings(_message.Message):
     def decode(self) -> _duration_pb2.Duration:
         """From the first token to the last."""
 
+    @_builtins.property
+    def overlap(self) -> _duration_pb2.Duration:
+        """Computing layers of the prompt while later ones were still on their way from the store."""
+
     def __init__(
         self,
         *,
@@ -678,10 +683,11 @@ class Timings(_message.Message):
         decode: _duration_pb2.Duration | None = ...,
         shared_fetch: _builtins.bool = ...,
         fetched_bytes: _builtins.int = ...,
+        overlap: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "fetch", b"fetch", "h2d", b"h2d", "prefill", b"prefill", "queue", b"queue", "time_to_first_token", b"time_to_first_token", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "fetch", b"fetch", "h2d", b"h2d", "overlap", b"overlap", "prefill", b"prefill", "queue", b"queue", "time_to_first_token", b"time_to_first_token", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "fetch", b"fetch", "fetched_bytes", b"fetched_bytes", "h2d", b"h2d", "prefill", b"prefill", "queue", b"queue", "shared_fetch", b"shared_fetch", "time_to_first_token", b"time_to_first_token", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "fetch", b"fetch", "fetched_bytes", b"fetched_bytes", "h2d", b"h2d", "overlap", b"overlap", "prefill", b"prefill", "queue", b"queue", "shared_fetch", b"shared_fetch", "time_to_first_token", b"time_to_first_token", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

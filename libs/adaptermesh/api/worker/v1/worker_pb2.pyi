@@ -369,8 +369,9 @@ class Budgets(_message.Message):
     KV_USED_BYTES_FIELD_NUMBER: _builtins.int
     KV_CACHED_BYTES_FIELD_NUMBER: _builtins.int
     KV_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     device_used_bytes: _builtins.int
-    """Bytes on the device; they follow the adapters' true ranks. The bound is the number of slots, not of bytes."""
+    """Bytes on the device; they follow the adapters' true ranks."""
     device_used_slots: _builtins.int
     """Device slots that are taken, [0, WorkerInfo.device_slots]."""
     host_used_bytes: _builtins.int
@@ -387,6 +388,8 @@ class Budgets(_message.Message):
     """Bytes of the KV cache that nobody holds and that serve prompts which begin alike, until room is short."""
     kv_total_bytes: _builtins.int
     """Bytes of the KV cache in all."""
+    device_budget_bytes: _builtins.int
+    """Bytes that the adapters' weights may take on the device. Zero means that the slots alone bound them."""
     def __init__(
         self,
         *,
@@ -399,10 +402,11 @@ class Budgets(_message.Message):
         kv_used_bytes: _builtins.int = ...,
         kv_cached_bytes: _builtins.int = ...,
         kv_total_bytes: _builtins.int = ...,
+        device_budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_used_bytes", b"device_used_bytes", "device_used_slots", b"device_used_slots", "disk_budget_bytes", b"disk_budget_bytes", "disk_used_bytes", b"disk_used_bytes", "host_budget_bytes", b"host_budget_bytes", "host_used_bytes", b"host_used_bytes", "kv_cached_bytes", b"kv_cached_bytes", "kv_total_bytes", b"kv_total_bytes", "kv_used_bytes", b"kv_used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_budget_bytes", b"device_budget_bytes", "device_used_bytes", b"device_used_bytes", "device_used_slots", b"device_used_slots", "disk_budget_bytes", b"disk_budget_bytes", "disk_used_bytes", b"disk_used_bytes", "host_budget_bytes", b"host_budget_bytes", "host_used_bytes", b"host_used_bytes", "kv_cached_bytes", b"kv_cached_bytes", "kv_total_bytes", b"kv_total_bytes", "kv_used_bytes", b"kv_used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
