@@ -298,6 +298,9 @@ class Residency:
         grant = self._table.take_slot(digest)
         if grant is None:
             return None
+        gone = {evicted.slot for evicted in grant.evicted}
+        # One staged ahead for this very step gives way unfilled, or its slot would be filled for nobody.
+        self._staging = [job for job in self._staging if job.slot not in gone]
         for evicted in grant.evicted:
             if evicted.slot != grant.slot:
                 self._unloads.append(evicted.slot)

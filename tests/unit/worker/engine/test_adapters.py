@@ -215,6 +215,27 @@ def test_a_large_adapter_does_not_starve_behind_small_ones(lab: Any, make_bench:
     bench.assert_empty()
 
 
+def test_one_staged_ahead_that_gives_way_in_the_same_step_leaves_no_bytes(lab: Any, make_bench: Any) -> None:
+    first, small, large = lab.adapter(3, 2), lab.adapter(1, 2), lab.adapter(2, 16)
+    bench = make_bench(device_slots=4, device_bytes=device_bytes(large), max_batch_rows=1)
+    # Holds the slot that the large one will get.
+    bench.run(bench.submit(first, [1], 1))
+    running = bench.submit(None, [1], 12)
+    bench.engine.step()
+    # The row is taken, so that the small one is staged ahead; the load of the large one then takes its room.
+    waiting = bench.submit(small, [2], 3)
+    loaded = Done()
+    bench.source.adapters[large.digest] = large
+    bench.engine.load(large.digest, Tier.DEVICE, False, loaded)
+    bench.engine.step()
+    assert loaded.errors == [None]
+    slots = bench.engine._slots
+    assert [digest for slot in range(4) if (digest := slots.digest(slot))] == [large.digest]
+    bench.run(running, waiting)
+    assert waiting.tokens == lab.continuation(small, [2], 3)
+    bench.assert_empty()
+
+
 def test_an_adapter_larger_than_the_device_memory_is_refused(lab: Any, make_bench: Any) -> None:
     bench = make_bench(device_bytes=100)
     heard = bench.submit(lab.adapter(1, 4), [1], 4)

@@ -38,6 +38,13 @@ class Rig:
         with self.lock:
             return self.writes.start(adapter.digest, adapter.manifest.to_bytes(), copy)
 
+    def start_and_evict(self, adapter: Any) -> None:
+        """The adapter is evicted when its writing has begun and the disk has taken nothing yet."""
+        self.start(adapter)
+        assert self.disk.entered.acquire(timeout=30)
+        with self.lock:
+            self.writes.call_off(adapter.digest)
+
     def entries(self) -> set[str]:
         return {entry.digest for entry in self.disk.scan()}
 
@@ -45,10 +52,7 @@ class Rig:
 def test_an_adapter_that_is_evicted_while_it_is_written_is_not_kept(lab: Any, tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     adapter = lab.adapter(1, 4)
-    rig.start(adapter)
-    assert rig.disk.entered.acquire(timeout=30)
-    with rig.lock:
-        rig.writes.call_off(adapter.digest)
+    rig.start_and_evict(adapter)
     rig.disk.go.release()
     rig.writes.close()
     assert rig.written == []
@@ -58,10 +62,7 @@ def test_an_adapter_that_is_evicted_while_it_is_written_is_not_kept(lab: Any, tm
 def test_an_adapter_that_comes_again_is_written_once_more(lab: Any, tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     adapter = lab.adapter(1, 4)
-    rig.start(adapter)
-    assert rig.disk.entered.acquire(timeout=30)
-    with rig.lock:
-        rig.writes.call_off(adapter.digest)
+    rig.start_and_evict(adapter)
     rig.start(adapter)
     rig.disk.go.release(2)
     rig.writes.close()
