@@ -77,6 +77,22 @@ async def test_requests_that_wait_for_the_killed_worker_get_a_typed_status(fragi
     assert await serves(rig) == "demo/pirate:v1"
 
 
+async def reached(rig: Rig, namespace: str) -> list[object]:
+    """What the store lists, once this client's own connection to it is back.
+
+    It tries again at most 2 s apart, and a mutation, which nobody repeats by himself, fails until then.
+    """
+
+    async def listed() -> list[object] | None:
+        try:
+            return [await rig.store.list_adapters(namespace=namespace)]
+        except MeshError as error:
+            assert error.code is Code.UNAVAILABLE
+            return None
+
+    return await eventually(listed)
+
+
 async def test_kill_9_of_the_store_in_an_upload_leaves_no_half_version_and_the_repeat_works(
     fragile_rig: Rig, tmp_path: Path
 ) -> None:
@@ -95,15 +111,7 @@ async def test_kill_9_of_the_store_in_an_upload_leaves_no_half_version_and_the_r
     assert raised.value.code is Code.UNAVAILABLE
     await asyncio.gather(*killed)
     await rig.mesh.wait_until_serving("store")
-
-    async def listed() -> list[object] | None:
-        try:
-            return [await rig.store.list_adapters(namespace="killed")]
-        except MeshError as error:
-            assert error.code is Code.UNAVAILABLE
-            return None
-
-    assert await eventually(listed) == [[]]
+    assert await reached(rig, "killed") == [[]]
     again = await rig.store.upload(folder, "killed/pirate", Publication(rig.base_model))
     assert (again.created, again.version.number) == (True, 1)
     answer = await rig.generate("Hi", adapter="killed/pirate:v1", max_tokens=4, position=again.feed_position)
@@ -119,6 +127,7 @@ async def test_after_kill_9_of_any_service_the_rest_recovers_by_itself(
     await rig.mesh.kill(service)
     await rig.mesh.wait_until_serving(service)
     assert await serves(rig) == "demo/pirate:v1"
+    await reached(rig, "demo")
     move = await rig.store.set_alias("demo/pirate@canary", "v1")
     answer = await rig.generate("Hi", adapter="demo/pirate@canary", max_tokens=2, position=move.feed_position)
     assert answer.version == "demo/pirate:v1"
