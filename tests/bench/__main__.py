@@ -46,6 +46,7 @@ def _measure(bench: Bench, name: str, out: Path) -> None:
     about = {
         "title": scenario.title,
         "about": scenario.about,
+        "bound": scenario.bound,
         "date": today(),
         "commit": describe_commit(ROOT),
         "rounds": bench.settings.rounds,

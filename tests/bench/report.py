@@ -19,7 +19,7 @@ quartiles in brackets; a ratio is taken within each round. Every prompt is new t
 
 
 def record(result: Result, about: dict[str, Any]) -> dict[str, Any]:
-    """One scenario as JSON. `about`: title, date, commit, rounds, busy_cores, seconds."""
+    """One scenario as JSON. `about`: title, about, bound, date, commit, rounds, busy_cores, seconds."""
     return {
         **about,
         "left_out": list(result.left_out),
@@ -105,6 +105,8 @@ def _section(entry: dict[str, Any]) -> str:
         for lane in entry["lanes"]
     ]
     lines.append("")
+    if any(figure["reached"] is False for figure in entry["figures"]) and entry.get("bound"):
+        lines += [f"What holds it back: {entry['bound']}", ""]
     lines += [_check_line(check) for check in entry["checks"]]
     if entry["left_out"]:
         lines.append(f"- Left out: {', '.join(entry['left_out'])}.")

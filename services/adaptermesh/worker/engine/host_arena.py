@@ -17,6 +17,7 @@ from typing_extensions import Buffer
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.worker.engine.host_memory import HostMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,15 @@ class HostCopy:
 
 
 class HostArena:
-    """Gives and holds host memory; the byte budget is the tier table's."""
+    """Gives and holds host memory; who has a place in it is the tier table's to say."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._locked = device.type == "cuda"
+    def __init__(self, device: torch.device, budget_bytes: int) -> None:
+        self._memory = HostMemory(device, budget_bytes)
         self._copies: dict[str, HostCopy] = {}
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._locked)
+        """[size_bytes] uint8, of any content."""
+        return self._memory.allocate(size_bytes)
 
     def put(self, digest: str, copy: HostCopy) -> None:
         self._copies[digest] = copy

@@ -48,7 +48,7 @@ class Transfers:
         self._clock = clock
         self._lock = lock
         self._on_landed = on_landed
-        self._arena = HostArena(base.device)
+        self._arena = HostArena(base.device, config.host_bytes)
         self._disk = DiskCache(config.disk_dir)
         self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="adapter-disk")
         self._writes = DiskWrites(self._disk, lock, self._written)
