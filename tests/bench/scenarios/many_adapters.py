@@ -1,6 +1,6 @@
 """A stream of requests over 1,000 registered adapters by Zipf's law, against the same stream over 8.
 
-Beside it the same law over adapters that are all in slots: there the batches are as mixed, but nothing is missing.
+Beside it the same law over adapters that are all in slots: as mixed, but nothing is missing.
 """
 
 from tests.bench.bench import Bench, Runner, rates

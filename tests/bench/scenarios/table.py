@@ -56,13 +56,14 @@ SCENARIOS = {
         "by the same law for adapters that are all in slots: what is lost there is not lost to misses.",
         many_adapters.run,
         "Decoding is bound by memory: a step reads 540 MB of the base, and 9.8 MB for each adapter in it. "
-        "Sixteen rows have 8 adapters in the first lane and 13 to 15 in the others; 60 MB more at the 25 GB/s "
-        "of this machine are 2.4 ms of a step of 45. Each miss adds some 20 ms of one core: sha256, manifest, "
-        "copies, disk. Tried: asking for the next phase's A while a product computes, and for B panel by panel "
-        "(no difference: the bytes are the bound, not the latency); steps of 32 and 48 tokens, so that prompts "
-        "fill the arithmetic that decoding leaves idle (slower: prompts in small pieces share less); host "
-        "memory that is used again (7 ms less a miss). Taking rows of one adapter together out of the queue "
-        "would help, at the price of who waits with a rare one; that was not built.",
+        "Sixteen rows have 8 adapters in the first lane and 13 to 15 in the others; 60 MB more at the 25 "
+        "GB/s of this machine are 2.4 ms of a step of 45. Each miss adds some 20 ms of one core: sha256, "
+        "manifest, copies, disk. Tried: asking for the next phase's A while a product computes, and for B "
+        "panel by panel (no difference: the bytes are the bound, not the latency); steps of 32 and 48 "
+        "tokens, so that prompts fill the arithmetic that decoding leaves idle (slower: prompts in small "
+        "pieces share less); host memory that is used again (7 ms less a miss). Taking rows of one "
+        "adapter together out of the queue would help, at the price of who waits with a rare one; that "
+        "was not built.",
     ),
     "slots-exceeded": Scenario(
         "More adapters than slots",

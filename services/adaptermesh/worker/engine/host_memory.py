@@ -1,4 +1,4 @@
-"""Memory for the bytes of adapters, used again by the next one: fresh pages cost more than the copy into them."""
+"""Memory for the bytes of adapters, used again: fresh pages cost more than the copy into them."""
 
 import mmap
 import threading
@@ -16,8 +16,8 @@ _MOST_SLACK = 2
 class HostMemory:
     """Lends blocks; one comes back when the last tensor that views it is gone.
 
-    Lent blocks and spare ones together stay within the budget, or the spare ones are given back to the system.
-    Lent ones alone may be more: who lends counts them. Thread-safe.
+    Lent and spare blocks together stay within the budget, or spare ones are given back to the system. Lent
+    ones alone may be more: who asks for them counts them. Thread-safe.
     """
 
     def __init__(self, device: torch.device, budget_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """Blocks of host memory: lent, used again, and never more held than the budget without need."""
 
 import gc
+import itertools
 
 import torch
 from hypothesis import given, settings
@@ -64,7 +65,7 @@ def test_blocks_never_overlap_and_spare_ones_stay_within_the_budget(calls: list[
             lent.pop(number % len(lent))
             data = None
         ranges = sorted((one.data_ptr(), one.data_ptr() + len(one)) for one in lent)
-        assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:]))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
         used = sum(-(-len(one) // MIB) * MIB for one in lent)
         if allocates and used <= budget:
             assert used + memory.spare_bytes <= 2 * budget
