@@ -4,7 +4,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,20 @@ def to_float32(entry: TensorEntry, view: npt.NDArray[Any]) -> npt.NDArray[np.flo
         # bfloat16 is the upper half of a float32.
         return (view.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return view.astype(np.float32)
+
+
+def tensor_from_file(entry: TensorEntry, file: BinaryIO) -> npt.NDArray[np.float32]:
+    """Reads one tensor of a file as float32; `entry.offset` counts from the start of the file.
+
+    Raises:
+        EOFError: the file is shorter.
+    """
+    file.seek(entry.offset)
+    data = file.read(entry.size)
+    if len(data) != entry.size:
+        raise EOFError(f"the file ends within tensor {entry.name!r}")
+    values = np.frombuffer(data, _VIEWS[entry.dtype]).reshape(entry.shape)
+    return to_float32(entry, values)
 
 
 def tensors(manifest: Manifest, buffer: Buffer) -> Iterator[tuple[TensorEntry, npt.NDArray[Any]]]:

@@ -8,7 +8,8 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.chunking import cut, hash_spans
 from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES, BaseRef, Cost, Manifest, Source, TensorEntry
 from adaptermesh.artifact.peft_config import PeftConfig, read_config
-from adaptermesh.artifact.peft_lora import Plan, plan_lora
+from adaptermesh.artifact.peft_plan import Plan
+from adaptermesh.artifact.peft_readers import plan_method
 from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import Header, lay_out, read_header, write_file
 from adaptermesh.artifact.sites import site_map
@@ -19,7 +20,7 @@ from adaptermesh.artifact.source_files import (
     check_files,
     describe_files,
 )
-from adaptermesh.artifact.tensor_scan import read_blocks, scan_tensor
+from adaptermesh.artifact.tensor_scan import scan_tensor
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.refs import check_name
@@ -131,7 +132,7 @@ def _check_base(bundle: SourceBundle, config: PeftConfig, base: BaseFacts) -> No
 
 
 def _plan(config: PeftConfig, header: Header, base: BaseFacts, problems: Problems) -> Plan:
-    if config.lora is None:
+    if config.method is None:
         return Plan(unservable=config.unservable)
     try:
         sites = site_map(base)
@@ -140,7 +141,7 @@ def _plan(config: PeftConfig, header: Header, base: BaseFacts, problems: Problem
             raise
         return Plan(unservable=error.message)
     name = f"base model '{base.model_id}' ({base.architecture})"
-    return plan_lora(config.lora, header.tensors, sites, name, problems)
+    return plan_method(config.method, header.tensors, sites, name, problems)
 
 
 def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan, out_file: Path) -> Manifest:
@@ -149,7 +150,7 @@ def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan
         write_file(
             out_file,
             layout,
-            (read_blocks(source, tensor.source_offset, tensor.spec.size) for tensor in plan.tensors),
+            (tensor.blocks(source) for tensor in plan.tensors),
         )
     layered = [(entry, tensor.layer) for entry, tensor in zip(layout.entries, plan.tensors, strict=True)]
     chunks = hash_spans(out_file, cut(layered, layout.file_size))
@@ -194,11 +195,11 @@ def _readable(manifest: Manifest) -> Manifest:
 
 def _warnings(bundle: SourceBundle, plan: Plan, all_zero: frozenset[str]) -> tuple[str, ...]:
     warnings: list[str] = []
-    idle = sum(name in all_zero for name in plan.up_matrices)
-    if idle and idle == len(plan.up_matrices):
-        warnings.append("every lora_B is zero: the adapter changes nothing")
+    idle, modules = sum(name in all_zero for name in plan.deciding), len(plan.deciding)
+    if idle and idle == modules:
+        warnings.append(f"every {plan.decider} is zero: the adapter changes nothing")
     elif idle:
-        warnings.append(f"lora_B is zero in {idle} of {len(plan.up_matrices)} modules: they change nothing")
+        warnings.append(f"{plan.decider} is zero in {idle} of {modules} modules: they change nothing")
     if not bundle.license:
         warnings.append("no licence is given")
     if card_is_empty(bundle.files):

@@ -18,7 +18,7 @@ from adaptermesh.artifact.manifest_parts import (
     TensorEntry,
     corrupt,
 )
-from adaptermesh.artifact.ops import LOWRANK, OPS
+from adaptermesh.artifact.ops import AFFINE, LOWRANK, OPS
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import check_name
@@ -124,6 +124,8 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _need(dtype == module.dtype, "{} has a tensor of dtype {}", what, dtype)
         if module.op == LOWRANK:
             _check_lowrank(module, entries, what)
+        elif module.op == AFFINE:
+            _check_affine(module, entries, what)
     _need(not unused, "tensor {!r} belongs to no module", min(unused, default="")[:120])
 
 
@@ -142,6 +144,13 @@ def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "
     _need(rank >= 1, "{} has rank {}", what, rank)
     _need(len(a) == 2 and a[0] == rank, "{} has rank {} and A of shape {}", what, rank, a)
     _need(len(b) == 2 and b[1] == rank, "{} has rank {} and B of shape {}", what, rank, b)
+
+
+def _check_affine(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
+    _need(bool(module.tensors), "{} has no tensors", what)
+    _need(module.rank == 0 and module.scale == 1.0, "{} has rank {} or a scale", what, module.rank)
+    for slot, name in module.tensors.items():
+        _need(len(entries[name].shape) == 1, "{} has {} of shape {}", what, slot, entries[name].shape)
 
 
 def _check_summary(manifest: "Manifest") -> None:

@@ -20,12 +20,13 @@ class Op:
 
 
 LOWRANK = "lowrank"
+AFFINE = "affine"
 
 _ROWS = (
     # y += scale * B A x; A: [rank, in], B: [out, rank].
     Op(LOWRANK, ("A", "B"), ("bias_delta",), served=True),
-    # y = out_scale * W (in_scale * x); vectors of the site's width.
-    Op("affine", (), ("in_scale", "out_scale")),
+    # y = out_scale * (W (in_scale * x) + bias); vectors of the site's widths.
+    Op(AFFINE, (), ("in_scale", "out_scale"), served=True),
     # A kronecker product w1 (x) w2, or a block rotation R.
     Op("structured", (), ("w1", "w2", "R", "row_scale")),
     Op("bottleneck", ("down", "down_bias", "up", "up_bias"), ("scale", "gate")),

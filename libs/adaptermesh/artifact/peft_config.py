@@ -4,160 +4,34 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from adaptermesh.artifact.peft_methods import METHODS, Method, TargetConfig
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.strict_json import parse_object
 
 MAX_CONFIG_BYTES = 256 * 1024
 _MAX_DEPTH = 16
-_MAX_PATTERNS = 4096
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 
-# Every key of peft 0.21's LoraConfig and its default.
-LORA_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "alora_invocation_tokens": None,
-        "alpha_pattern": {},
-        "arrow_config": None,
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": False,
-        "init_lora_weights": True,
-        "kasa_config": None,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": 8,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "modules_to_save": None,
-        "monteclora_config": None,
-        "peft_type": "LORA",
-        "peft_version": None,
-        "qalora_group_size": 16,
-        "r": 8,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": None,
-        "target_parameters": None,
-        "task_type": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "use_rslora": False,
-        "velora_config": None,
-    }
-)
-
-# Keys that are read below; then those that changed the training but not what the adapter computes.
-_READ = frozenset(
-    {
-        "alpha_pattern",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-_NO_EFFECT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-    }
-)
-
-# Keys that make another method of LoRA when they are set, and its name.
-_OTHER_METHODS: Mapping[str, str] = MappingProxyType(
-    {
-        "alora_invocation_tokens": "activated LoRA (aLoRA)",
-        "arrow_config": "Arrow routing",
-        "bias": "trained biases",
-        "kasa_config": "KaSA",
-        "layer_replication": "layer replication",
-        "lora_bias": "a bias on lora_B",
-        "megatron_config": "Megatron parallel layers",
-        "modules_to_save": "whole modules saved in place of the base's",
-        "monteclora_config": "MonteCLoRA",
-        "target_parameters": "LoRA on parameters of experts",
-        "trainable_token_indices": "trained token rows",
-        "use_bdlora": "block-diagonal LoRA",
-        "use_dora": "DoRA",
-        "use_qalora": "QALoRA",
-        "velora_config": "VeLoRA",
-    }
-)
+# What every config says of itself.
+_ABOUT = frozenset({"peft_type", "task_type"})
 
 # Initialisations that leave the base's weights as they are. The others train against a changed base.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _BASE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _TASK_TYPES = frozenset({None, "CAUSAL_LM"})
 
-_Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-_Rank = Annotated[int, Field(ge=1, le=65536)]
-_Layer = Annotated[int, Field(ge=0, le=1_000_000)]
-_Name = Annotated[str, Field(min_length=1, max_length=512)]
-_Names = Annotated[list[_Name], Field(max_length=_MAX_PATTERNS)]
-
-
-class LoraConfig(BaseModel):
-    """The keys that change what a plain LoRA computes."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
-
-    r: _Rank
-    lora_alpha: _Alpha
-    target_modules: _Name | _Names
-    exclude_modules: _Name | _Names | None = None
-    layers_to_transform: _Layer | list[_Layer] | None = None
-    layers_pattern: str | _Names | None = None
-    rank_pattern: Annotated[dict[_Name, _Rank], Field(max_length=_MAX_PATTERNS)] = {}
-    alpha_pattern: Annotated[dict[_Name, _Alpha], Field(max_length=_MAX_PATTERNS)] = {}
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
-
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A config that was read. `lora` is None exactly if `unservable` says why it can't be served (yet)."""
+    """A config that was read. `method` is None exactly if `unservable` says why it can't be served (yet)."""
 
     raw: Mapping[str, Any]
     kind: str
-    lora: LoraConfig | None
+    method: TargetConfig | None
     unservable: str = ""
 
     @property
@@ -190,20 +64,21 @@ def read_config(path: Path, problems: Problems) -> PeftConfig | None:
                 f"adapter_config.json: peft_type is {shown(str(kind))}, expected a method such as 'LORA'"
             )
         return None
-    if kind != "LORA":
+    method = METHODS.get(kind)
+    if method is None:
         return PeftConfig(raw, kind.lower(), None, f"the method {kind} is not served yet")
-    return _read_lora(raw, problems)
+    return _read_method(raw, kind.lower(), method, problems)
 
 
-def _read_lora(raw: Mapping[str, Any], problems: Problems) -> PeftConfig | None:
-    _check_unknown_keys(raw, problems)
-    unservable = _other_method(raw, problems)
+def _read_method(raw: Mapping[str, Any], kind: str, method: Method, problems: Problems) -> PeftConfig | None:
+    _check_unknown_keys(raw, method, problems)
+    unservable = _other_method(raw, method, problems)
     if unservable:
-        return PeftConfig(raw, "lora", None, unservable)
+        return PeftConfig(raw, kind, None, unservable)
     try:
         # A null stands for "not set" in keys that have a default.
-        given = {key: raw[key] for key in _READ & raw.keys() if raw[key] is not None}
-        return PeftConfig(raw, "lora", LoraConfig.model_validate(given))
+        given = {key: raw[key] for key in method.model.model_fields if raw.get(key) is not None}
+        return PeftConfig(raw, kind, method.model.model_validate(given))
     except ValidationError as error:
         for item in error.errors(include_url=False, include_context=False):
             where = ".".join(str(part)[:80] for part in item["loc"])
@@ -212,9 +87,9 @@ def _read_lora(raw: Mapping[str, Any], problems: Problems) -> PeftConfig | None:
         return None
 
 
-def _check_unknown_keys(raw: Mapping[str, Any], problems: Problems) -> None:
+def _check_unknown_keys(raw: Mapping[str, Any], method: Method, problems: Problems) -> None:
     for key, value in raw.items():
-        if key in _READ or key in _NO_EFFECT or key in LORA_DEFAULTS:
+        if key in _ABOUT or key in method.no_effect or key in method.defaults:
             continue
         # A key of another version of peft that is switched off changes nothing.
         if value is None or value is False or value in ("", [], {}):
@@ -225,12 +100,12 @@ def _check_unknown_keys(raw: Mapping[str, Any], problems: Problems) -> None:
         )
 
 
-def _other_method(raw: Mapping[str, Any], problems: Problems) -> str:
-    """Why this LoRA is none that is served; empty if it is plain."""
+def _other_method(raw: Mapping[str, Any], method: Method, problems: Problems) -> str:
+    """Why this is none of the methods that are served; empty if it is one."""
     methods = [
         f"{name} ({key})"
-        for key, name in _OTHER_METHODS.items()
-        if raw.get(key, LORA_DEFAULTS[key]) not in (LORA_DEFAULTS[key], None, [], {})
+        for key, name in method.others.items()
+        if raw.get(key, method.defaults[key]) not in (method.defaults[key], None, [], {})
     ]
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):

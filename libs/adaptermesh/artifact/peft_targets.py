@@ -1,10 +1,10 @@
-"""Which modules a peft LoRA config means, and with which rank and alpha, as peft itself decides it."""
+"""Which modules a peft config means, and with which rank and alpha, as peft itself decides it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher, suffix_matcher
-from adaptermesh.artifact.peft_config import LoraConfig
+from adaptermesh.artifact.peft_methods import LoraConfig, RankedConfig, TargetConfig
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.sites import SiteMap
 
@@ -20,8 +20,9 @@ class Targets:
     no site. Patterns that can't be matched safely are noted as problems.
     """
 
-    def __init__(self, config: LoraConfig, sites: SiteMap, problems: Problems) -> None:
+    def __init__(self, config: TargetConfig, sites: SiteMap, problems: Problems) -> None:
         self._config = config
+        self._sites = sites
         budget = Budget()
         self.modules: tuple[str, ...] = ()
         self.others: tuple[str, ...] = ()
@@ -34,25 +35,41 @@ class Targets:
             # peft's "all-linear" leaves out the output layer and the embedding.
             if not _is_all_linear(config.target_modules):
                 self.others = tuple(path for path in sites.other_modules if wanted(path))
-            key = "rank_pattern"
-            self._ranks = _first_matches(config.rank_pattern, self.modules, budget)
-            key = "alpha_pattern"
-            self._alphas = _first_matches(config.alpha_pattern, self.modules, budget)
+            if isinstance(config, RankedConfig):
+                key = "rank_pattern"
+                self._ranks = _first_matches(config.rank_pattern, self.modules, budget)
+                key = "alpha_pattern"
+                self._alphas = _first_matches(config.alpha_pattern, self.modules, budget)
         except PatternError as error:
             problems.add(f"adapter_config.json: {key}: {error}; use plain module names or paths")
 
+    @property
+    def widest(self) -> tuple[int, int]:
+        """The most inputs and the most outputs of a targeted module; 0 without one."""
+        found = [place[0] for module in self.modules if (place := self._sites.parts(module))]
+        return (
+            max((parts[0].in_features for parts in found), default=0),
+            max((sum(site.out_features for site in parts) for parts in found), default=0),
+        )
+
     def rank(self, module: str) -> int:
         """The rank of a module."""
-        return self._ranks.get(module, self._config.r)
+        return self._ranks.get(module, self._ranked().r)
 
     def alpha(self, module: str) -> float:
         """The alpha of a module."""
-        return self._alphas.get(module, self._config.lora_alpha)
+        return self._alphas.get(module, self._ranked().default_alpha)
 
     def scale(self, module: str) -> float:
         """What B A x is multiplied by: alpha/r, or alpha/sqrt(r) with rsLoRA."""
         rank = self.rank(module)
-        return float(self.alpha(module) / (rank**0.5 if self._config.use_rslora else rank))
+        root = isinstance(self._config, LoraConfig) and self._config.use_rslora
+        return float(self.alpha(module) / (rank**0.5 if root else rank))
+
+    def _ranked(self) -> RankedConfig:
+        if not isinstance(self._config, RankedConfig):
+            raise TypeError(f"{type(self._config).__name__} gives its modules no ranks")
+        return self._config
 
     def _wanted(self, sites: SiteMap, budget: Budget) -> Matcher:
         config = self._config

@@ -29,7 +29,8 @@ def run(bench: Bench) -> Result:
 
     def of_resident(number: int) -> Workload:
         # Copies of one adapter count as one.
-        names = [weights_of(name) for name in zipf(scale.stream, scale.registered, scale.slots, number)]
+        drawn = zipf(scale.stream, scale.registered, scale.slots, number)
+        names = [weights_of(name) for name in drawn if name is not None]
         return Workload(bench.prompts.draw("resident", number, names), scale.output_tokens, in_flight)
 
     with bench.peers() as peers:

@@ -82,8 +82,8 @@ SCENARIOS = {
         decode_bound.run,
         "At 16 rows in float32 the products take longer to compute than to read on a CPU of AVX2: 4.3 GFLOP "
         "a step at some 170 GFLOP/s of two cores are 25 ms, reading takes 22. Attention over the cache, the "
-        "norms and 2.4 ms of Python between two steps come on top. Tried: asking for the next block while one "
-        "computes and large pages (both kept), norms in one pass by hand (no faster).",
+        "norms and 2.4 ms of Python between two steps come on top. Tried: asking for the next block while "
+        "one computes and large pages (both kept), norms in one pass by hand (no faster).",
     ),
     "cold-switch": Scenario(
         "Cold switch",
@@ -91,10 +91,10 @@ SCENARIOS = {
         "is in no tier before. Beside it a bare gRPC server that streams the same bytes from memory in "
         "pieces of 512 KiB. The p99 is over all rounds; in brackets the lowest and the highest round.",
         cold_switch.run,
-        "Two cores carry the store, the stream, sha256 (6.5 ms), the manifest (5 ms) and the copy into the "
-        "slot (3.5 ms); the bare stream alone keeps both busy. Tried: larger messages, no copies in protobuf, "
-        "receiving on while the manifest is read, staging layers as they arrive, manifests read five times "
-        "faster, host memory that is used again. What is left is the time until the store's first message "
-        "(4 ms) and work that has to be done for each byte.",
+        "Two cores carry the store, the stream, sha256 (6.5 ms), the manifest (5 ms) and the copy into "
+        "the slot (3.5 ms); the bare stream alone keeps both busy. Tried: larger messages, no copies in "
+        "protobuf, receiving on while the manifest is read, staging layers as they arrive, manifests read "
+        "five times faster, host memory that is used again. What is left is the time until the store's "
+        "first message (4 ms) and work that has to be done for each byte.",
     ),
 }

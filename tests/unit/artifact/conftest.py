@@ -9,7 +9,7 @@ import pytest
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.ingest import IngestResult, SourceBundle, ingest
-from adaptermesh.artifact.peft_config import LORA_DEFAULTS
+from adaptermesh.artifact.peft_methods import LORA_DEFAULTS
 from adaptermesh.artifact.safetensors_file import TensorSpec, lay_out, write_file
 from adaptermesh.artifact.sites import site_map
 

@@ -373,7 +373,7 @@ def test_all_reasons_are_reported_together_and_bounded(folder: Any) -> None:
         ({"init_lora_weights": "pissa_niter_16"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "changed base"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "XLORA"}, "XLORA"),
         ({"peft_type": "BRAND_NEW"}, "BRAND_NEW"),
     ],
 )
@@ -388,7 +388,7 @@ def test_a_kind_that_is_not_served_yet_is_stored_with_the_reason(folder: Any, ch
         verify_file(manifest, buffer)
 
 
-@pytest.mark.parametrize("peft_type", ["IA3", "LORA"])
+@pytest.mark.parametrize("peft_type", ["XLORA", "LORA"])
 def test_a_kind_that_is_not_served_still_passes_the_checks_of_its_files(folder: Any, peft_type: str) -> None:
     folder.fill().config |= {"peft_type": peft_type, "use_dora": True}
     folder.tensors[f"base_model.model.{Q0}.lora_A.weight"][1][0, 0] = np.nan

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Conf
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32
 from adaptermesh.artifact.ingest import IngestResult, SourceBundle, ingest
-from adaptermesh.artifact.peft_config import LORA_DEFAULTS
+from adaptermesh.artifact.peft_methods import METHODS
 from adaptermesh.artifact.sites import site_map
 
 # peft 0.21 reads a property that transformers 5.23 has renamed, and warns of a missing model card.
@@ -42,7 +42,7 @@ def write(config: Any, lora: peft.PeftConfig, folder: Path) -> tuple[BaseFacts, 
     )
     tuned = peft.get_peft_model(model, lora)
     for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
+        if any(part in name for part in ("lora_", "vera_", "hada_", "ia3_")):
             torch.nn.init.normal_(parameter, std=0.5)
     tuned.save_pretrained(str(folder))
     return facts, tuned
@@ -141,12 +141,89 @@ def test_what_peft_writes_for_other_methods_is_stored(
     assert why in manifest.unservable_reason
 
 
-def test_ia3_written_by_peft_is_stored(tmp_path: Path) -> None:
-    config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
-    facts, _ = write(LlamaConfig(**SMALL), config, tmp_path / "a")
+@pytest.mark.parametrize(
+    "method",
+    [
+        peft.AdaLoraConfig(
+            init_r=6, target_r=3, total_step=9, lora_alpha=5, target_modules=["q_proj", "down_proj"]
+        ),
+        peft.LoHaConfig(r=3, alpha=5, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 2}),
+        peft.VeraConfig(r=7, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_what_is_exactly_a_lora_becomes_one(tmp_path: Path, method: peft.PeftConfig) -> None:
+    facts, tuned = write(LlamaConfig(**SMALL), method, tmp_path / "a")
+    check_deltas(tmp_path / "a", facts, tuned)
+    assert ingested(tmp_path / "a", facts).manifest.kind == str(method.peft_type).rpartition(".")[2].lower()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        peft.AdaLoraConfig(
+            init_r=4, target_r=2, total_step=9, target_modules=["c_attn"], fan_in_fan_out=True
+        ),
+        peft.VeraConfig(r=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_what_is_exactly_a_lora_is_split_in_a_fused_module(tmp_path: Path, method: peft.PeftConfig) -> None:
+    facts, tuned = write(GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=64), method, tmp_path / "a")
+    check_deltas(tmp_path / "a", facts, tuned)
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        (LlamaConfig(**SMALL), peft.IA3Config(task_type="CAUSAL_LM")),
+        (
+            LlamaConfig(**SMALL),
+            peft.IA3Config(target_modules=r".*\.(q_proj|up_proj)", feedforward_modules=r".*\.up_proj"),
+        ),
+        (
+            GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=64),
+            peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True),
+        ),
+    ],
+    ids=["llama", "pattern", "gpt2"],
+)
+def test_ia3_written_by_peft_keeps_its_factors(tmp_path: Path, config: Any, method: peft.IA3Config) -> None:
+    facts, tuned = write(config, method, tmp_path / "a")
     manifest = ingested(tmp_path / "a", facts).manifest
-    assert (manifest.kind, manifest.servable) == ("ia3", False)
+    assert (manifest.kind, manifest.servable, manifest.op_kinds) == ("ia3", True, ("affine",))
+    entries = {entry.name: entry for entry in manifest.tensors}
+    sites, seen = site_map(facts), 0
+    with open_buffer(tmp_path / "a.canonical") as buffer:
+        found = {
+            (op.site, op.layer): {
+                slot: tensor_view(entries[name], buffer).copy() for slot, name in op.tensors.items()
+            }
+            for op in manifest.modules
+        }
+    for path, module in tuned.base_model.model.named_modules():
+        if not hasattr(module, "ia3_l"):
+            continue
+        place = sites.parts(path)
+        assert place is not None
+        expected = module.ia3_l["default"].detach().numpy().flatten()
+        for part in place[0]:
+            slots = found.pop((part.name, place[1]))
+            rows = slice(part.out_offset, part.out_offset + part.out_features)
+            slot, values = ("in_scale", expected) if module.is_feedforward else ("out_scale", expected[rows])
+            assert list(slots) == [slot]
+            np.testing.assert_array_equal(slots[slot], values)
+            seen += 1
+    assert seen
+    assert not found
 
 
-def test_the_table_of_defaults_is_that_of_the_installed_peft() -> None:
-    assert dict(LORA_DEFAULTS) == {**peft.LoraConfig().to_dict(), "peft_type": "LORA", "peft_version": None}
+@pytest.mark.parametrize("name", METHODS)
+def test_the_tables_of_defaults_are_those_of_the_installed_peft(name: str) -> None:
+    kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+    # A schedule is checked when the config is made: it has no default that passes.
+    config = kind(total_step=1) if name == "ADALORA" else kind()
+    expected = {**config.to_dict(), "peft_type": name, "peft_version": None}
+    if name == "ADALORA":
+        expected["total_step"] = None
+    assert dict(METHODS[name].defaults) == expected

@@ -26,7 +26,7 @@ def test_a_view_keeps_the_block_lent() -> None:
     memory = HostMemory(CPU, 10 * MIB)
     first = memory.allocate(MIB)
     address, view = first.data_ptr(), first[16:32].view(torch.float32)
-    held = memoryview(first[:8].numpy())
+    held = first[:8].numpy()
     del first
     second = memory.allocate(MIB)
     assert second.data_ptr() != address

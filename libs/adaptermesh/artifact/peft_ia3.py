@@ -1,0 +1,75 @@
+"""peft's IA3: a factor for each output of a module, or for each input of a feed-forward one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from adaptermesh.artifact.manifest_parts import ModuleOp
+from adaptermesh.artifact.ops import AFFINE
+from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher
+from adaptermesh.artifact.peft_lora import width_out
+from adaptermesh.artifact.peft_methods import Ia3Config
+from adaptermesh.artifact.peft_plan import (
+    PREFIX,
+    Entries,
+    Piece,
+    PlannedTensor,
+    Shape,
+    copied,
+    tensor_name,
+)
+from adaptermesh.artifact.problems import Problems
+from adaptermesh.artifact.safetensors_file import TensorSpec
+from adaptermesh.artifact.sites import Site
+
+
+class Ia3Reader:
+    """`ia3_l`: [out, 1] scales what comes out, the bias too; of feed-forward modules [1, in] what goes in."""
+
+    suffixes: Mapping[str, str] = {".ia3_l": "ia3_l"}
+    decider = ""
+
+    def __init__(self, config: Ia3Config, problems: Problems) -> None:
+        self._is_feedforward: Matcher = lambda _: False
+        try:
+            self._is_feedforward = _feedforward(config.feedforward_modules)
+        except PatternError as error:
+            problems.add(
+                f"adapter_config.json: feedforward_modules: {error}; use plain module names or paths"
+            )
+
+    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
+        return f"tensors of a peft IA3 are named {PREFIX}<module>.ia3_l"
+
+    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its vector)
+        return False
+
+    def because(self, module: str) -> str:
+        return f"it is {'a' if self._is_feedforward(module) else 'no'} feed-forward module in the config"
+
+    def shapes(
+        self,
+        module: str,
+        sites: Sequence[Site],
+        entries: Entries,  # noqa: ARG002 (the config says it all)
+    ) -> Mapping[str, Shape]:
+        return {"ia3_l": (1, sites[0].in_features) if self._is_feedforward(module) else (width_out(sites), 1)}
+
+    def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
+        entry = entries["ia3_l"]
+        item = entry.size // (entry.shape[0] * entry.shape[1])
+        feedforward = self._is_feedforward(module)
+        for site in sites:
+            slot, width = ("in_scale", site.in_features) if feedforward else ("out_scale", site.out_features)
+            spec = TensorSpec(tensor_name(site, layer, slot), entry.dtype, (width,))
+            offset = entry.offset if feedforward else entry.offset + site.out_offset * item
+            yield (
+                ModuleOp(site.name, layer, AFFINE, 0, 1.0, {slot: spec.name}, entry.dtype),
+                (PlannedTensor(spec, layer, copied(offset, spec.size)),),
+            )
+
+
+def _feedforward(names: str | Sequence[str] | None) -> Matcher:
+    """As peft matches: a text is a pattern for the whole path, a list holds ends of paths."""
+    if isinstance(names, str):
+        return full_matcher(names, Budget())
+    ends = tuple(names or ())
+    return lambda path: path.endswith(ends)

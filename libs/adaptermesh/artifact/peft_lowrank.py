@@ -1,0 +1,232 @@
+"""Methods of peft that are exactly a LoRA: AdaLoRA, LoHa and VeRA become A and B here, in float32."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import BinaryIO
+
+from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
+from adaptermesh.artifact.ops import LOWRANK
+from adaptermesh.artifact.peft_lora import width_out
+from adaptermesh.artifact.peft_methods import AdaLoraConfig, VeraConfig
+from adaptermesh.artifact.peft_plan import (
+    PREFIX,
+    Entries,
+    Floats,
+    Piece,
+    PlannedTensor,
+    Shape,
+    computed,
+    tensor_name,
+    values_of,
+)
+from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.problems import Problems, shown
+from adaptermesh.artifact.safetensors_file import TensorSpec
+from adaptermesh.artifact.sites import Site
+
+MAX_LOHA_RANK = 64
+"""Its square is the rank of the LoRA that a LoHa is."""
+VERA_SHARED = ("base_model.vera_A", "base_model.vera_B")
+
+_ADALORA_EPSILON = 1e-5
+_Values = Callable[[BinaryIO], Floats]
+
+
+class AdaLoraReader:
+    """`s B (E * A)`: E [r, 1] scales the rows of A; s = alpha / (init_r + 1e-5), also after pruning."""
+
+    suffixes: Mapping[str, str] = {".lora_A": "lora_A", ".lora_B": "lora_B", ".lora_E": "lora_E"}
+    decider = "lora_E"
+
+    def __init__(self, config: AdaLoraConfig) -> None:
+        self._scale = config.lora_alpha / (config.init_r + _ADALORA_EPSILON)
+        self._most = config.init_r
+        self._left = {
+            name.removeprefix(PREFIX).partition(".lora_E")[0]: sum(rows)
+            for name, rows in config.rank_pattern.items()
+        }
+
+    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
+        return f"tensors of a peft AdaLoRA are named {PREFIX}<module>.lora_A, .lora_B and .lora_E"
+
+    def may_lack(self, module: str) -> bool:
+        # Pruned to nothing.
+        return self._left.get(module) == 0
+
+    def because(self, module: str) -> str:
+        left = self._left.get(module)
+        if left is None:
+            return f"rank at most {self._most} from the config"
+        return f"{left} rows left in the config"
+
+    def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
+        rank = self._left.get(module)
+        if rank is None:
+            # Without a pattern, nothing was pruned, or peft has left the pattern out: the tensors say it.
+            shape = entries["lora_A"].shape if "lora_A" in entries else ()
+            rank = min(shape[0], self._most) if shape else self._most
+        return {
+            "lora_A": (rank, sites[0].in_features),
+            "lora_B": (width_out(sites), rank),
+            "lora_E": (rank, 1),
+        }
+
+    def pieces(
+        self,
+        module: str,  # noqa: ARG002 (the scale is one for all)
+        sites: Sequence[Site],
+        layer: int,
+        entries: Entries,
+    ) -> Iterator[Piece]:
+        a, b, e = (values_of(entries[slot]) for slot in ("lora_A", "lora_B", "lora_E"))
+        rank = entries["lora_A"].shape[0]
+        return _pieces(sites, layer, rank, self._scale, lambda file: e(file) * a(file), b)
+
+
+class LohaReader:
+    """`s (w1_a w1_b) * (w2_a w2_b)`, entry by entry.
+
+    That is a LoRA of rank r^2: its B has the products of all pairs of columns, its A those of rows.
+    """
+
+    suffixes: Mapping[str, str] = {
+        ".hada_w1_a": "hada_w1_a",
+        ".hada_w1_b": "hada_w1_b",
+        ".hada_w2_a": "hada_w2_a",
+        ".hada_w2_b": "hada_w2_b",
+    }
+    decider = "hada_w2_a"
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+
+    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
+        return (
+            f"tensors of a peft LoHa are named {PREFIX}<module>.hada_w1_a, .hada_w1_b, .hada_w2_a, .hada_w2_b"
+        )
+
+    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its four)
+        return False
+
+    def because(self, module: str) -> str:
+        return f"rank {self._targets.rank(module)} from the config"
+
+    def shapes(
+        self,
+        module: str,
+        sites: Sequence[Site],
+        entries: Entries,  # noqa: ARG002 (the config says it all)
+    ) -> Mapping[str, Shape]:
+        rank, outputs, inputs = self._targets.rank(module), width_out(sites), sites[0].in_features
+        return {
+            "hada_w1_a": (outputs, rank),
+            "hada_w1_b": (rank, inputs),
+            "hada_w2_a": (outputs, rank),
+            "hada_w2_b": (rank, inputs),
+        }
+
+    def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
+        w1_a, w1_b, w2_a, w2_b = (values_of(entries[slot]) for slot in self.suffixes.values())
+        rank = self._targets.rank(module)
+
+        def a(file: BinaryIO) -> Floats:
+            return (w1_b(file)[:, None] * w2_b(file)[None]).reshape(rank * rank, -1)
+
+        def b(file: BinaryIO) -> Floats:
+            return (w1_a(file)[:, :, None] * w2_a(file)[:, None]).reshape(-1, rank * rank)
+
+        return _pieces(sites, layer, rank * rank, self._targets.scale(module), a, b)
+
+
+class VeraReader:
+    """`lambda_b * (B (lambda_d * (A x)))`.
+
+    A and B are shared: each module takes their first columns and rows.
+    """
+
+    suffixes: Mapping[str, str] = {".vera_lambda_b": "vera_lambda_b", ".vera_lambda_d": "vera_lambda_d"}
+    decider = "vera_lambda_b"
+
+    def __init__(self, config: VeraConfig, shared_a: TensorEntry, shared_b: TensorEntry) -> None:
+        self._rank = config.r
+        self._a = values_of(shared_a)
+        self._b = values_of(shared_b)
+
+    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
+        return (
+            f"tensors of a peft VeRA are named {PREFIX}<module>.vera_lambda_b and .vera_lambda_d, "
+            f"{VERA_SHARED[0]} and {VERA_SHARED[1]}"
+        )
+
+    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its pair)
+        return False
+
+    def because(self, module: str) -> str:  # noqa: ARG002 (the rank is one for all)
+        return f"rank {self._rank} from the config"
+
+    def shapes(
+        self,
+        module: str,  # noqa: ARG002 (the rank is one for all)
+        sites: Sequence[Site],
+        entries: Entries,  # noqa: ARG002 (the config says it all)
+    ) -> Mapping[str, Shape]:
+        return {"vera_lambda_b": (width_out(sites),), "vera_lambda_d": (self._rank,)}
+
+    def pieces(
+        self,
+        module: str,  # noqa: ARG002 (nothing differs by module)
+        sites: Sequence[Site],
+        layer: int,
+        entries: Entries,
+    ) -> Iterator[Piece]:
+        lambda_b, lambda_d = (values_of(entries[slot]) for slot in ("vera_lambda_b", "vera_lambda_d"))
+        inputs, outputs = sites[0].in_features, width_out(sites)
+
+        def a(file: BinaryIO) -> Floats:
+            return lambda_d(file)[:, None] * self._a(file)[:, :inputs]
+
+        def b(file: BinaryIO) -> Floats:
+            return lambda_b(file)[:, None] * self._b(file)[:outputs]
+
+        return _pieces(sites, layer, self._rank, 1.0, a, b)
+
+
+def check_vera_shared(
+    config: VeraConfig, tensors: Mapping[str, TensorEntry], targets: Targets, problems: Problems
+) -> None:
+    """Notes what is wrong with the matrices that all modules of a VeRA share."""
+    inputs, outputs = targets.widest
+    for name, rank_axis, width in zip(VERA_SHARED, (0, 1), (inputs, outputs), strict=True):
+        entry = tensors.get(name)
+        if entry is None:
+            problems.add(f"tensor {shown(name)} is absent: save the adapter with save_projection")
+            continue
+        what, shape = f"tensor {shown(name)}", entry.shape
+        if entry.dtype not in TENSOR_DTYPES:
+            problems.add(f"{what} is {entry.dtype}, expected one of {', '.join(TENSOR_DTYPES)}")
+        if len(shape) != 2 or shape[rank_axis] != config.r or shape[1 - rank_axis] < width:
+            problems.add(
+                f"{what} has shape {list(shape)}, expected rank {config.r} from the config and "
+                f"at least {width} from the widest module"
+            )
+
+
+def _pieces(
+    sites: Sequence[Site], layer: int, rank: int, scale: float, a: _Values, b: _Values
+) -> Iterator[Piece]:
+    """A for every part of a module, and each part's own rows of B."""
+    for site in sites:
+        names = {slot: tensor_name(site, layer, slot) for slot in ("A", "B")}
+        rows = slice(site.out_offset, site.out_offset + site.out_features)
+        yield (
+            ModuleOp(site.name, layer, LOWRANK, rank, scale, names),
+            (
+                PlannedTensor(TensorSpec(names["A"], "F32", (rank, site.in_features)), layer, computed(a)),
+                PlannedTensor(
+                    TensorSpec(names["B"], "F32", (site.out_features, rank)), layer, computed(_rows(b, rows))
+                ),
+            ),
+        )
+
+
+def _rows(values: _Values, rows: slice) -> _Values:
+    return lambda file: values(file)[rows]

@@ -1,0 +1,303 @@
+"""The methods of peft that are read: what each one's config holds, and what of it changes the arithmetic."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_PATTERNS = 4096
+_MAX_RANK = 65536
+
+_Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+_Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
+_Layer = Annotated[int, Field(ge=0, le=1_000_000)]
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Names = Annotated[list[_Name], Field(max_length=MAX_PATTERNS)]
+
+
+class TargetConfig(BaseModel):
+    """The keys that choose modules."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    target_modules: _Name | _Names
+    exclude_modules: _Name | _Names | None = None
+    layers_to_transform: _Layer | list[_Layer] | None = None
+    layers_pattern: str | _Names | None = None
+    fan_in_fan_out: bool = False
+
+
+class RankedConfig(TargetConfig):
+    """A method whose rank and alpha may differ by module."""
+
+    r: _Rank
+    rank_pattern: Annotated[dict[_Name, _Rank], Field(max_length=MAX_PATTERNS)] = {}
+    alpha_pattern: Annotated[dict[_Name, _Alpha], Field(max_length=MAX_PATTERNS)] = {}
+
+    @property
+    def default_alpha(self) -> float:
+        """The alpha of modules that no pattern names."""
+        raise NotImplementedError
+
+
+class LoraConfig(RankedConfig):
+    """LoRA (arXiv:2106.09685), with the scale of rsLoRA (arXiv:2312.03732) if asked for."""
+
+    lora_alpha: _Alpha
+    use_rslora: bool = False
+
+    @property
+    def default_alpha(self) -> float:
+        return self.lora_alpha
+
+
+class LohaConfig(RankedConfig):
+    """LoHa: the entrywise product of two low-rank products (arXiv:2108.06098)."""
+
+    alpha: _Alpha
+
+    @property
+    def default_alpha(self) -> float:
+        return self.alpha
+
+
+class AdaLoraConfig(TargetConfig):
+    """AdaLoRA (arXiv:2303.10512): every module begins with `init_r` and may have been pruned to less.
+
+    `rank_pattern` says by the name of each lora_E which of its rows are left.
+    """
+
+    init_r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: Annotated[
+        dict[_Name, Annotated[list[bool], Field(max_length=_MAX_RANK)]], Field(max_length=MAX_PATTERNS)
+    ] = {}
+
+
+class VeraConfig(TargetConfig):
+    """VeRA (arXiv:2310.11454): one A and B for all modules, two vectors for each."""
+
+    r: _Rank
+
+
+class Ia3Config(TargetConfig):
+    """IA3 (arXiv:2205.05638): a factor for each output, or for each input of feed-forward modules."""
+
+    feedforward_modules: _Name | _Names | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a method's config is read.
+
+    `defaults` has every key that peft 0.21 writes. `no_effect` are keys that changed the training but not
+    what the adapter computes; `others` are keys that make another method of it when set, and its name.
+    """
+
+    model: type[TargetConfig]
+    defaults: Mapping[str, Any]
+    no_effect: frozenset[str]
+    others: Mapping[str, str]
+
+
+_COMMON: Mapping[str, Any] = MappingProxyType(
+    {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": False,
+        "modules_to_save": None,
+        "peft_version": None,
+        "revision": None,
+        "target_modules": None,
+        "task_type": None,
+    }
+)
+_COMMON_NO_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "runtime_config",
+    }
+)
+_LAYERS: Mapping[str, Any] = MappingProxyType({"layers_pattern": None, "layers_to_transform": None})
+_SAVED: Mapping[str, str] = MappingProxyType(
+    {"modules_to_save": "whole modules saved in place of the base's"}
+)
+
+# Every key of peft 0.21's LoraConfig and its default.
+LORA_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": False,
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "monteclora_config": None,
+        "peft_type": "LORA",
+        "peft_version": None,
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": None,
+        "target_parameters": None,
+        "task_type": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    }
+)
+
+_LORA_NO_EFFECT = _COMMON_NO_EFFECT | {
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+}
+_LORA_OTHERS: Mapping[str, str] = MappingProxyType(
+    {
+        "alora_invocation_tokens": "activated LoRA (aLoRA)",
+        "arrow_config": "Arrow routing",
+        "bias": "trained biases",
+        "kasa_config": "KaSA",
+        "layer_replication": "layer replication",
+        "lora_bias": "a bias on lora_B",
+        "megatron_config": "Megatron parallel layers",
+        "modules_to_save": "whole modules saved in place of the base's",
+        "monteclora_config": "MonteCLoRA",
+        "target_parameters": "LoRA on parameters of experts",
+        "trainable_token_indices": "trained token rows",
+        "use_bdlora": "block-diagonal LoRA",
+        "use_dora": "DoRA",
+        "use_qalora": "QALoRA",
+        "velora_config": "VeLoRA",
+    }
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "LORA": Method(LoraConfig, LORA_DEFAULTS, _LORA_NO_EFFECT, _LORA_OTHERS),
+        "ADALORA": Method(
+            AdaLoraConfig,
+            {
+                **LORA_DEFAULTS,
+                "peft_type": "ADALORA",
+                "beta1": 0.85,
+                "beta2": 0.85,
+                "deltaT": 1,
+                "init_r": 12,
+                "orth_reg_weight": 0.5,
+                "rank_pattern": None,
+                "target_r": 8,
+                "tfinal": 0,
+                "tinit": 0,
+                "total_step": None,
+            },
+            _LORA_NO_EFFECT
+            | {
+                "beta1",
+                "beta2",
+                "deltaT",
+                "orth_reg_weight",
+                "r",
+                "target_r",
+                "tfinal",
+                "tinit",
+                "total_step",
+            },
+            {
+                **_LORA_OTHERS,
+                "alpha_pattern": "an alpha for each module, which AdaLoRA does not have",
+                "use_rslora": "the scale of rsLoRA, which AdaLoRA does not have",
+            },
+        ),
+        "LOHA": Method(
+            LohaConfig,
+            {
+                **_COMMON,
+                **_LAYERS,
+                "peft_type": "LOHA",
+                "alpha": 8,
+                "alpha_pattern": {},
+                "exclude_modules": None,
+                "init_weights": True,
+                "module_dropout": 0.0,
+                "r": 8,
+                "rank_dropout": 0.0,
+                "rank_pattern": {},
+                "use_effective_conv2d": False,
+            },
+            _COMMON_NO_EFFECT | {"init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d"},
+            _SAVED,
+        ),
+        "VERA": Method(
+            VeraConfig,
+            {
+                **_COMMON,
+                **_LAYERS,
+                "peft_type": "VERA",
+                "bias": "none",
+                "d_initial": 0.1,
+                "fan_in_fan_out": False,
+                "init_weights": True,
+                "projection_prng_key": 0,
+                "r": 256,
+                "save_projection": True,
+                "vera_dropout": 0.0,
+            },
+            _COMMON_NO_EFFECT | {"d_initial", "init_weights", "projection_prng_key", "vera_dropout"},
+            {
+                **_SAVED,
+                "bias": "trained biases",
+                "save_projection": "projections that are not in the file: save it again with save_projection",
+            },
+        ),
+        "IA3": Method(
+            Ia3Config,
+            {
+                **_COMMON,
+                "peft_type": "IA3",
+                "exclude_modules": None,
+                "fan_in_fan_out": False,
+                "feedforward_modules": None,
+                "init_ia3_weights": True,
+            },
+            _COMMON_NO_EFFECT | {"init_ia3_weights"},
+            _SAVED,
+        ),
+    }
+)
+"""By peft's name of each method."""

@@ -1,0 +1,230 @@
+"""What becomes of an upload's tensors: given to a module, checked, laid out in the canonical form.
+
+What the methods of peft share; a method's own part is a `Reader`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptermesh.artifact.canonical import tensor_from_file
+from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
+from adaptermesh.artifact.peft_methods import TargetConfig
+from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.problems import Problems, shown
+from adaptermesh.artifact.safetensors_file import TensorSpec
+from adaptermesh.artifact.sites import Site, SiteMap
+from adaptermesh.artifact.tensor_scan import read_blocks
+
+PREFIX = "base_model.model."
+
+Floats = npt.NDArray[np.float32]
+Blocks = Callable[[BinaryIO], Iterable[bytes]]
+"""Gives a canonical tensor's bytes from the uploaded file, block by block."""
+Entries = Mapping[str, TensorEntry]
+"""The tensors of one module by slot."""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A canonical tensor, and where its bytes come from."""
+
+    spec: TensorSpec
+    layer: int
+    blocks: Blocks
+
+
+Piece = tuple[ModuleOp, tuple[PlannedTensor, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an adapter becomes: its ops and its tensors, in the order of the canonical file.
+
+    `deciding` names, for every module, the uploaded tensor that makes it do nothing when it is zero, and
+    `decider` is what peft calls such a tensor; none where zeros do something. `unservable` is set, and all
+    else empty, when the adapter acts where nothing is served yet.
+    """
+
+    modules: tuple[ModuleOp, ...] = ()
+    tensors: tuple[PlannedTensor, ...] = ()
+    deciding: tuple[str, ...] = ()
+    decider: str = ""
+    unservable: str = ""
+
+
+class Reader(Protocol):
+    """One method: which tensors a module has, of which shapes, and what they become.
+
+    `suffixes` gives the slot of a tensor by how its name ends; `decider` the slot that decides whether a
+    module does anything, or "".
+    """
+
+    suffixes: Mapping[str, str]
+    decider: str
+
+    def why_unexpected(self, name: str) -> str:
+        """Why a tensor of that name is none of this method's."""
+        ...
+
+    def may_lack(self, module: str) -> bool:
+        """Whether a targeted module may have no tensors."""
+        ...
+
+    def because(self, module: str) -> str:
+        """What the shapes of a module come from, beside the base's widths."""
+        ...
+
+    def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
+        """What each slot of a module has to be."""
+        ...
+
+    def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
+        """The ops of one module, one for each site in it."""
+        ...
+
+
+def copied(offset: int, size: int) -> Blocks:
+    """Bytes as they stand in the uploaded file."""
+    return lambda file: read_blocks(file, offset, size)
+
+
+def computed(values: Callable[[BinaryIO], Floats]) -> Blocks:
+    """float32 values that are computed when they are written, so that one tensor at a time is in memory."""
+    return lambda file: (np.ascontiguousarray(values(file), "<f4").tobytes(),)
+
+
+def tensor_name(site: Site, layer: int, slot: str) -> str:
+    """The canonical name."""
+    return f"L{layer}.{site.name}.{slot}"
+
+
+def values_of(entry: TensorEntry) -> Callable[[BinaryIO], Floats]:
+    """Reads an uploaded tensor as float32."""
+    return lambda file: tensor_from_file(entry, file)
+
+
+def plan(
+    config: TargetConfig,
+    targets: Targets,
+    reader: Reader,
+    tensors: Mapping[str, TensorEntry],
+    sites: SiteMap,
+    base_name: str,
+    problems: Problems,
+) -> Plan:
+    """Assigns every tensor to a site, notes what does not fit, and lays out the canonical form.
+
+    The result is of use only if no problem was noted.
+    """
+    if config.fan_in_fan_out and not any(site.transposed for site in sites.sites):
+        problems.add("adapter_config.json: fan_in_fan_out is true, but the base has no Conv1D modules")
+    elsewhere = _outside_of_sites(tensors, targets, sites)
+    if elsewhere:
+        return Plan(
+            unservable=f"not served yet: it acts on {', '.join(elsewhere)}, which is no site of this base"
+        )
+    found = _group(tensors, reader, problems)
+    _compare(found, targets, reader, sites, base_name, problems)
+    for module, entries in found.items():
+        place = sites.parts(module)
+        if place is not None and place[1] < sites.num_layers:
+            _check(module, entries, reader, place[0], problems)
+    if len(problems):
+        return Plan()
+    ordered = [module for module in sites.module_paths() if module in found]
+    if not ordered:
+        problems.add("the adapter has no tensors: no module would be changed")
+        return Plan()
+    pieces = [piece for module in ordered for piece in _pieces(module, found[module], reader, sites)]
+    decider = reader.decider
+    return Plan(
+        modules=tuple(op for op, _ in pieces),
+        tensors=tuple(tensor for _, parts in pieces for tensor in parts),
+        deciding=tuple(found[module][decider].name for module in ordered) if decider else (),
+        decider=decider,
+    )
+
+
+def _pieces(module: str, entries: Entries, reader: Reader, sites: SiteMap) -> Iterator[Piece]:
+    place = sites.parts(module)
+    if place is not None:
+        yield from reader.pieces(module, *place, entries)
+
+
+def _outside_of_sites(tensors: Mapping[str, TensorEntry], targets: Targets, sites: SiteMap) -> list[str]:
+    """Real modules without a site that the config targets or that have tensors of an adapter."""
+    heads = {name.removeprefix(PREFIX) for name in tensors}
+    return [
+        module
+        for module in sites.other_modules
+        if module in targets.others or any(head.startswith(f"{module}.") for head in heads)
+    ]
+
+
+def _group(
+    tensors: Mapping[str, TensorEntry], reader: Reader, problems: Problems
+) -> dict[str, dict[str, TensorEntry]]:
+    """The tensors of each module path by slot."""
+    found: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in tensors.items():
+        suffix = next((suffix for suffix in reader.suffixes if name.endswith(suffix)), None)
+        if suffix is None or not name.startswith(PREFIX):
+            problems.add(f"tensor {shown(name)} is not expected: {reader.why_unexpected(name)}")
+            continue
+        found.setdefault(name[len(PREFIX) : -len(suffix)], {})[reader.suffixes[suffix]] = entry
+    return found
+
+
+def _compare(
+    found: Mapping[str, Entries],
+    targets: Targets,
+    reader: Reader,
+    sites: SiteMap,
+    base_name: str,
+    problems: Problems,
+) -> None:
+    """Notes modules that are not in the base, not targeted, or targeted and absent."""
+    wanted = frozenset(targets.modules)
+    for module in found:
+        if module in wanted:
+            continue
+        place = sites.parts(module)
+        if place is None:
+            problems.add(
+                f"module {shown(module)} has tensors, but {base_name} has no such module with a site"
+            )
+        elif place[1] >= sites.num_layers:
+            problems.add(
+                f"module {shown(module)} is in layer {place[1]}, "
+                f"but {base_name} has layers 0 to {sites.num_layers - 1}"
+            )
+        else:
+            problems.add(f"module {shown(module)} has tensors, but the config does not target it")
+    for module in targets.modules:
+        if module not in found and not reader.may_lack(module):
+            problems.add(
+                f"module {shown(module)} is targeted by the config, but the file has no tensors for it"
+            )
+
+
+def _check(module: str, entries: Entries, reader: Reader, parts: Sequence[Site], problems: Problems) -> None:
+    width_in, width_out = parts[0].in_features, sum(site.out_features for site in parts)
+    why = f"{reader.because(module)}, {width_in} in and {width_out} out from the base"
+    for slot, shape in reader.shapes(module, parts, entries).items():
+        entry = entries.get(slot)
+        if entry is None:
+            problems.add(f"module {shown(module)} has {' and '.join(sorted(entries))} but no {slot}")
+            continue
+        what = f"tensor {shown(entry.name)}"
+        if entry.dtype not in TENSOR_DTYPES:
+            problems.add(f"{what} is {entry.dtype}, expected one of {', '.join(TENSOR_DTYPES)}")
+        if entry.shape != shape:
+            problems.add(f"{what} has shape {list(entry.shape)}, expected {list(shape)}: {why}")
+    if len({entry.dtype for entry in entries.values()}) > 1:
+        names = " and ".join(sorted(entries))
+        problems.add(f"module {shown(module)} has {names} of different dtypes; save all in one")

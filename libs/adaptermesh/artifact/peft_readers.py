@@ -1,0 +1,62 @@
+"""Which reader a peft config asks for. A new method is one reader and one branch here."""
+
+from collections.abc import Mapping
+
+from adaptermesh.artifact.manifest_parts import TensorEntry
+from adaptermesh.artifact.peft_ia3 import Ia3Reader
+from adaptermesh.artifact.peft_lora import LoraReader
+from adaptermesh.artifact.peft_lowrank import (
+    MAX_LOHA_RANK,
+    VERA_SHARED,
+    AdaLoraReader,
+    LohaReader,
+    VeraReader,
+    check_vera_shared,
+)
+from adaptermesh.artifact.peft_methods import AdaLoraConfig, Ia3Config, LohaConfig, TargetConfig, VeraConfig
+from adaptermesh.artifact.peft_plan import Plan, Reader, plan
+from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.problems import Problems
+from adaptermesh.artifact.sites import SiteMap
+
+
+def plan_method(
+    config: TargetConfig,
+    tensors: Mapping[str, TensorEntry],
+    sites: SiteMap,
+    base_name: str,
+    problems: Problems,
+) -> Plan:
+    """What an upload becomes, whatever its method; of use only if no problem was noted."""
+    known = len(problems)
+    targets = Targets(config, sites, problems)
+    reader = None if len(problems) > known else _reader(config, targets, tensors, problems)
+    if reader is None or len(problems) > known:
+        return Plan()
+    if isinstance(config, LohaConfig):
+        highest = max((targets.rank(module) for module in targets.modules), default=0)
+        if highest > MAX_LOHA_RANK:
+            return Plan(
+                unservable=f"not served: a LoHa of rank {highest} is a LoRA of rank {highest**2}; "
+                f"the highest that is served is {MAX_LOHA_RANK}"
+            )
+    if isinstance(config, VeraConfig):
+        tensors = {name: entry for name, entry in tensors.items() if name not in VERA_SHARED}
+    return plan(config, targets, reader, tensors, sites, base_name, problems)
+
+
+def _reader(
+    config: TargetConfig, targets: Targets, tensors: Mapping[str, TensorEntry], problems: Problems
+) -> Reader | None:
+    """None if there are problems that leave nothing to read."""
+    if isinstance(config, AdaLoraConfig):
+        return AdaLoraReader(config)
+    if isinstance(config, LohaConfig):
+        return LohaReader(targets)
+    if isinstance(config, Ia3Config):
+        return Ia3Reader(config, problems)
+    if isinstance(config, VeraConfig):
+        known = len(problems)
+        check_vera_shared(config, tensors, targets, problems)
+        return None if len(problems) > known else VeraReader(config, *(tensors[name] for name in VERA_SHARED))
+    return LoraReader(targets)
