@@ -1,10 +1,13 @@
 """What a request and an adapter must be before this engine takes them."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.artifact.manifest import Manifest, ModuleOp
+from adaptermesh.artifact.ops import LOWRANK
+from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.priority import check_priority
 from adaptermesh.worker.engine.base import Base
@@ -29,12 +32,19 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
         site = base.sites.get(module.site)
         if site is None or not 0 <= module.layer < base.sites.num_layers:
             raise corrupt(digest, f"the base has no site {module.site} in layer {module.layer}")
-        if module.op == "lowrank":
-            shapes = {"A": (module.rank, site.in_features), "B": (site.out_features, module.rank)}
-            for slot, shape in shapes.items():
-                entry = entries.get(module.tensors.get(slot, ""))
-                if entry is None or entry.shape != shape:
-                    raise corrupt(digest, f"{slot} of {module.site} in layer {module.layer} is not {shape}")
+        shapes = _shapes(module, site)
+        for slot, name in module.tensors.items():
+            entry = entries.get(name)
+            if entry is None or entry.shape != shapes.get(slot):
+                problem = f"is not {list(shapes.get(slot, ()))}"
+                raise corrupt(digest, f"{slot} of {module.site} in layer {module.layer} {problem}")
+
+
+def _shapes(module: ModuleOp, site: Site) -> Mapping[str, tuple[int, ...]]:
+    """What the tensors of a module have to be, by slot; the manifest's own checks say which it has."""
+    if module.op == LOWRANK:
+        return {"A": (module.rank, site.in_features), "B": (site.out_features, module.rank)}
+    return {"in_scale": (site.in_features,), "out_scale": (site.out_features,)}
 
 
 def device_bytes_of(manifest: Manifest, dtype: torch.dtype) -> int:

@@ -3,15 +3,27 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from adaptermesh.artifact.manifest import Manifest, ModuleOp
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.arrivals import DTYPES, Arrival, Copies, LayerWaits
-from adaptermesh.worker.engine.ops.op import CapturableOp, CapturedOp, Op, SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.op import (
+    CapturableOp,
+    CapturedOp,
+    InputOp,
+    InputPlan,
+    Op,
+    SitePlan,
+    StepTokens,
+    TensorReader,
+)
 
 BASE_SLOT = -1
+
+_Plan = TypeVar("_Plan", SitePlan, InputPlan)
 
 
 @dataclass(slots=True)
@@ -25,6 +37,7 @@ class AdapterPlan:
     ops: Mapping[str, Op] = field(default_factory=dict)
     waits: LayerWaits | None = None
     _sites: Mapping[str, tuple[SitePlan, ...]] | None = None
+    _inputs: Mapping[str, tuple[InputPlan, ...]] | None = None
 
     @property
     def sites(self) -> Mapping[str, tuple[SitePlan, ...]]:
@@ -33,6 +46,24 @@ class AdapterPlan:
             active = self.ops.values() if self.tokens.active_slots else ()
             self._sites = _by_site(op.plan(self.tokens) for op in active)
         return self._sites
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[InputPlan, ...]]:
+        """By site, for those whose input is not the same for all."""
+        if self._inputs is None:
+            found = [op for op in self.ops.values() if isinstance(op, InputOp)]
+            active = found if self.tokens.active_slots else ()
+            self._inputs = _by_site(op.plan_inputs(self.tokens) for op in active)
+        return self._inputs
+
+    def input_of(self, site: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What goes into one site of one layer instead of x. x: [tokens, in], which stays as it is."""
+        plans = self.inputs.get(site, ())
+        if plans and self.waits is not None:
+            self.waits.before(layer)
+        for plan in plans:
+            x = plan.scale(layer, x)
+        return x
 
     def apply(self, site: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds the adapters' part at one site of one layer. x: [tokens, in]. y: [tokens, out], in place."""
@@ -50,7 +81,7 @@ class CapturedSlots:
 
     def plan(self, rows: int) -> AdapterPlan:
         """The part of the first `rows` rows."""
-        return AdapterPlan(_sites=_by_site(op.plan(rows) for op in self.ops))
+        return AdapterPlan(_sites=_by_site(op.plan(rows) for op in self.ops), _inputs={})
 
     def fill(self, slots: Sequence[int], rows: int) -> None:
         """Writes a step: the slot of each row; the rows from there to `rows` have none."""
@@ -83,7 +114,7 @@ class DeviceSlots:
         self._ops = ops
         self._copies = copies
         self._arrivals: dict[int, list[Arrival]] = {}
-        self._capturable = [op for op in ops.values() if isinstance(op, CapturableOp)]
+        self._capturable = {kind: op for kind, op in ops.items() if isinstance(op, CapturableOp)}
 
     @property
     def size_bytes(self) -> int:
@@ -160,20 +191,20 @@ class DeviceSlots:
     @property
     def layout(self) -> int:
         """Differs after whatever makes what was captured before wrong."""
-        return sum(op.layout for op in self._capturable)
+        return sum(op.layout for op in self._capturable.values())
 
     def rank_of(self, slots: Sequence[int]) -> int | None:
         """The largest rank of some slots, 0 if all are the base; None if their step can't be captured."""
         active = [slot for slot in slots if slot != BASE_SLOT]
-        if active and len(self._capturable) < len(self._ops):
+        if any(kind not in self._capturable for slot in active for kind in self._kinds(slot)):
             return None
-        return max((op.rank_of(active) for op in self._capturable), default=0)
+        return max((op.rank_of(active) for op in self._capturable.values()), default=0)
 
     def capture(self, rows: int, rank: int) -> CapturedSlots | None:
         """Buffers for steps of that many rows of at most that rank; None if steps can't be captured here."""
-        found = [op.capture(rows, rank) for op in self._capturable]
+        found = [op.capture(rows, rank) for op in self._capturable.values()]
         captured = tuple(op for op in found if op is not None)
-        return CapturedSlots(captured) if len(captured) == len(self._ops) else None
+        return CapturedSlots(captured) if len(captured) == len(self._capturable) else None
 
     def await_arrivals(self, slots: Iterable[int]) -> None:
         """What is computed from now on waits for the adapters in these slots, whole."""
@@ -205,6 +236,11 @@ class DeviceSlots:
                     f"slot {slot} holds {self.loaded(slot, digest)} of the {needed} layers to compute",
                     metadata={"digest": digest},
                 )
+
+    def _kinds(self, slot: int) -> frozenset[str]:
+        """The kinds of op that the adapter in a slot consists of."""
+        parts = self._parts[slot]
+        return frozenset() if parts is None else frozenset(kind for kind, _ in parts.modules)
 
     def _copy(
         self, slot: int, parts: _Parts, until: int, data: torch.Tensor, arrival: Arrival | None
@@ -238,8 +274,8 @@ class DeviceSlots:
         return [arrival for slot in slots for arrival in self._arrivals.get(slot, ())]
 
 
-def _by_site(parts: Iterable[Mapping[str, SitePlan]]) -> Mapping[str, tuple[SitePlan, ...]]:
-    sites: dict[str, list[SitePlan]] = {}
+def _by_site(parts: Iterable[Mapping[str, _Plan]]) -> Mapping[str, tuple[_Plan, ...]]:
+    sites: dict[str, list[_Plan]] = {}
     for part in parts:
         for site, plan in part.items():
             sites.setdefault(site, []).append(plan)

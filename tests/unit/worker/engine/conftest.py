@@ -3,14 +3,14 @@
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -219,7 +219,7 @@ class Lab:
         self.reference_model = make_model()
         facts = self.reference_model.config.to_dict()
         self.facts = BaseFacts.from_config("tiny", facts, "sha256:" + "a" * 64)
-        self.adapters: dict[Any, Adapter] = {}
+        self.adapters: dict[Hashable, Adapter] = {}
         self._continuations: dict[Any, list[int]] = {}
         self._peft: dict[str, Any] = {}
 
@@ -247,6 +247,14 @@ class Lab:
             layers_to_transform=layers,
             task_type="CAUSAL_LM",
         )
+        return self._make(key, config, seed)
+
+    def ia3(self, seed: int) -> Adapter:
+        """Factors at k, v and down."""
+        key = ("ia3", seed)
+        return self.adapters.get(key) or self._make(key, IA3Config(task_type="CAUSAL_LM"), seed)
+
+    def _make(self, key: Hashable, config: PeftConfig, seed: int) -> Adapter:
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             # peft still reads a property that transformers has renamed.
@@ -255,6 +263,8 @@ class Lab:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.12)
+            elif "ia3_" in name:
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
         folder = self.folder / f"adapter-{len(self.adapters)}"
         model.save_pretrained(str(folder))
         out = folder / "canonical.safetensors"

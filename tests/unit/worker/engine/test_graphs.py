@@ -223,6 +223,16 @@ def test_ops_that_can_not_be_recorded_run_without_graphs(lab: Any, make_bench: A
     assert graphed.keys == {GraphKey(1, 0)}
 
 
+def test_a_step_with_factors_runs_without_graphs_and_others_with_them(
+    lab: Any, make_bench: Any, prompts: Any
+) -> None:
+    graphed = Graphed(make_bench)
+    graphed.run(lab, [(lab.ia3(1), prompts(1)[0]), (lab.adapter(1), prompts(2)[1])])
+    assert graphed.keys == set()
+    graphed.run(lab, [(lab.adapter(1), prompts(1)[0])])
+    assert graphed.keys == {GraphKey(1, 16)}
+
+
 def test_a_fill_beyond_the_recorded_rank_is_refused(lab: Any, make_bench: Any, prompts: Any) -> None:
     graphed = Graphed(make_bench)
     graphed.run(lab, [(lab.adapter(9, rank=40), prompts(1)[0])])

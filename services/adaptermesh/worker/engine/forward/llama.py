@@ -4,6 +4,7 @@ q, k and v are one product, gate and up are one product; the rotation is in plac
 are stored by one write. The sites' outputs are column ranges of the joint products, so adapters add in place.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ class _Layer:
     o: Linear
     norm_mid: torch.Tensor
     gate_up: Linear
+    inner: int
     down: Linear
 
 
@@ -111,18 +113,16 @@ class LlamaForward:
     ) -> torch.Tensor:
         """x: [tokens, hidden] -> [tokens, hidden]."""
         heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
-        qkv = layer.qkv(x)
         adapters = batch.adapters
-        if adapters.sites:
-            q_end, k_end = heads * dim, (heads + kv_heads) * dim
-            adapters.apply("q", index, x, qkv[:, :q_end])
-            adapters.apply("k", index, x, qkv[:, q_end:k_end])
-            adapters.apply("v", index, x, qkv[:, k_end:])
+        q_end, k_end = heads * dim, (heads + kv_heads) * dim
+        parts = {"q": slice(0, q_end), "k": slice(q_end, k_end), "v": slice(k_end, None)}
+        qkv = _joint(layer.qkv, parts, index, x, adapters)
         by_head = qkv.view(-1, heads + 2 * kv_heads, dim)
         rotated = by_head[:, : heads + kv_heads]
         half = rotated.roll(dim // 2, -1)
         rotated.mul_(cos).addcmul_(half, sin)
         mixed = batch.attention.attend(cache, index, by_head[:, :heads], by_head[:, heads:], self._scaling)
+        mixed = adapters.input_of("o", index, mixed)
         out = layer.o(mixed)
         adapters.apply("o", index, mixed, out)
         return out
@@ -155,14 +155,31 @@ class _LlamaPassage:
         return self._forward.head(self._hidden.index_select(0, self._batch.outputs))
 
 
+def _joint(
+    linear: Linear, parts: Mapping[str, slice], index: int, x: torch.Tensor, adapters: AdapterPlan
+) -> torch.Tensor:
+    """One product of several sites, each with its adapters. x: [tokens, in] -> [tokens, all outputs].
+
+    `parts` has the columns of each site. A site whose input adapters change gets a product of its own, of
+    which the other columns are not used.
+    """
+    y = linear(x)
+    for site, columns in parts.items() if adapters.sites or adapters.inputs else ():
+        own = x
+        if site in adapters.inputs:
+            own = adapters.input_of(site, index, x)
+            y[:, columns] = linear(own)[:, columns]
+        adapters.apply(site, index, own, y[:, columns])
+    return y
+
+
 def _feed_forward(index: int, layer: _Layer, x: torch.Tensor, adapters: AdapterPlan) -> torch.Tensor:
     """x: [tokens, hidden] -> [tokens, hidden]."""
-    gate_up = layer.gate_up(x)
-    width = gate_up.shape[1] // 2
-    if adapters.sites:
-        adapters.apply("gate", index, x, gate_up[:, :width])
-        adapters.apply("up", index, x, gate_up[:, width:])
+    width = layer.inner
+    parts = {"gate": slice(0, width), "up": slice(width, None)}
+    gate_up = _joint(layer.gate_up, parts, index, x, adapters)
     inner = silu(gate_up[:, :width]).mul_(gate_up[:, width:])
+    inner = adapters.input_of("down", index, inner)
     out = layer.down(inner)
     adapters.apply("down", index, inner, out)
     return out
@@ -176,5 +193,6 @@ def _read_layer(layer: Any, linears: LinearKind) -> _Layer:
         o=linears.join([attention.o_proj]),
         norm_mid=layer.post_attention_layernorm.weight,
         gate_up=linears.join([mlp.gate_proj, mlp.up_proj]),
+        inner=mlp.gate_proj.out_features,
         down=linears.join([mlp.down_proj]),
     )

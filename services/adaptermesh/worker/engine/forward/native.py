@@ -18,7 +18,17 @@ from adaptermesh.worker.engine.forward.panels import Panels, Weight
 from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
-from adaptermesh.worker.engine.native.library import SITES, Adapters, Kernels, Layer, Matrix, Model, Step
+from adaptermesh.worker.engine.native.library import (
+    SITES,
+    Adapters,
+    Kernels,
+    Layer,
+    Matrix,
+    Model,
+    Scales,
+    Step,
+)
+from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.slots import AdapterPlan
 
@@ -30,6 +40,8 @@ NATIVE_ARCHITECTURES = frozenset(
 _MAX_HEAD_DIM = 256
 _REACH = 512
 _WIDTH = 8
+# Of ops, all of which the kernels know.
+_KINDS = 2
 _Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
 
@@ -88,7 +100,7 @@ class NativeForward:
         """The layers of a step from its last one up to `until`, and the head after all of them."""
         step.first_layer, step.last_layer = step.last_layer, until
         step.scratch = self._scratch_for(step.tokens).data_ptr()
-        step.adapters, held = _pack_adapters(adapters)
+        step.adapters, step.scales, held = _pack_adapters(adapters)
         self._kernels.run(self._model, step)
         # What the step points to must outlive it.
         del held
@@ -235,14 +247,14 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
     return np.array(rows, np.int32).reshape(-1, 4), np.array(tables, np.int32)
 
 
-def _pack_adapters(plan: AdapterPlan) -> tuple[Adapters, object]:
-    """The low-rank part of the step, and what it points to."""
+def _pack_adapters(plan: AdapterPlan) -> tuple[Adapters, Scales, object]:
+    """The adapters' part of the step, and what it points to."""
     if not plan.tokens.active_slots:
-        return Adapters(), None
-    op = plan.ops.get("lowrank")
-    if not isinstance(op, NativeLowRank) or len(plan.ops) > 1:
+        return Adapters(), Scales(), None
+    lowrank, affine = plan.ops.get("lowrank"), plan.ops.get("affine")
+    if not isinstance(lowrank, NativeLowRank) or not isinstance(affine, Affine) or len(plan.ops) > _KINDS:
         # An op that is passed over would answer with the base.
         kinds = ", ".join(sorted(plan.ops))
         raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
-    rows = op.rows_of(plan.tokens)
-    return rows.adapters, rows
+    rows, scales = lowrank.rows_of(plan.tokens), affine.scales_of(plan.tokens)
+    return rows.adapters, Scales() if scales is None else scales[0], (rows, scales)

@@ -52,6 +52,7 @@ class PlainForward:
         for pattern, sites in base.sites.modules.items():
             for layer in range(base.sites.num_layers):
                 module = base.model.get_submodule(pattern.replace("{layer}", str(layer)))
+                module.register_forward_pre_hook(_input_hook(self._step, sites[0], layer))
                 module.register_forward_hook(_site_hook(self._step, sites, layer))
         self._try()
 
@@ -126,6 +127,18 @@ def paged_attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def _input_hook(step: _Step, site: Site, layer: int) -> Any:
+    """The parts of a fused module have one input; `site` is the first of them."""
+
+    def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        batch = step.batch
+        if batch is None or site.name not in batch.adapters.inputs:
+            return None
+        return (batch.adapters.input_of(site.name, layer, args[0][0])[None], *args[1:])
+
+    return hook
 
 
 def _site_hook(step: _Step, sites: Sequence[Site], layer: int) -> Any:

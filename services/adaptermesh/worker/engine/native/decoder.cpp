@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "lowrank.h"
 #include "product.h"
+#include "scales.h"
 #include "team.h"
 
 enum SiteIndex { kQ, kK, kV, kO, kGate, kUp, kDown, kSites };
@@ -44,6 +45,13 @@ struct Span {
   int32_t table;   // where its blocks begin in `tables`
 };
 
+// The factors of a step's adapters, by site. `rows`: [tokens], as in LayerFactors.
+struct Scales {
+  const int32_t* rows;
+  Factors inputs[kSites];
+  Factors outputs[kSites];
+};
+
 struct Step {
   float* hidden;  // [tokens, hidden]: the embeddings at first, then what the layers make of them
   const float* cosines;  // [tokens, dim]
@@ -54,6 +62,7 @@ struct Step {
   float* logits;           // [outputs, vocabulary]
   float* scratch;          // scratch_floats(model, tokens)
   Adapters adapters;
+  Scales scales;
   int32_t tokens;
   int32_t span_count;
   int32_t output_count;
@@ -67,10 +76,12 @@ namespace {
 constexpr int kPhasesOfLayer = 10;
 constexpr int kPhasesOfHead = 2;
 constexpr int kExpected = 24;     // cache lines of B that are asked for after each tile of the base's product
+constexpr int kOwn = 3;           // sites that may read one x, each with factors of its own
 constexpr int kQueryTokens = 16;  // tokens of a prompt that one task attends for
 
 struct Scratch {
   float* x;      // [tokens, hidden]
+  float* own;    // [kOwn][tokens, hidden]: x as the factors of one site want it
   float* qkv;    // [tokens, (heads + 2 * kv_heads) * dim]
   float* mixed;  // [tokens, heads * dim]
   float* inner;  // [tokens, inner]
@@ -81,7 +92,8 @@ int64_t qkv_width(const Model& model) { return static_cast<int64_t>(model.heads 
 Scratch lay_out(const Model& model, int64_t tokens, float* memory) {
   Scratch found;
   found.x = memory;
-  found.qkv = found.x + tokens * model.hidden;
+  found.own = found.x + tokens * model.hidden;
+  found.qkv = found.own + kOwn * tokens * model.hidden;
   found.mixed = found.qkv + tokens * qkv_width(model);
   found.inner = found.mixed + tokens * model.heads * model.dim;
   return found;
@@ -90,8 +102,10 @@ Scratch lay_out(const Model& model, int64_t tokens, float* memory) {
 // A share of one joint product: its outputs go to columns [offset, offset + columns) of y.
 struct Part {
   const Matrix* matrix;
+  const float* x;
   bool adapted;
   Site site;
+  LayerFactors outputs;
   int columns;
   int offset;
 };
@@ -156,13 +170,12 @@ class Pass : public Job {
     member.phase(step_.tokens, [&](int token) {
       float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
       normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_in, model_.hidden, model_.epsilon, x);
-      for (SiteIndex site : {kQ, kK, kV})
-        if (used(site)) shrink(at(site, index, model_.hidden), token, x);
+      for (SiteIndex site : {kQ, kK, kV}) take_in(site, site - kQ, index, token, x);
     });
-    const Part parts[] = {{&layer.q, used(kQ), at(kQ, index, model_.hidden), q_width, 0},
-                          {&layer.k, used(kK), at(kK, index, model_.hidden), kv_width, q_width},
-                          {&layer.v, used(kV), at(kV, index, model_.hidden), kv_width, q_width + kv_width}};
-    product<3>(member, parts, scratch_.x, model_.hidden, step_.tokens,
+    const Part parts[] = {part(layer.q, kQ, kQ - kQ, index, q_width, 0),
+                          part(layer.k, kK, kK - kQ, index, kv_width, q_width),
+                          part(layer.v, kV, kV - kQ, index, kv_width, q_width + kv_width)};
+    product<3>(member, parts, model_.hidden, step_.tokens,
                [&](int token, int offset, int count, const float* y) {
                  std::memcpy(scratch_.qkv + token * width + offset, y, count * sizeof(float));
                });
@@ -171,10 +184,7 @@ class Pass : public Job {
     member.phase(static_cast<int>(attention_.size()) * model_.kv_heads, [&](int task) {
       attend_task(attention_[task / model_.kv_heads], task % model_.kv_heads, cache);
     });
-    if (used(kO))
-      member.phase(step_.tokens, [&](int token) {
-        shrink(at(kO, index, q_width), token, scratch_.mixed + static_cast<int64_t>(token) * q_width);
-      });
+    take_in_place(member, kO, index, scratch_.mixed, q_width);
     add_product(member, layer.o, kO, index, scratch_.mixed, q_width);
   }
 
@@ -182,14 +192,10 @@ class Pass : public Job {
     member.phase(step_.tokens, [&](int token) {
       float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
       normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_mid, model_.hidden, model_.epsilon, x);
-      for (SiteIndex site : {kGate, kUp})
-        if (used(site)) shrink(at(site, index, model_.hidden), token, x);
+      for (SiteIndex site : {kGate, kUp}) take_in(site, site - kGate, index, token, x);
     });
     gated_product(member, layer, index);
-    if (used(kDown))
-      member.phase(step_.tokens, [&](int token) {
-        shrink(at(kDown, index, model_.inner), token, scratch_.inner + static_cast<int64_t>(token) * model_.inner);
-      });
+    take_in_place(member, kDown, index, scratch_.inner, model_.inner);
     add_product(member, layer.down, kDown, index, scratch_.inner, model_.inner);
   }
 
@@ -199,8 +205,8 @@ class Pass : public Job {
       normalise(step_.hidden + static_cast<int64_t>(step_.outputs[row]) * model_.hidden, model_.norm_out, model_.hidden,
                 model_.epsilon, scratch_.x + static_cast<int64_t>(row) * model_.hidden);
     });
-    const Part parts[] = {{&model_.head, false, Site{}, model_.vocabulary, 0}};
-    product<1>(member, parts, scratch_.x, model_.hidden, step_.output_count,
+    const Part parts[] = {{&model_.head, scratch_.x, false, Site{}, LayerFactors(), model_.vocabulary, 0}};
+    product<1>(member, parts, model_.hidden, step_.output_count,
                [&](int row, int offset, int count, const float* y) {
                  std::memcpy(step_.logits + static_cast<int64_t>(row) * model_.vocabulary + offset, y, count * sizeof(float));
                });
@@ -257,11 +263,53 @@ class Pass : public Job {
     return {&step_.adapters, place * model_.layer_count + layer, inputs, step_.adapters.inner + before};
   }
 
+  LayerFactors inputs(SiteIndex site, int layer) const {
+    return LayerFactors(step_.scales.inputs[site], step_.scales.rows, layer);
+  }
+
+  LayerFactors outputs(SiteIndex site, int layer) const {
+    return LayerFactors(step_.scales.outputs[site], step_.scales.rows, layer);
+  }
+
+  // What a site reads of the x that it shares with others; it is the `place`th of them.
+  float* input_of(SiteIndex site, int place) const {
+    const int64_t size = static_cast<int64_t>(step_.tokens) * model_.hidden;
+    return step_.scales.inputs[site].values ? scratch_.own + place * size : scratch_.x;
+  }
+
+  Part part(const Matrix& matrix, SiteIndex site, int place, int layer, int columns, int offset) const {
+    return {&matrix, input_of(site, place), used(site), at(site, layer, matrix.inputs), outputs(site, layer), columns,
+            offset};
+  }
+
+  // A token's x goes into a site that shares it: scaled if the token's adapter wants that, and shrunk.
+  void take_in(SiteIndex site, int place, int layer, int token, const float* x) const {
+    float* own = input_of(site, place) + static_cast<int64_t>(token) * model_.hidden;
+    if (own != x) {
+      if (const float* factors = inputs(site, layer).of(token))
+        multiply(x, factors, model_.hidden, own);
+      else
+        std::memcpy(own, x, sizeof(float) * model_.hidden);
+    }
+    if (used(site)) shrink(at(site, layer, model_.hidden), token, own);
+  }
+
+  // The same for a site that has its input to itself.
+  void take_in_place(Team::Member& member, SiteIndex site, int layer, float* x, int size) const {
+    const LayerFactors factors = inputs(site, layer);
+    if (!used(site) && !factors.values) return;
+    member.phase(step_.tokens, [&](int token) {
+      float* row = x + static_cast<int64_t>(token) * size;
+      if (const float* found = factors.of(token)) multiply(row, found, size, row);
+      if (used(site)) shrink(at(site, layer, size), token, row);
+    });
+  }
+
   static int group_of(int panels, int threads) { return panels >= 32 * threads ? 4 : panels >= 8 * threads ? 2 : 1; }
 
-  // y = x W^T and the adapters' part, for parts that read the same x; `put` takes a token's outputs of a panel.
+  // y = x W^T and the adapters' part, for parts whose x are alike; `put` takes a token's outputs of a panel.
   template <int N, class Put>
-  void product(Team::Member& member, const Part (&parts)[N], const float* x, int64_t stride, int tokens, Put put) const {
+  void product(Team::Member& member, const Part (&parts)[N], int64_t stride, int tokens, Put put) const {
     int groups[N + 1] = {0}, sizes[N];
     for (int n = 0; n < N; ++n) {
       sizes[n] = group_of(parts[n].matrix->panel_count, step_.threads);
@@ -279,9 +327,10 @@ class Pass : public Job {
         Expectation expectation;
         if (part.adapted) expectation.want(part.site, begin, end, first, last - first);
         for (int panel = first; panel < last; ++panel) {
-          panel_product(*part.matrix, panel, x + begin * stride, stride, end - begin, y, [&] { expectation.some(kExpected); });
+          panel_product(*part.matrix, panel, part.x + begin * stride, stride, end - begin, y, [&] { expectation.some(kExpected); });
           if (part.adapted) expand(part.site, begin, end, panel, y);
           const int columns = part.columns - panel * kPanel;
+          scale_panel(part.outputs, begin, end, panel, columns, y);
           for (int token = begin; token < end; ++token)
             put(token, part.offset + panel * kPanel, columns < kPanel ? columns : kPanel, y + (token - begin) * kPanel);
         }
@@ -292,8 +341,9 @@ class Pass : public Job {
   // hidden += x W^T and the adapters' part.
   void add_product(Team::Member& member, const Matrix& matrix, SiteIndex site, int layer, const float* x,
                    int64_t stride) const {
-    const Part parts[] = {{&matrix, used(site), at(site, layer, matrix.inputs), model_.hidden, 0}};
-    product<1>(member, parts, x, stride, step_.tokens, [&](int token, int offset, int count, const float* y) {
+    const Part parts[] = {
+        {&matrix, x, used(site), at(site, layer, matrix.inputs), outputs(site, layer), model_.hidden, 0}};
+    product<1>(member, parts, stride, step_.tokens, [&](int token, int offset, int count, const float* y) {
       float* to = step_.hidden + static_cast<int64_t>(token) * model_.hidden + offset;
       for (int i = 0; i < count; ++i) to[i] += y[i];
     });
@@ -302,23 +352,27 @@ class Pass : public Job {
   // inner = silu(gate) * up, a panel of both at a time.
   void gated_product(Team::Member& member, const Layer& layer, int index) const {
     const Site gate = at(kGate, index, model_.hidden), up = at(kUp, index, model_.hidden);
+    const LayerFactors gate_factors = outputs(kGate, index), up_factors = outputs(kUp, index);
     const int panels = layer.gate.panel_count, size = group_of(panels, step_.threads);
     member.phase((panels + size - 1) / size, [&](int task) {
       const int first = task * size, last = first + size < panels ? first + size : panels;
       alignas(64) float left[kTokens * kPanel], right[kTokens * kPanel];
       for (int begin = 0; begin < step_.tokens; begin += kTokens) {
         const int end = begin + kTokens < step_.tokens ? begin + kTokens : step_.tokens;
-        const float* x = scratch_.x + static_cast<int64_t>(begin) * model_.hidden;
+        const float* gate_x = input_of(kGate, 0) + static_cast<int64_t>(begin) * model_.hidden;
+        const float* up_x = input_of(kUp, 1) + static_cast<int64_t>(begin) * model_.hidden;
         Expectation expectation;
         if (used(kGate)) expectation.want(gate, begin, end, first, last - first);
         if (used(kUp)) expectation.want(up, begin, end, first, last - first);
         const auto between = [&] { expectation.some(kExpected); };
         for (int panel = first; panel < last; ++panel) {
-          panel_product(layer.gate, panel, x, model_.hidden, end - begin, left, between);
+          panel_product(layer.gate, panel, gate_x, model_.hidden, end - begin, left, between);
           if (used(kGate)) expand(gate, begin, end, panel, left);
-          panel_product(layer.up, panel, x, model_.hidden, end - begin, right, between);
+          panel_product(layer.up, panel, up_x, model_.hidden, end - begin, right, between);
           if (used(kUp)) expand(up, begin, end, panel, right);
           const int columns = model_.inner - panel * kPanel, count = columns < kPanel ? columns : kPanel;
+          scale_panel(gate_factors, begin, end, panel, columns, left);
+          scale_panel(up_factors, begin, end, panel, columns, right);
           for (int token = begin; token < end; ++token) {
             float *g = left + (token - begin) * kPanel, *u = right + (token - begin) * kPanel;
             for (int i = 0; i < kPanel; i += kLanes) {
@@ -347,7 +401,7 @@ extern "C" {
 int32_t adaptermesh_panel() { return kPanel; }
 
 int64_t adaptermesh_scratch_floats(const Model* model, int64_t tokens) {
-  return tokens * (model->hidden + qkv_width(*model) + static_cast<int64_t>(model->heads) * model->dim + model->inner);
+  return tokens * ((1 + kOwn) * model->hidden + qkv_width(*model) + static_cast<int64_t>(model->heads) * model->dim + model->inner);
 }
 
 // from: [outputs, inputs] float32. to: [panels, inputs, kPanel] of the kind, the last panel filled up with zeros.

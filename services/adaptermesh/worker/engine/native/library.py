@@ -66,6 +66,22 @@ class Adapters(Structure):
     )
 
 
+class Factors(Structure):
+    """Of one site: [rows, layers, width] float32, and the distances of its rows and layers in floats."""
+
+    _fields_ = (("values", c_void_p), ("row_stride", c_int64), ("layer_stride", c_int64))
+
+
+class Scales(Structure):
+    """`rows`: [tokens] int32; the sites are in the order of SITES."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("inputs", Factors * len(SITES)),
+        ("outputs", Factors * len(SITES)),
+    )
+
+
 class Step(Structure):
     _fields_ = (
         ("hidden", c_void_p),
@@ -77,6 +93,7 @@ class Step(Structure):
         ("logits", c_void_p),
         ("scratch", c_void_p),
         ("adapters", Adapters),
+        ("scales", Scales),
         ("tokens", c_int32),
         ("span_count", c_int32),
         ("output_count", c_int32),

@@ -43,6 +43,14 @@ class SitePlan(Protocol):
         ...
 
 
+class InputPlan(Protocol):
+    """What adapters do in one step to what goes into one site."""
+
+    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """x: [tokens, in] -> what the site gets instead; x itself stays as it is."""
+        ...
+
+
 class Op(Protocol):
     """Holds one kind of op for all slots on one device."""
 
@@ -65,6 +73,15 @@ class Op(Protocol):
     @property
     def size_bytes(self) -> int:
         """Bytes on the device."""
+        ...
+
+
+@runtime_checkable
+class InputOp(Op, Protocol):
+    """An op that also changes what goes into sites."""
+
+    def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
+        """By site; one whose input no active adapter changes is absent."""
         ...
 
 

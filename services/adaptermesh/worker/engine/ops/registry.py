@@ -6,24 +6,30 @@ import torch
 
 from adaptermesh.artifact.sites import SiteMap
 from adaptermesh.worker.engine.native.library import Kernels
+from adaptermesh.worker.engine.ops.affine import Affine
+from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
 
-OP_KINDS = frozenset({"lowrank"})
+OP_KINDS = frozenset({"lowrank", "affine"})
 """The kinds that an adapter may consist of to be served here."""
 
 
 def fast_ops(
     sites: SiteMap, dtype: torch.dtype, device: torch.device, kernels: Kernels | None
 ) -> Mapping[str, Op]:
-    """The ops that serve, by the kind's name in a manifest. `kernels`: of a CPU that computes float32."""
+    """The ops that serve, by the kind's name in a manifest, in the order in which they act on an output.
+
+    `kernels`: of a CPU that computes float32.
+    """
+    lowrank: Op = LowRank(sites.sites, sites.num_layers, dtype, device)
     if kernels is not None:
-        return {"lowrank": NativeLowRank(sites, kernels)}
-    return {"lowrank": LowRank(sites.sites, sites.num_layers, dtype, device)}
+        lowrank = NativeLowRank(sites, kernels)
+    return {"lowrank": lowrank, "affine": Affine(sites, dtype, device)}
 
 
 def plain_ops(dtype: torch.dtype, device: torch.device) -> Mapping[str, Op]:
     """The same, straight from the formulas: what the fast ones are checked against."""
-    return {"lowrank": PlainLowRank(dtype, device)}
+    return {"lowrank": PlainLowRank(dtype, device), "affine": PlainAffine(dtype, device)}

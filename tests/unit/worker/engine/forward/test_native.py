@@ -42,7 +42,8 @@ from tests.unit.worker.engine.ops.loading import load
 
 VOCAB = 260
 CONTEXT = 1024
-SLOTS = 3
+SLOTS = 4
+FACTORS_ONLY = 3
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -136,6 +137,7 @@ class Way:
         )
         for slot in range(SLOTS):
             self._load(self.ops["lowrank"], slot)
+            self._load_factors(self.ops["affine"], slot)
         self.blocks = 4096 // self.size
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, self.blocks, self.size)
         self.cache = KvCache(shape, base.dtype, base.device)
@@ -144,17 +146,35 @@ class Way:
             self.cache.data.fill_(torch.nan)
 
     def _load(self, op: Op, slot: int) -> None:
-        """Slot 0: every site. 1: some, of many ranks. 2: one site of one layer."""
+        """Slot 0: every site. 1: some, of many ranks. 2: one site of one layer. 3: none."""
         generator, modules, tensors = torch.Generator().manual_seed(slot), [], {}
         for place, site in enumerate(self.base.sites.sites):
             for layer in range(self.base.sites.num_layers):
                 if (slot == 1 and (place + layer) % 3 == 0) or (slot == 2 and (place, layer) != (6, 1)):
+                    continue
+                if slot == FACTORS_ONLY:
                     continue
                 rank = (4, 1 + (5 * place + layer) % 13, 33)[slot]
                 a, b = f"{place}.{layer}.A", f"{place}.{layer}.B"
                 tensors[a] = torch.randn(rank, site.in_features, generator=generator) * 0.1
                 tensors[b] = torch.randn(site.out_features, rank, generator=generator) * 0.1
                 modules.append(ModuleOp(site.name, layer, "lowrank", rank, 2.0, {"A": a, "B": b}))
+        load(op, slot, modules, tensors.__getitem__, self.base.sites.num_layers)
+
+    def _load_factors(self, op: Op, slot: int) -> None:
+        """Slot 3: at every site, of inputs and outputs. 1: at some, beside the low-rank parts. Else none."""
+        generator, modules, tensors = torch.Generator().manual_seed(slot + 100), [], {}
+        for place, site in enumerate(self.base.sites.sites):
+            for layer in range(self.base.sites.num_layers):
+                names: tuple[str, ...] = ("in_scale", "out_scale")
+                if slot != FACTORS_ONLY:
+                    names = names[place % 3 :] if slot == 1 and layer == 1 else ()
+                for name in names:
+                    width = site.in_features if name == "in_scale" else site.out_features
+                    tensors[f"{place}.{layer}.{name}"] = 1 + 0.3 * torch.randn(width, generator=generator)
+                if names:
+                    places = {name: f"{place}.{layer}.{name}" for name in names}
+                    modules.append(ModuleOp(site.name, layer, "affine", 0, 1.0, places))
         load(op, slot, modules, tensors.__getitem__, self.base.sites.num_layers)
 
     def place(self, rows: Sequence[Row]) -> None:
@@ -214,7 +234,8 @@ def test_mixed_rows_equal_the_other_forwards_and_transformers(
 ) -> None:
     native = Way(make_model(CONFIGS[name]()), kernels, forward="native", block_tokens=block)
     rows = [
-        Row(make_tokens(count, count), slot) for count, slot in ((50, 0), (1, -1), (37, 1), (9, 2), (20, -1))
+        Row(make_tokens(count, count), slot)
+        for count, slot in ((50, 0), (1, -1), (37, 1), (9, 2), (20, -1), (23, 3))
     ]
     if block == 16:
         rows.append(Row(make_tokens(570), 0))
@@ -247,7 +268,7 @@ def test_without_its_window_a_model_would_answer_otherwise(kernels: Kernels, nam
 class Alone:
     """Rows to mix, and what each of them gives alone, token by token, on one thread."""
 
-    ROWS = ((1, -1), (5, 0), (40, -1), (33, 1), (17, 2), (23, 0), (600, -1), (530, 1))
+    ROWS = ((1, -1), (5, 0), (40, -1), (33, 1), (17, 2), (23, 0), (600, -1), (530, 1), (29, 3))
 
     def __init__(self, name: str, make: Callable[[Any], Any], kernels: Kernels) -> None:
         self.ways = {
@@ -454,7 +475,7 @@ def test_a_rotation_that_follows_the_longest_row_is_refused_by_every_forward(
 def test_an_op_that_the_kernels_do_not_know_is_not_passed_over(kernels: Kernels) -> None:
     way = Way(make_model(CONFIGS["llama"]()), kernels, forward="native")
     way.ops = plain_ops(torch.float32, torch.device("cpu"))
-    with pytest.raises(MeshError, match="does not compute lowrank"):
+    with pytest.raises(MeshError, match="does not compute affine, lowrank"):
         way.whole([1, 2, 3], 0)
 
 

@@ -1,0 +1,172 @@
+"""Every kind of adapter that is served: alone against peft, and all in one batch against themselves."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from adaptermesh.artifact.ingest import SourceBundle, ingest
+from adaptermesh.core.clock import SystemClock
+from adaptermesh.core.logprobs import TokenLogprobs
+from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.worker.engine.base import load_base
+from adaptermesh.worker.engine.engine import Engine
+from adaptermesh.worker.engine.request import Request
+from tests.parity.engine.test_families import (
+    COUNT,
+    Heard,
+    Memory,
+    generate,
+    load_reference,
+    make_config,
+    make_prompts,
+    save_base,
+)
+
+LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
+SOME = ["q_proj", "v_proj", "down_proj"]
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADALORA: dict[str, Any] = {"target_r": 2, "total_step": 9, "lora_alpha": 7}
+
+KINDS: dict[str, dict[str, peft.PeftConfig]] = {
+    LLAMA: {
+        "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=EVERY),
+        "rslora": peft.LoraConfig(r=6, lora_alpha=4, use_rslora=True, target_modules=SOME),
+        "adalora": peft.AdaLoraConfig(init_r=5, target_modules=SOME, **ADALORA),
+        "loha": peft.LoHaConfig(r=3, alpha=4, target_modules=EVERY),
+        "vera": peft.VeraConfig(r=9, target_modules=SOME),
+        "ia3": peft.IA3Config(task_type="CAUSAL_LM"),
+        "ia3 of inputs": peft.IA3Config(target_modules=EVERY, feedforward_modules=EVERY),
+        "ia3 of outputs": peft.IA3Config(target_modules=EVERY, feedforward_modules=[]),
+    },
+    GPT2: {
+        "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+        "adalora": peft.AdaLoraConfig(init_r=5, target_modules=["c_attn"], fan_in_fan_out=True, **ADALORA),
+        "vera": peft.VeraConfig(r=9, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "ia3": peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True),
+    },
+}
+FORWARDS = [(LLAMA, "native"), (LLAMA, "lean"), (LLAMA, "plain"), (GPT2, "plain")]
+
+
+class HeardLogprobs(Heard):
+    """Remembers the log probabilities too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logprobs: list[TokenLogprobs] = []
+
+    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+        super().on_tokens(text, token_ids, logprobs)
+        self.logprobs.extend(logprobs)
+
+    def values(self) -> torch.Tensor:
+        """[tokens, 1 + likeliest]."""
+        return torch.tensor([[one.logprob, *(logprob for _, logprob in one.top)] for one in self.logprobs])
+
+
+@dataclass
+class Kind:
+    """One adapter: its digest, and peft's model with it alone."""
+
+    model: Any
+    digest: str | None
+
+
+@dataclass
+class World:
+    """A tiny base with an adapter of every kind, and an engine over it that is stepped by hand."""
+
+    engine: Engine
+    kinds: dict[str, Kind]
+    count: int = 0
+    prompts: list[list[int]] = field(default_factory=lambda: make_prompts([5, 37, 21, 30, 12, 44, 9, 26, 33]))
+
+    def ask(self, names: Sequence[str]) -> list[HeardLogprobs]:
+        """All at once, greedily; each kind has a prompt of its own."""
+        asked = []
+        params = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True, logprobs=4)
+        for name in names:
+            heard, self.count = HeardLogprobs(), self.count + 1
+            request = Request(
+                f"r{self.count}", "t", self.kinds[name].digest, tuple(self.prompt(name)), params
+            )
+            self.engine.submit(request, heard)
+            asked.append(heard)
+        for _ in range(300):
+            self.engine.step()
+            if all(heard.ended.is_set() for heard in asked):
+                break
+        assert [heard.error for heard in asked] == [None] * len(asked)
+        return asked
+
+    def prompt(self, name: str) -> list[int]:
+        return self.prompts[list(self.kinds).index(name)]
+
+
+def make_kind(folder: Path, reference: Any, config: peft.PeftConfig, facts: Any, source: Memory) -> Kind:
+    with warnings.catch_warnings():
+        # peft still reads a property that transformers has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        # It notes in the config what it was used with.
+        model = peft.get_peft_model(reference, copy.deepcopy(config))
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "ia3_" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
+        elif any(part in name for part in ("lora_", "hada_", "vera_lambda")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.eval().save_pretrained(str(folder))
+    files = {name: folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    out = folder / "canonical.safetensors"
+    manifest = ingest(SourceBundle(files, "tests", "x"), facts, out).manifest
+    assert manifest.servable, manifest.unservable_reason
+    source.adapters[manifest.digest] = (manifest, out.read_bytes())
+    return Kind(model, manifest.digest)
+
+
+@pytest.fixture(params=FORWARDS, ids=lambda param: f"{param[0]}-{param[1]}")
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    family, forward = request.param
+    # The native kernels take heads of multiples of 8, and no smaller blocks.
+    changes = {"head_dim": 16} if family == LLAMA else {}
+    facts, source = save_base(tmp_path, family, **changes), Memory()
+    kinds = {"base": Kind(load_reference(tmp_path), None)}
+    for number, (name, config) in enumerate(KINDS[family].items()):
+        folder = tmp_path / f"adapter-{number}"
+        kinds[name] = make_kind(folder, load_reference(tmp_path), config, facts, source)
+    engine_config = make_config(tmp_path, forward=forward, device_slots=9, max_batch_rows=9, block_tokens=8)
+    engine = Engine(engine_config, load_base(tmp_path, engine_config), source, SystemClock())
+    yield World(engine, kinds)
+    engine.stop()
+
+
+def test_each_kind_alone_equals_peft(world: World) -> None:
+    plain = world.kinds["base"].model
+    for name, kind in world.kinds.items():
+        [heard] = world.ask([name])
+        prompt = world.prompt(name)
+        expected = generate(kind.model, prompt)
+        assert heard.tokens == expected, name
+        with torch.no_grad():
+            logits = kind.model(input_ids=torch.tensor([prompt + expected])).logits[0]
+        likeliest = logits[len(prompt) - 1 : -1].log_softmax(-1).topk(4).values
+        torch.testing.assert_close(heard.values()[:, 1:], likeliest, rtol=0.0, atol=1e-3)
+        if kind.digest is not None:
+            assert expected != generate(plain, prompt), "the adapter would prove nothing"
+
+
+def test_all_kinds_in_one_batch_answer_as_each_of_them_alone(world: World) -> None:
+    names = list(world.kinds)
+    alone = [heard for name in names for heard in world.ask([name])]
+    for order in (names, names[::-1]):
+        for name, heard in zip(order, world.ask(order), strict=True):
+            expected = alone[names.index(name)]
+            assert heard.tokens == expected.tokens, name
+            torch.testing.assert_close(heard.values(), expected.values(), rtol=1e-5, atol=1e-5)
