@@ -113,7 +113,7 @@ def _other_method(raw: Mapping[str, Any], method: Method, problems: Problems) ->
             f"init_lora_weights={shown(init, 40)}, which trains against a changed base: save it again with "
             "path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
-    elif not isinstance(init, bool) and init is not None and init not in _PLAIN_INITS:
+    elif not isinstance(init, bool | None) and not (isinstance(init, str) and init in _PLAIN_INITS):
         problems.add(f"adapter_config.json: init_lora_weights is {shown(repr(init), 60)}, which is unknown")
     task = raw.get("task_type")
     if not isinstance(task, str | None) or task not in _TASK_TYPES:

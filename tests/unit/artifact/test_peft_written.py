@@ -1,5 +1,8 @@
 """What peft itself writes and computes, against what ingest makes of it."""
 
+import copy
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +10,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedModel
 
+from adaptermesh.artifact import peft_readers
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32
 from adaptermesh.artifact.ingest import IngestResult, SourceBundle, ingest
 from adaptermesh.artifact.peft_methods import METHODS
+from adaptermesh.artifact.problems import Rejection
 from adaptermesh.artifact.sites import site_map
+from adaptermesh.core.errors import Code, MeshError
 
 # peft 0.21 reads a property that transformers 5.23 has renamed, and warns of a missing model card.
 pytestmark = [
@@ -216,6 +225,149 @@ def test_ia3_written_by_peft_keeps_its_factors(tmp_path: Path, config: Any, meth
             seen += 1
     assert seen
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (peft.LoHaConfig(r=65, target_modules=["q_proj"]), "a LoHa of rank 65 is a LoRA of rank 4225"),
+        (peft.VeraConfig(r=60, target_modules=["q_proj", "v_proj"]), "it would have 26880 bytes"),
+        (peft.LoHaConfig(r=2, target_modules=["q_proj", "lm_head"]), "lm_head"),
+    ],
+)
+def test_what_would_become_too_much_is_stored_with_the_reason(
+    tmp_path: Path, method: peft.PeftConfig, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft_readers, "MAX_EXPANDED_BYTES", 20_000)
+    facts, _ = write(LlamaConfig(**SMALL), method, tmp_path / "a")
+    manifest = ingested(tmp_path / "a", facts).manifest
+    assert not manifest.servable
+    assert why in manifest.unservable_reason
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+KINDS: dict[str, peft.PeftConfig] = {
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj", "v_proj"]),
+    "loha": peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    "vera": peft.VeraConfig(r=3, target_modules=["q_proj", "v_proj"]),
+    "ia3": peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=["v_proj"]),
+}
+
+
+def rewrite(folder: Path, changes: dict[str, np.ndarray[Any, Any] | None]) -> None:
+    """Other tensors in the file; None takes one away."""
+    file = folder / "adapter_model.safetensors"
+    tensors = {**load_file(file), **{name: value for name, value in changes.items() if value is not None}}
+    save_file({name: value for name, value in tensors.items() if changes.get(name, 0) is not None}, file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "shape", "why"),
+    [
+        ("adalora", f"{Q0}.lora_E", None, "has lora_A and lora_B but no lora_E"),
+        ("adalora", f"{Q0}.lora_E", (2, 1), "expected [3, 1]: rank at most 3 from the config"),
+        ("adalora", f"{Q0}.lora_A", (4, 16), "has shape [4, 16], expected [3, 16]"),
+        ("adalora", f"{Q0}.lora_A.weight", (3, 16), "named base_model.model.<module>.lora_A, .lora_B"),
+        ("loha", f"{Q0}.hada_w2_b", None, "and hada_w2_a but no hada_w2_b"),
+        ("loha", f"{Q0}.hada_w1_a", (17, 2), "expected [16, 2]: rank 2 from the config, 16 in and 16 out"),
+        ("loha", f"{Q0}.hada_t1", (2, 2), "hada_t1' is not expected"),
+        ("vera", "base_model.vera_A", None, "is absent: save the adapter with save_projection"),
+        ("vera", "base_model.vera_A", (3, 15), "at least 16 from the widest module"),
+        ("vera", "base_model.vera_B", (16, 2), "expected rank 3 from the config"),
+        ("vera", "base_model.vera_B", (48,), "expected rank 3 from the config"),
+        ("vera", f"{Q0}.vera_lambda_d", (4,), "expected [3]: rank 3 from the config"),
+        ("ia3", f"{Q0}.ia3_l", (1, 16), "expected [16, 1]: it is no feed-forward module in the config"),
+        ("ia3", f"{Q0}.ia3_l", None, "the file has no tensors for it"),
+        ("ia3", f"{Q0.replace('q_proj', 'v_proj')}.ia3_l", (8, 1), "it is a feed-forward module"),
+        ("ia3", f"{Q0}.lora_A.weight", (2, 16), "tensors of a peft IA3 are named"),
+    ],
+)
+def test_a_file_that_disagrees_with_its_method_is_rejected(
+    tmp_path: Path, kind: str, tensor: str, shape: tuple[int, ...] | None, why: str
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS[kind]), tmp_path / "a")
+    rewrite(tmp_path / "a", {tensor: None if shape is None else np.ones(shape, np.float32)})
+    with pytest.raises(Rejection) as caught:
+        ingested(tmp_path / "a", facts)
+    assert why in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("vera", {"save_projection": False}, "save_projection"),
+        ("vera", {"bias": "all"}, "trained biases"),
+        ("loha", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("adalora", {"use_dora": True}, "DoRA"),
+        ("ia3", {"task_type": "SEQ_CLS"}, "SEQ_CLS"),
+    ],
+)
+def test_a_variant_of_a_method_is_stored_with_the_reason(
+    tmp_path: Path, kind: str, changes: dict[str, Any], why: str
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS[kind]), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    manifest = ingested(tmp_path / "a", facts).manifest
+    assert not manifest.servable
+    assert why in manifest.unservable_reason
+
+
+def test_a_pruned_adalora_may_lack_a_module(tmp_path: Path) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS["adalora"]), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    key = "model.layers.{}.self_attn.{}.lora_E"
+    left = {key.format(layer, name): [True] * 3 for layer in range(2) for name in ("q_proj", "v_proj")}
+    left[key.format(0, "q_proj")] = [False] * 3
+    left[key.format(1, "q_proj")] = [True, False, True]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": left}))
+    q1 = Q0.replace("layers.0", "layers.1")
+    shapes = {f"{q1}.lora_A": (2, 16), f"{q1}.lora_B": (16, 2), f"{q1}.lora_E": (2, 1)}
+    gone = {f"{Q0}.{name}": None for name in ("lora_A", "lora_B", "lora_E")}
+    rewrite(tmp_path / "a", {**gone, **{name: np.ones(shape, np.float32) for name, shape in shapes.items()}})
+    modules = ingested(tmp_path / "a", facts).manifest.modules
+    assert [(module.site, module.layer, module.rank) for module in modules] == [
+        ("v", 0, 3),
+        ("q", 1, 2),
+        ("v", 1, 3),
+    ]
+    assert {round(module.scale, 6) for module in modules} == {round(8 / (3 + 1e-5), 6)}
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(KINDS)), st.data())
+def test_mangled_files_and_configs_are_rejected_or_stored_and_never_crash(
+    written: dict[str, tuple[Path, BaseFacts]], kind: str, data: st.DataObject
+) -> None:
+    folder, facts = written[kind]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    odd = st.sampled_from([None, 0, -1, 3, 2**40, 0.5, True, "", "q_proj", [], ["q_proj"], {}, {"q_proj": 2}])
+    for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=3)):
+        config[key] = data.draw(odd)
+    raw = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as name:
+        mangled = Path(name) / "a"
+        mangled.mkdir()
+        (mangled / "adapter_config.json").write_text(json.dumps(config))
+        (mangled / "adapter_model.safetensors").write_bytes(raw)
+        try:
+            manifest = ingested(mangled, facts).manifest
+        except MeshError as error:
+            assert error.code in {Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION}
+        else:
+            assert manifest.servable == bool(manifest.modules)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, BaseFacts]]:
+    found = {}
+    for kind, config in KINDS.items():
+        folder = tmp_path_factory.mktemp(kind) / "a"
+        facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(config), folder)
+        found[kind] = (folder, facts)
+    return found
 
 
 @pytest.mark.parametrize("name", METHODS)
