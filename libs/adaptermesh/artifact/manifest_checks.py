@@ -104,6 +104,7 @@ def _check_tensors(tensors: Sequence[TensorEntry], chunks: Sequence[Chunk]) -> M
 
 def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
     entries = {tensor.name: tensor for tensor in manifest.tensors}
+    lowrank = {(m.site, m.layer, m.expert): m for m in manifest.modules if m.op == LOWRANK}
     unused = set(entries)
     seen: set[tuple[str, int, int | None, str]] = set()
     for module in manifest.modules:
@@ -126,6 +127,8 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _check_lowrank(module, entries, what)
         elif module.op == AFFINE:
             _check_affine(module, entries, what)
+            if "magnitude" in module.tensors:
+                _check_magnitude(module, lowrank.get((module.site, module.layer, module.expert)), what)
     _need(not unused, "tensor {!r} belongs to no module", min(unused, default="")[:120])
 
 
@@ -148,9 +151,20 @@ def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "
 
 def _check_affine(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
     _need(bool(module.tensors), "{} has no tensors", what)
-    _need(module.rank == 0 and module.scale == 1.0, "{} has rank {} or a scale", what, module.rank)
+    given = module.tensors.keys()
+    _need(module.rank == 0, "{} has rank {}", what, module.rank)
+    scaled = "bias_delta" in given or "magnitude" in given
+    _need(scaled or module.scale == 1.0, "{} has scale {} for nothing", what, module.scale)
     for slot, name in module.tensors.items():
         _need(len(entries[name].shape) == 1, "{} has {} of shape {}", what, slot, entries[name].shape)
+
+
+def _check_magnitude(module: ModuleOp, beside: ModuleOp | None, what: "_Named") -> None:
+    """What it is the magnitude of is found by name: it must be there, with the same scale."""
+    _need("out_scale" not in module.tensors, "{} has a magnitude and an out_scale", what)
+    names = {slot: f"L{module.layer}.{module.site}.{slot}" for slot in ("A", "B")}
+    found = beside is not None and beside.scale == module.scale and dict(beside.tensors) == names
+    _need(found, "{} has a magnitude, but not its low-rank part", what)
 
 
 def _check_summary(manifest: "Manifest") -> None:

@@ -24,9 +24,10 @@ AFFINE = "affine"
 
 _ROWS = (
     # y += scale * B A x; A: [rank, in], B: [out, rank].
-    Op(LOWRANK, ("A", "B"), ("bias_delta",), served=True),
-    # y = out_scale * (W (in_scale * x) + bias); vectors of the site's widths.
-    Op(AFFINE, (), ("in_scale", "out_scale"), served=True),
+    Op(LOWRANK, ("A", "B"), served=True),
+    # y = out_scale * (W (in_scale * x) + bias + lowrank) + scale * bias_delta; vectors of the site's widths.
+    # magnitude, beside a lowrank s B A: out_scale is magnitude / |W + s B A| and leaves the bias alone.
+    Op(AFFINE, (), ("in_scale", "out_scale", "bias_delta", "magnitude"), served=True),
     # A kronecker product w1 (x) w2, or a block rotation R.
     Op("structured", (), ("w1", "w2", "R", "row_scale")),
     Op("bottleneck", ("down", "down_bias", "up", "up_bias"), ("scale", "gate")),

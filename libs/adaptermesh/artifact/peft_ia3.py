@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from adaptermesh.artifact.manifest_parts import ModuleOp
 from adaptermesh.artifact.ops import AFFINE
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher
-from adaptermesh.artifact.peft_lora import width_out
+from adaptermesh.artifact.peft_lora import vector, width_out
 from adaptermesh.artifact.peft_methods import Ia3Config
 from adaptermesh.artifact.peft_plan import (
     PREFIX,
@@ -55,15 +55,14 @@ class Ia3Reader:
 
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         entry = entries["ia3_l"]
-        item = entry.size // (entry.shape[0] * entry.shape[1])
-        feedforward = self._is_feedforward(module)
         for site in sites:
-            slot, width = ("in_scale", site.in_features) if feedforward else ("out_scale", site.out_features)
-            spec = TensorSpec(tensor_name(site, layer, slot), entry.dtype, (width,))
-            offset = entry.offset if feedforward else entry.offset + site.out_offset * item
+            if not self._is_feedforward(module):
+                yield vector(site, layer, "out_scale", entry)
+                continue
+            spec = TensorSpec(tensor_name(site, layer, "in_scale"), entry.dtype, (site.in_features,))
             yield (
-                ModuleOp(site.name, layer, AFFINE, 0, 1.0, {slot: spec.name}, entry.dtype),
-                (PlannedTensor(spec, layer, copied(offset, spec.size)),),
+                ModuleOp(site.name, layer, AFFINE, 0, 1.0, {"in_scale": spec.name}, entry.dtype),
+                (PlannedTensor(spec, layer, copied(entry.offset, spec.size)),),
             )
 
 

@@ -1,9 +1,11 @@
-"""peft's LoRA: A and B of each module as they are."""
+"""peft's LoRA: A and B of each module as they are, and what DoRA and a bias on B add."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from adaptermesh.artifact.manifest_parts import ModuleOp
-from adaptermesh.artifact.ops import LOWRANK
+from adaptermesh.artifact.manifest_parts import ModuleOp, TensorEntry
+from adaptermesh.artifact.ops import AFFINE, LOWRANK
+from adaptermesh.artifact.peft_methods import LoraConfig
 from adaptermesh.artifact.peft_plan import (
     PREFIX,
     Entries,
@@ -19,13 +21,19 @@ from adaptermesh.artifact.sites import Site
 
 
 class LoraReader:
-    """`lora_A` [r, in] and `lora_B` [out, r]."""
+    """`lora_A` [r, in] and `lora_B` [out, r]; of a DoRA the magnitude [out]; of lora_bias the bias [out]."""
 
-    suffixes: Mapping[str, str] = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
-    decider = "lora_B"
-
-    def __init__(self, targets: Targets) -> None:
+    def __init__(self, config: LoraConfig, targets: Targets) -> None:
         self._targets = targets
+        self._vectors = {"lora_magnitude_vector": "magnitude"} if config.use_dora else {}
+        if config.lora_bias:
+            self._vectors["lora_B.bias"] = "bias_delta"
+        names = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+        self.suffixes: Mapping[str, str] = {
+            f".{end}": slot for end, slot in (*names.items(), *((one, one) for one in self._vectors))
+        }
+        # A DoRA changes what it touches even where B is zero.
+        self.decider = "" if config.use_dora else "lora_B"
 
     def why_unexpected(self, name: str) -> str:
         if ".lora_magnitude_vector" in name:
@@ -51,7 +59,9 @@ class LoraReader:
         entries: Entries,  # noqa: ARG002 (the config says it all)
     ) -> Mapping[str, Shape]:
         rank = self._targets.rank(module)
-        return {"lora_A": (rank, sites[0].in_features), "lora_B": (width_out(sites), rank)}
+        outputs = width_out(sites)
+        vectors = dict.fromkeys(self._vectors, (outputs,))
+        return {"lora_A": (rank, sites[0].in_features), "lora_B": (outputs, rank), **vectors}
 
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         """A fused module y = W x of stacked parts has one A and one B whose rows are stacked likewise.
@@ -72,6 +82,18 @@ class LoraReader:
                     PlannedTensor(spec_b, layer, copied(b.offset + site.out_offset * row_bytes, spec_b.size)),
                 ),
             )
+            for end, slot in self._vectors.items():
+                yield vector(site, layer, slot, entries[end], scale)
+
+
+def vector(site: Site, layer: int, slot: str, entry: TensorEntry, scale: float = 1.0) -> Piece:
+    """An affine op of one vector over a module's outputs, of which the site takes its own."""
+    item = entry.size // math.prod(entry.shape)
+    spec = TensorSpec(tensor_name(site, layer, slot), entry.dtype, (site.out_features,))
+    return (
+        ModuleOp(site.name, layer, AFFINE, 0, scale, {slot: spec.name}, entry.dtype),
+        (PlannedTensor(spec, layer, copied(entry.offset + site.out_offset * item, spec.size)),),
+    )
 
 
 def width_out(sites: Sequence[Site]) -> int:

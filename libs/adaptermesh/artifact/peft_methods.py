@@ -43,10 +43,12 @@ class RankedConfig(TargetConfig):
 
 
 class LoraConfig(RankedConfig):
-    """LoRA (arXiv:2106.09685), with the scale of rsLoRA (arXiv:2312.03732) if asked for."""
+    """LoRA (arXiv:2106.09685); rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) if asked for."""
 
     lora_alpha: _Alpha
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
 
     @property
     def default_alpha(self) -> float:
@@ -194,14 +196,12 @@ _LORA_OTHERS: Mapping[str, str] = MappingProxyType(
         "bias": "trained biases",
         "kasa_config": "KaSA",
         "layer_replication": "layer replication",
-        "lora_bias": "a bias on lora_B",
         "megatron_config": "Megatron parallel layers",
         "modules_to_save": "whole modules saved in place of the base's",
         "monteclora_config": "MonteCLoRA",
         "target_parameters": "LoRA on parameters of experts",
         "trainable_token_indices": "trained token rows",
         "use_bdlora": "block-diagonal LoRA",
-        "use_dora": "DoRA",
         "use_qalora": "QALoRA",
         "velora_config": "VeLoRA",
     }
@@ -240,6 +240,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             {
                 **_LORA_OTHERS,
+                "lora_bias": "a bias on lora_B, which AdaLoRA does not have",
+                "use_dora": "DoRA, which AdaLoRA does not have",
                 "alpha_pattern": "an alpha for each module, which AdaLoRA does not have",
                 "use_rslora": "the scale of rsLoRA, which AdaLoRA does not have",
             },

@@ -80,4 +80,4 @@ def _reader(
         known = len(problems)
         check_vera_shared(config, tensors, targets, problems)
         return None if len(problems) > known else VeraReader(config, *(tensors[name] for name in VERA_SHARED))
-    return LoraReader(targets)
+    return LoraReader(config, targets) if isinstance(config, LoraConfig) else None

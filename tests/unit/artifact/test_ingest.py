@@ -361,10 +361,8 @@ def test_all_reasons_are_reported_together_and_bounded(folder: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
         ({"target_parameters": ["experts.gate"]}, "target_parameters"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
@@ -390,7 +388,7 @@ def test_a_kind_that_is_not_served_yet_is_stored_with_the_reason(folder: Any, ch
 
 @pytest.mark.parametrize("peft_type", ["XLORA", "LORA"])
 def test_a_kind_that_is_not_served_still_passes_the_checks_of_its_files(folder: Any, peft_type: str) -> None:
-    folder.fill().config |= {"peft_type": peft_type, "use_dora": True}
+    folder.fill().config |= {"peft_type": peft_type, "use_qalora": True}
     folder.tensors[f"base_model.model.{Q0}.lora_A.weight"][1][0, 0] = np.nan
     assert "NaN" in rejection(folder)
 

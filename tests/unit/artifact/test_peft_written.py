@@ -3,6 +3,7 @@
 import copy
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from adaptermesh.artifact import peft_readers
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32
 from adaptermesh.artifact.ingest import IngestResult, SourceBundle, ingest
+from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.artifact.peft_methods import METHODS
 from adaptermesh.artifact.problems import Rejection
 from adaptermesh.artifact.sites import site_map
-from adaptermesh.core.errors import Code, MeshError
+from adaptermesh.core.digests import canonical_json
+from adaptermesh.core.errors import Code, MeshError, Reason
 
 # peft 0.21 reads a property that transformers 5.23 has renamed, and warns of a missing model card.
 pytestmark = [
@@ -44,6 +47,13 @@ SMALL: dict[str, Any] = {
 
 
 def write(config: Any, lora: peft.PeftConfig, folder: Path) -> tuple[BaseFacts, Any]:
+    with warnings.catch_warnings():
+        # It has doubts about a bias on lora_B: it can't be merged into a base without one, and has one axis.
+        warnings.simplefilter("ignore", peft.utils.warning.PeftWarning)
+        return _write(config, lora, folder)
+
+
+def _write(config: Any, lora: peft.PeftConfig, folder: Path) -> tuple[BaseFacts, Any]:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     facts = BaseFacts.from_config(
@@ -133,7 +143,6 @@ def test_a_gpt2_adapter_written_by_peft_is_split_rightly(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
@@ -180,6 +189,22 @@ def test_what_is_exactly_a_lora_becomes_one(tmp_path: Path, method: peft.PeftCon
 def test_what_is_exactly_a_lora_is_split_in_a_fused_module(tmp_path: Path, method: peft.PeftConfig) -> None:
     facts, tuned = write(GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=64), method, tmp_path / "a")
     check_deltas(tmp_path / "a", facts, tuned)
+
+
+@pytest.mark.parametrize(
+    ("kind", "slot", "scale"), [("dora", "magnitude", 4.0), ("lora_bias", "bias_delta", 4.0)]
+)
+def test_what_a_lora_has_beside_its_matrices_is_a_vector_at_its_site(
+    tmp_path: Path, kind: str, slot: str, scale: float
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS[kind]), tmp_path / "a")
+    manifest = ingested(tmp_path / "a", facts).manifest
+    assert manifest.op_kinds == ("affine", "lowrank")
+    beside = [module for module in manifest.modules if module.op == "affine"]
+    assert [(module.site, module.layer, module.scale) for module in beside] == [
+        (site, layer, 4.0) for layer in range(2) for site in ("q", "v")
+    ]
+    assert [dict(module.tensors) for module in beside[:1]] == [{slot: f"L0.q.{slot}"}]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +272,8 @@ def test_what_would_become_too_much_is_stored_with_the_reason(
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 KINDS: dict[str, peft.PeftConfig] = {
+    "dora": peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj", "v_proj"]),
+    "lora_bias": peft.LoraConfig(r=2, lora_bias=True, target_modules=["q_proj", "v_proj"]),
     "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj", "v_proj"]),
     "loha": peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "vera": peft.VeraConfig(r=3, target_modules=["q_proj", "v_proj"]),
@@ -264,6 +291,11 @@ def rewrite(folder: Path, changes: dict[str, np.ndarray[Any, Any] | None]) -> No
 @pytest.mark.parametrize(
     ("kind", "tensor", "shape", "why"),
     [
+        ("dora", f"{Q0}.lora_magnitude_vector", None, "has lora_A and lora_B but no lora_magnitude_vector"),
+        ("dora", f"{Q0}.lora_magnitude_vector", (15,), "has shape [15], expected [16]"),
+        ("dora", f"{Q0}.lora_B.bias", (16,), "a bias on lora_B needs lora_bias in the config"),
+        ("lora_bias", f"{Q0}.lora_magnitude_vector", (16,), "a magnitude belongs to DoRA"),
+        ("lora_bias", f"{Q0}.lora_B.bias", None, "has lora_A and lora_B but no lora_B.bias"),
         ("adalora", f"{Q0}.lora_E", None, "has lora_A and lora_B but no lora_E"),
         ("adalora", f"{Q0}.lora_E", (2, 1), "expected [3, 1]: rank at most 3 from the config"),
         ("adalora", f"{Q0}.lora_A", (4, 16), "has shape [4, 16], expected [3, 16]"),
@@ -379,3 +411,26 @@ def test_the_tables_of_defaults_are_those_of_the_installed_peft(name: str) -> No
     if name == "ADALORA":
         expected["total_step"] = None
     assert dict(METHODS[name].defaults) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "why"),
+    [
+        (1, {"scale": 3.0}, "not its low-rank part"),
+        (1, {"rank": 2}, "has rank 2"),
+        (1, {"site": "k"}, "not its low-rank part"),
+        (1, {"tensors": {"magnitude": "L0.q.A"}}, "needs tensor"),
+        (1, {"tensors": {}}, "has no tensors"),
+        (1, {"tensors": {"out_scale": "L0.q.magnitude"}, "scale": 1.5}, "for nothing"),
+        (0, {"tensors": {"A": "L0.q.A", "B": "L0.q.B", "bias_delta": "L0.q.magnitude"}}, "has slots"),
+    ],
+)
+def test_a_manifest_whose_magnitude_hangs_in_the_air_is_corrupt(
+    tmp_path: Path, place: int, change: dict[str, Any], why: str
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS["dora"]), tmp_path / "a")
+    value = json.loads(ingested(tmp_path / "a", facts).manifest.to_bytes())
+    value["modules"][place] |= change
+    with pytest.raises(MeshError, match=why) as caught:
+        Manifest.from_bytes(canonical_json(value))
+    assert caught.value.reason is Reason.DATA_CORRUPT

@@ -44,7 +44,13 @@ def _shapes(module: ModuleOp, site: Site) -> Mapping[str, tuple[int, ...]]:
     """What the tensors of a module have to be, by slot; the manifest's own checks say which it has."""
     if module.op == LOWRANK:
         return {"A": (module.rank, site.in_features), "B": (site.out_features, module.rank)}
-    return {"in_scale": (site.in_features,), "out_scale": (site.out_features,)}
+    outputs = (site.out_features,)
+    return {
+        "in_scale": (site.in_features,),
+        "out_scale": outputs,
+        "bias_delta": outputs,
+        "magnitude": outputs,
+    }
 
 
 def device_bytes_of(manifest: Manifest, dtype: torch.dtype) -> int:

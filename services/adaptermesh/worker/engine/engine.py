@@ -16,7 +16,7 @@ from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.bell import Bell
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.deadlines import Deadlines, deadline_exceeded
-from adaptermesh.worker.engine.forward.forward import find_kernels
+from adaptermesh.worker.engine.forward.forward import find_kernels, make_forward
 from adaptermesh.worker.engine.holders import Holder, OnDone
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.ops.registry import fast_ops
@@ -61,7 +61,8 @@ class Engine:
         blocks = config.kv_tokens // config.block_tokens
         self._blocks = BlockAllocator(blocks, config.block_tokens)
         kernels = find_kernels(base, config)
-        ops = fast_ops(base.sites, base.dtype, base.device, kernels)
+        forward = make_forward(base, config, kernels)
+        ops = fast_ops(base.sites, base.dtype, base.device, kernels, forward.weights)
         copies = None
         if base.device.type == "cuda":
             copies = CudaCopies(base.device, base.dtype, base.sites.num_layers)
@@ -69,7 +70,7 @@ class Engine:
         self._residency = Residency(
             config, base, self._slots, source, clock, self._lock, self._on_adapter_failed
         )
-        self._runner = Runner(config, base, self._slots, blocks, kernels)
+        self._runner = Runner(config, base, self._slots, blocks, forward)
         self._scheduler = Scheduler(config, self._blocks, self._residency, self._runner.resumable_layers)
         self._rows: dict[str, Row] = {}
         self._deadlines = Deadlines()

@@ -10,11 +10,10 @@ from adaptermesh.worker.engine.attention_choice import AttentionFacts, choose_at
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import HostStep, StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
-from adaptermesh.worker.engine.forward.forward import make_forward
+from adaptermesh.worker.engine.forward.forward import Forward
 from adaptermesh.worker.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.logprobs import score, token_logprobs
-from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.postprocess import Drawn, Scored, StepResult
 from adaptermesh.worker.engine.sampling import Draw, sample
@@ -28,13 +27,13 @@ class Runner:
     """The model, the cache's tensor and the slots, seen as one function of a plan."""
 
     def __init__(
-        self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int, kernels: Kernels | None
+        self, config: EngineConfig, base: Base, slots: DeviceSlots, blocks: int, forward: Forward
     ) -> None:
         self._base = base
         self._slots = slots
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
-        self._forward = make_forward(base, config, kernels)
+        self._forward = forward
         text = base.model.config.get_text_config()
         caps = getattr(text, "attn_logit_softcapping", None) is not None
         facts = AttentionFacts(shape, text.num_attention_heads, base.dtype, base.device, caps)

@@ -16,6 +16,7 @@ from adaptermesh.worker.engine.forward.native import NativeForward
 from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.forward.plain import PlainForward
 from adaptermesh.worker.engine.forward.rotation import check_rotation
+from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import Kernels, load_kernels
@@ -26,10 +27,14 @@ log = logging.getLogger(__name__)
 class Forward(Protocol):
     """Runs a packed batch through the base model and the adapters.
 
-    `resumable`: it can stop between layers, so `start` may be called.
+    `resumable`: it can stop between layers, so `start` may be called. `weights`: the base's, for adapters
+    that depend on them; None where they are not kept as they were.
     """
 
     resumable: bool
+
+    @property
+    def weights(self) -> BaseWeights | None: ...
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         """Fills the cache and gives the logits of the batch's outputs: [outputs, vocabulary] float32."""

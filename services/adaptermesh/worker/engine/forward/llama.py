@@ -15,6 +15,7 @@ from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.linear import Linear, LinearKind, PackedLinear
 from adaptermesh.worker.engine.forward.passage import Passage
+from adaptermesh.worker.engine.forward.weights import BaseWeights, ModuleWeights
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.slots import AdapterPlan
 
@@ -62,6 +63,11 @@ class LlamaForward:
         self._kv_heads = base.kv_heads
         self._dim = base.head_dim
         self._scaling = self._dim**-0.5
+        self._weights = None if linears.int8 else ModuleWeights(base)
+
+    @property
+    def weights(self) -> BaseWeights | None:
+        return self._weights
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         passage = self.start(batch, cache)

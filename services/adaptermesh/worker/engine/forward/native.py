@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.panels import Panels, Weight
 from adaptermesh.worker.engine.forward.passage import Passage
+from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import (
@@ -68,6 +70,10 @@ class NativeForward:
         self._threads = torch.get_num_threads()
         # What is left to torch is small, and its waiting threads would take the cores from the kernels' own.
         torch.set_num_threads(1)
+
+    @property
+    def weights(self) -> BaseWeights:
+        return _PanelWeights(self._panels)
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         passage = self.start(batch, cache)
@@ -157,6 +163,28 @@ class NativeForward:
         weight = weight.contiguous()
         self._keep.append(weight)
         return weight.data_ptr()
+
+
+class _PanelWeights:
+    """The base's weights out of the panels; those of one layer are in the order of SITES."""
+
+    def __init__(self, panels: Panels) -> None:
+        self._panels = panels
+
+    def squares(self, site: Site, layer: int) -> torch.Tensor:
+        return self._panels.values(_place(site, layer)).square().sum(1).flatten()[: site.out_features]
+
+    def project(self, site: Site, layer: int, a: torch.Tensor) -> torch.Tensor:
+        # [panels, n, outputs of a panel]
+        found = a @ self._panels.values(_place(site, layer))
+        return found.transpose(1, 2).reshape(-1, len(a))[: site.out_features]
+
+    def bias(self, site: Site, layer: int) -> torch.Tensor | None:
+        return self._panels.biases[_place(site, layer)]
+
+
+def _place(site: Site, layer: int) -> int:
+    return layer * len(SITES) + SITES.index(site.name)
 
 
 class _NativePassage:

@@ -18,6 +18,7 @@ from adaptermesh.worker.engine.attention import Span, plan_attention
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.passage import Passage
+from adaptermesh.worker.engine.forward.weights import BaseWeights, ModuleWeights
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.slots import AdapterPlan
 
@@ -55,6 +56,10 @@ class PlainForward:
                 module.register_forward_pre_hook(_input_hook(self._step, sites[0], layer))
                 module.register_forward_hook(_site_hook(self._step, sites, layer))
         self._try()
+
+    @property
+    def weights(self) -> BaseWeights:
+        return ModuleWeights(self._base)
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         self._step.batch = batch

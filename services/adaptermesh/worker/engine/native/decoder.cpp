@@ -45,11 +45,12 @@ struct Span {
   int32_t table;   // where its blocks begin in `tables`
 };
 
-// The factors of a step's adapters, by site. `rows`: [tokens], as in LayerFactors.
+// What a step's adapters multiply and add, by site. `rows`: [tokens], as in LayerFactors.
 struct Scales {
   const int32_t* rows;
   Factors inputs[kSites];
   Factors outputs[kSites];
+  Factors shifts[kSites];
 };
 
 struct Step {
@@ -105,7 +106,7 @@ struct Part {
   const float* x;
   bool adapted;
   Site site;
-  LayerFactors outputs;
+  Finish finish;
   int columns;
   int offset;
 };
@@ -205,7 +206,7 @@ class Pass : public Job {
       normalise(step_.hidden + static_cast<int64_t>(step_.outputs[row]) * model_.hidden, model_.norm_out, model_.hidden,
                 model_.epsilon, scratch_.x + static_cast<int64_t>(row) * model_.hidden);
     });
-    const Part parts[] = {{&model_.head, scratch_.x, false, Site{}, LayerFactors(), model_.vocabulary, 0}};
+    const Part parts[] = {{&model_.head, scratch_.x, false, Site{}, Finish{}, model_.vocabulary, 0}};
     product<1>(member, parts, model_.hidden, step_.output_count,
                [&](int row, int offset, int count, const float* y) {
                  std::memcpy(step_.logits + static_cast<int64_t>(row) * model_.vocabulary + offset, y, count * sizeof(float));
@@ -267,8 +268,9 @@ class Pass : public Job {
     return LayerFactors(step_.scales.inputs[site], step_.scales.rows, layer);
   }
 
-  LayerFactors outputs(SiteIndex site, int layer) const {
-    return LayerFactors(step_.scales.outputs[site], step_.scales.rows, layer);
+  Finish finish(SiteIndex site, int layer) const {
+    return {LayerFactors(step_.scales.outputs[site], step_.scales.rows, layer),
+            LayerFactors(step_.scales.shifts[site], step_.scales.rows, layer)};
   }
 
   // What a site reads of the x that it shares with others; it is the `place`th of them.
@@ -278,7 +280,7 @@ class Pass : public Job {
   }
 
   Part part(const Matrix& matrix, SiteIndex site, int place, int layer, int columns, int offset) const {
-    return {&matrix, input_of(site, place), used(site), at(site, layer, matrix.inputs), outputs(site, layer), columns,
+    return {&matrix, input_of(site, place), used(site), at(site, layer, matrix.inputs), finish(site, layer), columns,
             offset};
   }
 
@@ -330,7 +332,7 @@ class Pass : public Job {
           panel_product(*part.matrix, panel, part.x + begin * stride, stride, end - begin, y, [&] { expectation.some(kExpected); });
           if (part.adapted) expand(part.site, begin, end, panel, y);
           const int columns = part.columns - panel * kPanel;
-          scale_panel(part.outputs, begin, end, panel, columns, y);
+          part.finish.panel(begin, end, panel, columns, y);
           for (int token = begin; token < end; ++token)
             put(token, part.offset + panel * kPanel, columns < kPanel ? columns : kPanel, y + (token - begin) * kPanel);
         }
@@ -342,7 +344,7 @@ class Pass : public Job {
   void add_product(Team::Member& member, const Matrix& matrix, SiteIndex site, int layer, const float* x,
                    int64_t stride) const {
     const Part parts[] = {
-        {&matrix, x, used(site), at(site, layer, matrix.inputs), outputs(site, layer), model_.hidden, 0}};
+        {&matrix, x, used(site), at(site, layer, matrix.inputs), finish(site, layer), model_.hidden, 0}};
     product<1>(member, parts, stride, step_.tokens, [&](int token, int offset, int count, const float* y) {
       float* to = step_.hidden + static_cast<int64_t>(token) * model_.hidden + offset;
       for (int i = 0; i < count; ++i) to[i] += y[i];
@@ -352,7 +354,7 @@ class Pass : public Job {
   // inner = silu(gate) * up, a panel of both at a time.
   void gated_product(Team::Member& member, const Layer& layer, int index) const {
     const Site gate = at(kGate, index, model_.hidden), up = at(kUp, index, model_.hidden);
-    const LayerFactors gate_factors = outputs(kGate, index), up_factors = outputs(kUp, index);
+    const Finish finish_gate = finish(kGate, index), finish_up = finish(kUp, index);
     const int panels = layer.gate.panel_count, size = group_of(panels, step_.threads);
     member.phase((panels + size - 1) / size, [&](int task) {
       const int first = task * size, last = first + size < panels ? first + size : panels;
@@ -371,8 +373,8 @@ class Pass : public Job {
           panel_product(layer.up, panel, up_x, model_.hidden, end - begin, right, between);
           if (used(kUp)) expand(up, begin, end, panel, right);
           const int columns = model_.inner - panel * kPanel, count = columns < kPanel ? columns : kPanel;
-          scale_panel(gate_factors, begin, end, panel, columns, left);
-          scale_panel(up_factors, begin, end, panel, columns, right);
+          finish_gate.panel(begin, end, panel, columns, left);
+          finish_up.panel(begin, end, panel, columns, right);
           for (int token = begin; token < end; ++token) {
             float *g = left + (token - begin) * kPanel, *u = right + (token - begin) * kPanel;
             for (int i = 0; i < kPanel; i += kLanes) {

@@ -79,6 +79,7 @@ class Scales(Structure):
         ("rows", c_void_p),
         ("inputs", Factors * len(SITES)),
         ("outputs", Factors * len(SITES)),
+        ("shifts", Factors * len(SITES)),
     )
 
 

@@ -1,4 +1,4 @@
-// Factors of many adapters for what goes into a site and what comes out of it.
+// What adapters multiply into a site's input and output, and what they add to its output.
 #pragma once
 
 #include "vector.h"
@@ -31,12 +31,26 @@ static inline void multiply(const float* x, const float* factors, int count, flo
   for (; i < count; ++i) y[i] = x[i] * factors[i];
 }
 
-// Scales what comes out: a panel of tokens [begin, end). y: [tokens][kPanel], of which `columns` are outputs.
-static inline void scale_panel(const LayerFactors& factors, int begin, int end, int panel, int columns, float* y) {
-  if (!factors.values) return;
-  for (int token = begin; token < end; ++token)
-    if (const float* found = factors.of(token)) {
-      float* row = y + static_cast<ptrdiff_t>(token - begin) * kPanel;
-      multiply(row, found + static_cast<ptrdiff_t>(panel) * kPanel, columns < kPanel ? columns : kPanel, row);
-    }
+static inline void add(const float* terms, int count, float* y) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(y + i, load(y + i) + load(terms + i));
+  for (; i < count; ++i) y[i] += terms[i];
 }
+
+// What happens to a site's output in one layer, in this order.
+struct Finish {
+  LayerFactors factors;
+  LayerFactors shifts;
+
+  // A panel of tokens [begin, end). y: [tokens][kPanel], of which `columns` are outputs.
+  void panel(int begin, int end, int panel, int columns, float* y) const {
+    if (!factors.values && !shifts.values) return;
+    const int count = columns < kPanel ? columns : kPanel;
+    const ptrdiff_t start = static_cast<ptrdiff_t>(panel) * kPanel;
+    for (int token = begin; token < end; ++token) {
+      float* row = y + static_cast<ptrdiff_t>(token - begin) * kPanel;
+      if (const float* found = factors.of(token)) multiply(row, found + start, count, row);
+      if (const float* found = shifts.of(token)) add(found + start, count, row);
+    }
+  }
+};

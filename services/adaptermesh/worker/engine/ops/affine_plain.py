@@ -6,76 +6,107 @@ from dataclasses import dataclass
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
+from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.worker.engine.forward.weights import BaseWeights
+from adaptermesh.worker.engine.ops.affine import need_weights
 from adaptermesh.worker.engine.ops.op import InputPlan, SitePlan, StepTokens, TensorReader
 
-_Factors = dict[tuple[str, int, str], torch.Tensor]
-"""By site, layer and slot of the op: [width]."""
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """Vectors of one site and layer: [in], [out], [out]; None where nothing changes."""
+
+    inputs: torch.Tensor | None
+    outputs: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+_Modules = dict[tuple[str, int], _Module]
 
 
 class PlainAffine:
-    """`y = out_scale * (W (in_scale * x) + b)` for each segment."""
+    """`y = out (W (in * x) + b + low rank) + shift` for each segment; see `Affine`."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
+    ) -> None:
+        self._sites = {site.name: site for site in sites.sites}
         self._dtype = dtype
         self._device = device
-        self._slots: dict[int, _Factors] = {}
+        self._weights = weights
+        self._slots: dict[int, _Modules] = {}
 
     def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:  # noqa: ARG002 (it has no arena)
         self._slots[slot] = {}
 
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
         for module in modules:
-            for name, tensor in module.tensors.items():
-                self._slots[slot][module.site, layer, name] = read(tensor).to(
-                    self._device, self._dtype, copy=True
-                )
+            given = {name: read(tensor) for name, tensor in module.tensors.items()}
+            outputs, shift = given.get("out_scale"), given.get("bias_delta")
+            if shift is not None:
+                shift = module.scale * shift.float()
+            if "magnitude" in given:
+                outputs, shift = self._direction(module, layer, given["magnitude"], read)
+            found = (given.get("in_scale"), outputs, shift)
+            self._slots[slot][module.site, layer] = _Module(
+                *(None if one is None else one.to(self._device, self._dtype, copy=True) for one in found)
+            )
 
     def unload(self, slot: int) -> None:
         self._slots.pop(slot, None)
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:
-        return {
-            site: _PlainAffinePlan(site, "out_scale", tokens, self._slots)
-            for site in self._sites(tokens, "out_scale")
-        }
+        return {site: _PlainPlan(site, tokens, self._slots) for site in self._touched(tokens)}
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
-        return {
-            site: _PlainAffinePlan(site, "in_scale", tokens, self._slots)
-            for site in self._sites(tokens, "in_scale")
-        }
+        return {site: _PlainPlan(site, tokens, self._slots) for site in self._touched(tokens)}
 
     @property
     def size_bytes(self) -> int:
         return sum(
-            tensor.numel() * tensor.element_size()
-            for factors in self._slots.values()
-            for tensor in factors.values()
+            one.numel() * one.element_size()
+            for modules in self._slots.values()
+            for module in modules.values()
+            for one in (module.inputs, module.outputs, module.shift)
+            if one is not None
         )
 
-    def _sites(self, tokens: StepTokens, name: str) -> set[str]:
-        return {
-            site
-            for slot in tokens.active_slots
-            for site, _, found in self._slots.get(slot, ())
-            if found == name
-        }
+    def _direction(
+        self, module: ModuleOp, layer: int, magnitude: torch.Tensor, read: TensorReader
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """G = m / |W + s B A|, and what keeps it off the bias."""
+        site, weights = self._sites[module.site], need_weights(self._weights)
+        a, b = (read(f"L{layer}.{site.name}.{slot}").float() for slot in ("A", "B"))
+        matrix = weights.project(site, layer, torch.eye(site.in_features)).double()
+        norms = (matrix + module.scale * b.double() @ a.double()).norm(dim=1)
+        factors = (magnitude.double() / norms).float()
+        bias = weights.bias(site, layer)
+        return factors, None if bias is None else (1.0 - factors) * bias
+
+    def _touched(self, tokens: StepTokens) -> set[str]:
+        return {site for slot in tokens.active_slots for site, _ in self._slots.get(slot, ())}
 
 
 @dataclass(frozen=True, slots=True)
-class _PlainAffinePlan:
+class _PlainPlan:
     site: str
-    name: str
     tokens: StepTokens
-    slots: Mapping[int, _Factors]
+    slots: Mapping[int, _Modules]
 
     def apply(self, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:  # noqa: ARG002 (a SitePlan's)
         for segment in self.tokens.segments:
-            factor = self.slots.get(segment.slot, {}).get((self.site, layer, self.name))
-            if factor is not None:
-                y[segment.start : segment.end] *= factor
+            module = self.slots.get(segment.slot, {}).get((self.site, layer))
+            if module is None:
+                continue
+            if module.outputs is not None:
+                y[segment.start : segment.end] *= module.outputs
+            if module.shift is not None:
+                y[segment.start : segment.end] += module.shift
 
     def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         scaled = x.clone()
-        self.apply(layer, x, scaled)
+        for segment in self.tokens.segments:
+            module = self.slots.get(segment.slot, {}).get((self.site, layer))
+            if module is not None and module.inputs is not None:
+                scaled[segment.start : segment.end] *= module.inputs
         return scaled

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
@@ -18,18 +19,24 @@ OP_KINDS = frozenset({"lowrank", "affine"})
 
 
 def fast_ops(
-    sites: SiteMap, dtype: torch.dtype, device: torch.device, kernels: Kernels | None
+    sites: SiteMap,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels | None,
+    weights: BaseWeights | None = None,
 ) -> Mapping[str, Op]:
     """The ops that serve, by the kind's name in a manifest, in the order in which they act on an output.
 
-    `kernels`: of a CPU that computes float32.
+    `kernels`: of a CPU that computes float32. `weights`: the base's, for adapters that depend on them.
     """
     lowrank: Op = LowRank(sites.sites, sites.num_layers, dtype, device)
     if kernels is not None:
         lowrank = NativeLowRank(sites, kernels)
-    return {"lowrank": lowrank, "affine": Affine(sites, dtype, device)}
+    return {"lowrank": lowrank, "affine": Affine(sites, dtype, device, weights)}
 
 
-def plain_ops(dtype: torch.dtype, device: torch.device) -> Mapping[str, Op]:
+def plain_ops(
+    sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
+) -> Mapping[str, Op]:
     """The same, straight from the formulas: what the fast ones are checked against."""
-    return {"lowrank": PlainLowRank(dtype, device), "affine": PlainAffine(dtype, device)}
+    return {"lowrank": PlainLowRank(dtype, device), "affine": PlainAffine(sites, dtype, device, weights)}

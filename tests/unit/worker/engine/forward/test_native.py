@@ -21,6 +21,7 @@ from transformers import (
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest import ModuleOp
+from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError
 from adaptermesh.worker.engine.attention import Span, plan_attention
 from adaptermesh.worker.engine.base import make_base
@@ -35,7 +36,7 @@ from adaptermesh.worker.engine.forward.plain import PlainForward
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import Kernels
-from adaptermesh.worker.engine.ops.op import Op, Segment, StepTokens
+from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.ops.registry import fast_ops, plain_ops
 from adaptermesh.worker.engine.slots import AdapterPlan
 from tests.unit.worker.engine.ops.loading import load
@@ -130,14 +131,14 @@ class Way:
         self.size = config.block_tokens
         native = kernels if config.forward in ("auto", "native") else None
         self.forward = make_forward(base, config, native)
+        weights = self.forward.weights
         self.ops = (
-            plain_ops(base.dtype, base.device)
+            plain_ops(base.sites, base.dtype, base.device, weights)
             if config.forward == "plain"
-            else fast_ops(base.sites, base.dtype, base.device, native)
+            else fast_ops(base.sites, base.dtype, base.device, native, weights)
         )
         for slot in range(SLOTS):
-            self._load(self.ops["lowrank"], slot)
-            self._load_factors(self.ops["affine"], slot)
+            self._load(slot)
         self.blocks = 4096 // self.size
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, self.blocks, self.size)
         self.cache = KvCache(shape, base.dtype, base.device)
@@ -145,37 +146,43 @@ class Way:
         if isinstance(self.forward, NativeForward):
             self.cache.data.fill_(torch.nan)
 
-    def _load(self, op: Op, slot: int) -> None:
-        """Slot 0: every site. 1: some, of many ranks. 2: one site of one layer. 3: none."""
-        generator, modules, tensors = torch.Generator().manual_seed(slot), [], {}
-        for place, site in enumerate(self.base.sites.sites):
-            for layer in range(self.base.sites.num_layers):
-                if (slot == 1 and (place + layer) % 3 == 0) or (slot == 2 and (place, layer) != (6, 1)):
-                    continue
-                if slot == FACTORS_ONLY:
-                    continue
-                rank = (4, 1 + (5 * place + layer) % 13, 33)[slot]
-                a, b = f"{place}.{layer}.A", f"{place}.{layer}.B"
-                tensors[a] = torch.randn(rank, site.in_features, generator=generator) * 0.1
-                tensors[b] = torch.randn(site.out_features, rank, generator=generator) * 0.1
-                modules.append(ModuleOp(site.name, layer, "lowrank", rank, 2.0, {"A": a, "B": b}))
-        load(op, slot, modules, tensors.__getitem__, self.base.sites.num_layers)
+    def _load(self, slot: int) -> None:
+        """Slot 0: low-rank at every site, with magnitudes in layer 1. 1: at some, of many ranks, with factors
+        and shifts beside some. 2: at one site of one layer. 3: factors and shifts at every site.
+        """
+        generator = torch.Generator().manual_seed(slot)
+        modules: list[ModuleOp] = []
+        tensors: dict[str, torch.Tensor] = {}
 
-    def _load_factors(self, op: Op, slot: int) -> None:
-        """Slot 3: at every site, of inputs and outputs. 1: at some, beside the low-rank parts. Else none."""
-        generator, modules, tensors = torch.Generator().manual_seed(slot + 100), [], {}
+        def add(site: Site, layer: int, op: str, rank: int, **values: torch.Tensor) -> None:
+            names = {name: f"L{layer}.{site.name}.{name}" for name in values}
+            tensors.update({names[name]: value for name, value in values.items()})
+            scaled = op == "lowrank" or not {"bias_delta", "magnitude"}.isdisjoint(values)
+            modules.append(ModuleOp(site.name, layer, op, rank, 2.0 if scaled else 1.0, names))
+
         for place, site in enumerate(self.base.sites.sites):
             for layer in range(self.base.sites.num_layers):
-                names: tuple[str, ...] = ("in_scale", "out_scale")
-                if slot != FACTORS_ONLY:
-                    names = names[place % 3 :] if slot == 1 and layer == 1 else ()
-                for name in names:
-                    width = site.in_features if name == "in_scale" else site.out_features
-                    tensors[f"{place}.{layer}.{name}"] = 1 + 0.3 * torch.randn(width, generator=generator)
-                if names:
-                    places = {name: f"{place}.{layer}.{name}" for name in names}
-                    modules.append(ModuleOp(site.name, layer, "affine", 0, 1.0, places))
-        load(op, slot, modules, tensors.__getitem__, self.base.sites.num_layers)
+                rank = (4, 1 + (5 * place + layer) % 13, 33, 0)[slot]
+                left_out = (slot == 1 and (place + layer) % 3 == 0) or (
+                    slot == 2 and (place, layer) != (6, 1)
+                )
+                if rank and not left_out:
+                    a = torch.randn(rank, site.in_features, generator=generator) * 0.1
+                    b = torch.randn(site.out_features, rank, generator=generator) * 0.1
+                    add(site, layer, "lowrank", rank, A=a, B=b)
+                vectors = {
+                    "in_scale": 1 + 0.3 * torch.randn(site.in_features, generator=generator),
+                    "out_scale": 1 + 0.3 * torch.randn(site.out_features, generator=generator),
+                    "bias_delta": 0.2 * torch.randn(site.out_features, generator=generator),
+                }
+                if slot == 0 and layer == 1:
+                    add(site, layer, "affine", 0, magnitude=1 + vectors["out_scale"].abs())
+                chosen = list(vectors)[place % 3 :] if slot == 1 and layer == 1 else list(vectors)
+                if slot == FACTORS_ONLY or (slot == 1 and layer == 1):
+                    add(site, layer, "affine", 0, **{name: vectors[name] for name in chosen})
+        for kind, op in self.ops.items():
+            own = [module for module in modules if module.op == kind]
+            load(op, slot, own, tensors.__getitem__, self.base.sites.num_layers)
 
     def place(self, rows: Sequence[Row]) -> None:
         """Gives the rows blocks, scattered over the cache."""
@@ -474,7 +481,7 @@ def test_a_rotation_that_follows_the_longest_row_is_refused_by_every_forward(
 
 def test_an_op_that_the_kernels_do_not_know_is_not_passed_over(kernels: Kernels) -> None:
     way = Way(make_model(CONFIGS["llama"]()), kernels, forward="native")
-    way.ops = plain_ops(torch.float32, torch.device("cpu"))
+    way.ops = plain_ops(way.base.sites, torch.float32, torch.device("cpu"))
     with pytest.raises(MeshError, match="does not compute affine, lowrank"):
         way.whole([1, 2, 3], 0)
 

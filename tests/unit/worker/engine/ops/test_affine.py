@@ -57,7 +57,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.fast = Affine(SITES, torch.float32, CPU)
-        self.plain = PlainAffine(torch.float32, CPU)
+        self.plain = PlainAffine(SITES, torch.float32, CPU)
         self.held: set[int] = set()
 
     def load(self, slot: int, places: Places, seed: int) -> None:
