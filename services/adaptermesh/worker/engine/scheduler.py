@@ -3,7 +3,8 @@
 Decodes go first, one token a running row; the rest of the step's token budget goes to prompts, in chunks;
 then waiting requests join in the order of the waiting queue. A request whose adapter isn't there yet, or has
 no slot, is passed by; one that was passed too often gets a slot drained for it, so nobody waits for ever. A
-request that joins starts behind the tokens that the prefix cache has for it.
+request that joins starts behind the tokens that the prefix cache has for it; while a row computes tokens that
+it shares, it waits for them (`shared_prompts`).
 
 What is left after that goes to requests whose adapter still arrives: their prompts are computed as far as
 its layers are here (`early_prefills`). They are never in the way: if a request that could start lacks a row,
@@ -20,6 +21,7 @@ from adaptermesh.worker.engine.fairness import TenantCounters
 from adaptermesh.worker.engine.gate import AdapterGate, Placer
 from adaptermesh.worker.engine.kv import BlockAllocator
 from adaptermesh.worker.engine.sequence import Sequence, SequenceState
+from adaptermesh.worker.engine.shared_prompts import PromptsUnderWay
 from adaptermesh.worker.engine.slots import BASE_SLOT
 from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
 from adaptermesh.worker.engine.waiting import WaitingQueue
@@ -244,11 +246,15 @@ class Scheduler:
         passed: list[tuple[Sequence, int]] = []
         joined = 0
         gate = AdapterGate(self._config, self._placer, self.running, self.waiting.starving)
+        under_way = PromptsUnderWay(filter(self._fills_cache, self.running), self._blocks.block_tokens)
         for sequence in self.waiting.in_order():
             if budget.tokens <= 0 or len(self.running) >= self._config.max_batch_rows:
                 break
             if sequence.unscored and budget.scored <= 0:
                 # It would hold a row and do nothing until the prompts before it are scored.
+                continue
+            if self._looks_up(sequence) and under_way.shares(sequence):
+                # In a step or two it finds them in the cache.
                 continue
             if not self._has_room(sequence):
                 # Nobody passes a request that lacks memory: the small ones would starve it.
@@ -259,6 +265,8 @@ class Scheduler:
                 continue
             self._join(sequence)
             joined += 1
+            if self._fills_cache(sequence):
+                under_way.add(sequence)
             row = self._chunk(sequence, budget)
             if row is not None:
                 prefills.append(row)
@@ -298,6 +306,10 @@ class Scheduler:
     def _looks_up(self, sequence: Sequence) -> bool:
         # Cached blocks have no logits: a prompt that is not scored yet is computed, all of it.
         return self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
+
+    def _fills_cache(self, sequence: Sequence) -> bool:
+        """Whether a row computes its prompt for the cache, in steps."""
+        return self._config.prefix_cache and not sequence.early
 
     def _share_prefix(self, sequence: Sequence) -> None:
         sequence.computed = self._blocks.share(sequence.table, self._reusable(sequence))

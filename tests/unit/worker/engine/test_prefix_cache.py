@@ -125,11 +125,14 @@ def test_running_requests_share_blocks_without_a_copy(lab: Any, make_bench: Any)
     bench.assert_empty()
 
 
-def test_equal_prompts_of_one_step_each_keep_their_own_blocks(lab: Any, make_bench: Any) -> None:
+def test_equal_prompts_that_come_together_are_computed_once(lab: Any, make_bench: Any) -> None:
     bench = make_bench(block_tokens=8, step_tokens=128)
+    computed = count_computed(bench)
     heard = [ask(bench, None, PROMPT, 6) for _ in range(3)]
     bench.run(*heard)
-    assert all(one.outcome and one.outcome.timeline.cached_tokens == 0 for one in heard)
+    # Then the others compute their last block, each its own, beside the first one's next token.
+    assert computed[:2] == [40, 8 + 8 + 1]
+    assert [one.outcome.timeline.cached_tokens for one in heard if one.outcome] == [0, 32, 32]
     assert all(one.tokens == lab.continuation(None, PROMPT, 6) for one in heard)
     assert bench.engine.status().kv_cached_tokens == 40
     bench.assert_empty()

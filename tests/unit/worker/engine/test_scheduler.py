@@ -124,11 +124,18 @@ class Line:
         output: int = 2,
         priority: int = 0,
         name: str = "",
+        reuse_prefix: bool = True,
     ) -> Sequence:
         self._arrivals += 1
         params = SamplingParams(max_tokens=output)
         request = Request(
-            name or f"r{self._arrivals}", tenant, digest, (1,) * prompt, params, priority=priority
+            name or f"r{self._arrivals}",
+            tenant,
+            digest,
+            (1,) * prompt,
+            params,
+            priority=priority,
+            reuse_prefix=reuse_prefix,
         )
         sequence = Sequence(
             request=request,
@@ -453,6 +460,54 @@ arrivals = st.lists(
 )
 
 
+def computed(plan: StepPlan) -> dict[str, int]:
+    """Tokens of each request's part of a step."""
+    return {row.sequence.request.request_id: row.count for row in plan.rows}
+
+
+def test_what_requests_share_is_computed_once_though_they_come_together() -> None:
+    line = Line(prefix_cache=True)
+    for name in ("a", "b", "c"):
+        line.add(prompt=14, name=name)
+    # Four blocks of four tokens would be in the step, but b and c would compute what a computes.
+    assert computed(line.step()) == {"a": 14}
+    assert computed(line.step()) == {"a": 1, "b": 2, "c": 2}
+
+
+def test_who_waits_for_a_shared_prompt_is_passed_by_those_who_share_nothing() -> None:
+    line = Line(prefix_cache=True)
+    line.add(prompt=9, name="a")
+    line.add(prompt=9, name="b")
+    line.add("other tenant", prompt=5, name="c")
+    assert computed(line.step()) == {"a": 9, "c": 5}
+    assert computed(line.step()) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_a_long_shared_prompt_is_waited_for_over_its_steps_and_not_beyond() -> None:
+    line = Line(prefix_cache=True)
+    line.add(prompt=40, name="a")
+    line.add(prompt=42, name="b")
+    assert [computed(line.step()) for _ in range(4)] == [{"a": 16}, {"a": 16}, {"a": 8}, {"a": 1, "b": 2}]
+
+
+def test_nobody_waits_for_a_prompt_that_has_gone() -> None:
+    line = Line(prefix_cache=True)
+    first = line.add(prompt=40, name="a")
+    line.add(prompt=40, name="b")
+    line.step()
+    line.scheduler.end(first)
+    # What a left in the cache is used all the same.
+    assert computed(line.step()) == {"b": 16}
+    assert line.scheduler.running[0].computed == 32
+
+
+def test_a_request_that_wants_no_cached_tokens_waits_for_nobody() -> None:
+    line = Line(prefix_cache=True, step_tokens=32)
+    line.add(prompt=9, name="a")
+    line.add(prompt=9, name="b", reuse_prefix=False)
+    assert computed(line.step()) == {"a": 9, "b": 9}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     arrivals=arrivals,
@@ -461,11 +516,26 @@ arrivals = st.lists(
     overtakes=st.integers(0, 6),
     kv_tokens=st.sampled_from([32, 64, 256]),
     late=st.dictionaries(st.sampled_from(["d0", "d1", "d2"]), st.integers(0, 40)),
+    shared=st.booleans(),
 )
 def test_every_request_ends(
-    arrivals: list[Any], slots: int, limit: int, overtakes: int, kv_tokens: int, late: dict[str, int]
+    arrivals: list[Any],
+    slots: int,
+    limit: int,
+    overtakes: int,
+    kv_tokens: int,
+    late: dict[str, int],
+    shared: bool,
 ) -> None:
-    line = Line(slots, late, max_step_adapters=limit, max_overtakes=overtakes, kv_tokens=kv_tokens)
+    line = Line(
+        slots,
+        late,
+        max_step_adapters=limit,
+        max_overtakes=overtakes,
+        kv_tokens=kv_tokens,
+        # All prompts are of one token again and again, so that those of one tenant and adapter share blocks.
+        prefix_cache=shared,
+    )
     for pause, tenant, digest, prompt, output, priority in arrivals:
         for _ in range(pause):
             line.step()
