@@ -73,7 +73,7 @@ class NativeForward:
 
     @property
     def weights(self) -> BaseWeights:
-        return _PanelWeights(self._panels)
+        return _PanelWeights(self._panels, self._kernels, self._threads)
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         passage = self.start(batch, cache)
@@ -168,16 +168,17 @@ class NativeForward:
 class _PanelWeights:
     """The base's weights out of the panels; those of one layer are in the order of SITES."""
 
-    def __init__(self, panels: Panels) -> None:
+    def __init__(self, panels: Panels, kernels: Kernels, threads: int) -> None:
         self._panels = panels
+        self._kernels = kernels
+        self._threads = threads
 
     def squares(self, site: Site, layer: int) -> torch.Tensor:
         return self._panels.values(_place(site, layer)).square().sum(1).flatten()[: site.out_features]
 
     def project(self, site: Site, layer: int, a: torch.Tensor) -> torch.Tensor:
-        # [panels, n, outputs of a panel]
-        found = a @ self._panels.values(_place(site, layer))
-        return found.transpose(1, 2).reshape(-1, len(a))[: site.out_features]
+        matrix = self._panels.matrices[_place(site, layer)]
+        return self._kernels.project(matrix, a, site.out_features, self._threads).T
 
     def bias(self, site: Site, layer: int) -> torch.Tensor | None:
         return self._panels.biases[_place(site, layer)]

@@ -425,6 +425,23 @@ void adaptermesh_pack(const float* from, int64_t outputs, int64_t inputs, int32_
   });
 }
 
+// y = x W^T without the bias. x: [count, inputs]. y: [count, outputs].
+void adaptermesh_project(const Matrix* matrix, const float* x, int32_t count, float* y, int32_t outputs, int32_t threads) {
+  Matrix bare = *matrix;
+  bare.bias = nullptr;
+  for_each(bare.panel_count, threads, [=](int panel) {
+    alignas(64) float part[kTokens * kPanel];
+    const int columns = outputs - panel * kPanel < kPanel ? outputs - panel * kPanel : kPanel;
+    for (int begin = 0; begin < count; begin += kTokens) {
+      const int rows = count - begin < kTokens ? count - begin : kTokens;
+      const float* from = x + static_cast<int64_t>(begin) * bare.inputs;
+      panel_product(bare, panel, from, bare.inputs, rows, part, [] {});
+      for (int row = 0; row < rows; ++row)
+        std::memcpy(y + static_cast<int64_t>(begin + row) * outputs + panel * kPanel, part + row * kPanel, columns * sizeof(float));
+    }
+  });
+}
+
 void adaptermesh_load(const Load* loads, int32_t count) {
   for (int32_t i = 0; i < count; ++i) load_module(loads[i]);
 }

@@ -126,6 +126,15 @@ class Kernels:
         self._library.adaptermesh_pack.argtypes = (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32)
         self._library.adaptermesh_run.restype = None
         self._library.adaptermesh_run.argtypes = (POINTER(Model), POINTER(Step))
+        self._library.adaptermesh_project.restype = None
+        self._library.adaptermesh_project.argtypes = (
+            POINTER(Matrix),
+            c_void_p,
+            c_int32,
+            c_void_p,
+            c_int32,
+            c_int32,
+        )
         self._library.adaptermesh_load.restype = None
         self._library.adaptermesh_load.argtypes = (c_void_p, c_int32)
         self._library.adaptermesh_add_lowrank.restype = None
@@ -154,6 +163,13 @@ class Kernels:
     def run(self, model: Model, step: Step) -> None:
         """Runs layers [first_layer, last_layer) of a step, and the head after the last one."""
         self._library.adaptermesh_run(model, step)
+
+    def project(self, matrix: Matrix, x: torch.Tensor, outputs: int, threads: int) -> torch.Tensor:
+        """X W^T without the bias, in float32. x: [n, in] -> [n, outputs]."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), outputs)
+        self._library.adaptermesh_project(matrix, x.data_ptr(), len(x), y.data_ptr(), outputs, threads)
+        return y
 
     def load(self, loads: Loads) -> None:
         """Copies modules into the memory of an adapter; all addresses must be good while it runs."""

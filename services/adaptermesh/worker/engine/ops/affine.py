@@ -120,7 +120,7 @@ class Affine:
             site, weights = self._sites[module.site], need_weights(self._weights)
             a, b = (read(f"L{layer}.{site.name}.{slot}").to(self._device).float() for slot in ("A", "B"))
             norms = self._norms(site, layer, weights, module.scale * b, a)
-            found[_OUT] = (found[_OUT].to(self._device).double() / norms).float()
+            found[_OUT] = found[_OUT].to(self._device).float() / norms
             bias = weights.bias(site, layer)
             if bias is not None:
                 found[_SHIFT] = (1.0 - found[_OUT]) * bias
@@ -129,13 +129,13 @@ class Affine:
     def _norms(
         self, site: Site, layer: int, weights: BaseWeights, b: torch.Tensor, a: torch.Tensor
     ) -> torch.Tensor:
-        """The norm of each row of W + b a, without making that matrix: [out] float64."""
+        """The norm of each row of W + b a, without making that matrix: [out]. a: [r, in]. b: [out, r]."""
         squares = self._squares.get((site.name, layer))
         if squares is None:
             squares = self._squares[site.name, layer] = weights.squares(site, layer)
-        crossed = (weights.project(site, layer, a).double() * b).sum(1)
-        own = ((b.double() @ (a.double() @ a.double().T)) * b).sum(1)
-        return (squares.double() + 2.0 * crossed + own).clamp_(min=_TINY).sqrt_()
+        # |w + b a|^2 = |w|^2 + b . (2 w a^T + b a a^T), row by row.
+        crossed = torch.addmm(weights.project(site, layer, a), b, a @ a.T, beta=2.0)
+        return (squares + crossed.mul_(b).sum(1)).clamp_(min=_TINY).sqrt_()
 
     def _arena(self, site: str, name: str, keys: set[_Key]) -> torch.Tensor | None:
         return self._arenas[site, name] if (site, name) in keys else None
