@@ -1,4 +1,4 @@
-"""Random but seeded LoRA adapters: written once as peft does, and ingested as our store does."""
+"""Random but seeded adapters: written once as peft does, and ingested as our store does."""
 
 import json
 import shutil
@@ -16,45 +16,94 @@ ALPHA = 16
 CANONICAL_FILE = "canonical.safetensors"
 MANIFEST_FILE = "manifest.json"
 
+KINDS = ("lora", "dora", "ia3")
+"""Kinds that are measured beside each other."""
+
 _SEED = 20260701
 # Large enough to change most answers, small enough to leave them finite.
 _UP_STD = 0.02
+# How far factors are from one.
+_FACTOR_STD = 0.02
+# Where peft puts IA3 in a Llama, and which of these scale their input.
+_IA3_SITES, _IA3_INPUTS = ("k", "v", "down"), ("down",)
+_PER_KIND = 8
+
+_Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 def adapter_name(index: int) -> str:
     return f"a{index:03d}"
 
 
+def kind_name(kind: str, index: int) -> str:
+    """Adapters of the standard workload are LoRA."""
+    return adapter_name(index) if kind == "lora" else f"{kind}{index:03d}"
+
+
 def ensure_adapters(cache: Path, model: Path, count: int) -> Path:
-    """A folder with at least `count` adapters of this base: `a000/peft`, `a000/canonical.safetensors`, ..."""
+    """A folder with at least `count` LoRA of this base: `a000/peft`, `a000/canonical.safetensors`, ...
+
+    And a few of each other kind: `dora000`, ...
+    """
     facts = BaseFacts.from_json(json.loads((model / "base_model.json").read_text()))
     folder = cache / "adapters" / f"{facts.digest.removeprefix('sha256:')[:12]}-r{RANK}"
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        if not (folder / adapter_name(index)).is_dir():
-            _write(folder, index, facts)
+    wanted = [("lora", index) for index in range(count)]
+    wanted += [(kind, index) for kind in KINDS if kind != "lora" for index in range(_PER_KIND)]
+    for kind, index in wanted:
+        if not (folder / kind_name(kind, index)).is_dir():
+            _write(folder, kind, index, facts)
     return folder
 
 
-def _write(folder: Path, index: int, facts: BaseFacts) -> None:
+def _write(folder: Path, kind: str, index: int, facts: BaseFacts) -> None:
     """Writes one adapter under a temporary name: a folder that is there is complete."""
-    name = adapter_name(index)
+    name = kind_name(kind, index)
     part = folder / f".{name}.part"
     shutil.rmtree(part, ignore_errors=True)
     peft = part / "peft"
     peft.mkdir(parents=True)
     sites = site_map(facts).sites
-    save_file(_weights(index, facts.num_layers, sites), peft / "adapter_model.safetensors")
-    (peft / "adapter_config.json").write_text(json.dumps(_config(sites), indent=2))
+    if kind == "ia3":
+        weights, config = _factors(index, facts.num_layers, sites), _ia3_config(sites)
+    else:
+        weights, config = _weights(index, facts.num_layers, sites), _config(sites)
+    if kind == "dora":
+        weights |= _magnitudes(index, facts.num_layers, sites)
+        config |= {"use_dora": True}
+    save_file(weights, peft / "adapter_model.safetensors")
+    (peft / "adapter_config.json").write_text(json.dumps(config, indent=2))
     files = {file: peft / file for file in ("adapter_config.json", "adapter_model.safetensors")}
     result = ingest(SourceBundle(files, "bench", name), facts, part / CANONICAL_FILE)
     (part / MANIFEST_FILE).write_bytes(result.manifest.to_bytes())
     part.rename(folder / name)
 
 
-def _weights(
-    index: int, layers: int, sites: tuple[Site, ...]
-) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+def _magnitudes(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Floats]:
+    """[out] each; not near the norms of the base's rows, which costs the same."""
+    rng = np.random.default_rng([_SEED, index, 1])
+    return {
+        f"base_model.model.{site.module.format(layer=layer)}.lora_magnitude_vector": rng.normal(
+            1.0, _FACTOR_STD, site.out_features
+        ).astype(np.float32)
+        for layer in range(layers)
+        for site in sites
+    }
+
+
+def _factors(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Floats]:
+    """ia3_l: [out, 1], or [1, in] of a feed-forward module."""
+    rng = np.random.default_rng([_SEED, index, 2])
+    found = {}
+    for layer in range(layers):
+        for site in (site for site in sites if site.name in _IA3_SITES):
+            shape = (1, site.in_features) if site.name in _IA3_INPUTS else (site.out_features, 1)
+            name = f"base_model.model.{site.module.format(layer=layer)}.ia3_l"
+            found[name] = rng.normal(1.0, _FACTOR_STD, shape).astype(np.float32)
+    return found
+
+
+def _weights(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Floats]:
     """lora_A: [rank, in], uniform as peft starts it. lora_B: [out, rank], normal instead of zero."""
     rng = np.random.default_rng([_SEED, index])
     weights = {}
@@ -79,5 +128,19 @@ def _config(sites: tuple[Site, ...]) -> dict[str, object]:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": [site.module.rpartition(".")[2] for site in sites],
+        "inference_mode": True,
+    }
+
+
+def _ia3_config(sites: tuple[Site, ...]) -> dict[str, object]:
+    def modules(names: tuple[str, ...]) -> list[str]:
+        return [site.module.rpartition(".")[2] for site in sites if site.name in names]
+
+    return {
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "smollm2-135m-instruct",
+        "target_modules": modules(_IA3_SITES),
+        "feedforward_modules": modules(_IA3_INPUTS),
         "inference_mode": True,
     }

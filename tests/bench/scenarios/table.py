@@ -8,6 +8,7 @@ from tests.bench.result import Result
 from tests.bench.scenarios import (
     cold_switch,
     decode_bound,
+    kinds,
     many_adapters,
     many_rows,
     quantized,
@@ -48,6 +49,12 @@ SCENARIOS = {
         "A large batch with an adapter for each row",
         "As above, in one engine.",
         many_rows.run,
+    ),
+    "kinds": Scenario(
+        "Adapters of several kinds in one batch",
+        "As above, in one engine; IA3 at k, v and down, DoRA at all seven projections. peft can't mix kinds: "
+        "the rows are compared with themselves alone, and each kind with peft by the parity tests.",
+        kinds.run,
     ),
     "many-adapters": Scenario(
         "A thousand registered adapters",

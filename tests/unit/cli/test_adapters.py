@@ -96,6 +96,7 @@ def test_show_lists_the_versions_of_an_adapter_or_tells_all_of_one(
     one = invoke("adapters", "show", "acme/ner@prod")
     assert "adapter_model.safetensors" in one.stdout
     assert "apache-2.0" in one.stdout
+    assert "lora (lowrank), rank 4" in one.stdout
     assert document(invoke("adapters", "show", "acme/ner:v1", "--json"))["manifest"] == {"schema": 1}
     assert document(invoke("adapters", "show", "acme/ner", "--json"))["aliases"] == {"prod": 1}
 

@@ -162,9 +162,7 @@ def _upload_report(result: UploadResult, adapter: str, *, check: bool) -> list[T
         lines = [Text(f"{version.ref} published", style="green")]
     else:
         lines = [Text(f"{version.ref} was there already: same content, same version")]
-    lines.append(
-        Text(f"  {version.digest}  {version.kind}, rank {version.max_rank}, {size(version.size_bytes)}")
-    )
+    lines.append(Text(f"  {version.digest}  {_with_rank(version, version.kind)}, {size(version.size_bytes)}"))
     if not version.servable:
         lines.append(Text(f"  stored, but can't be served: {version.unservable_reason}", style="yellow"))
     lines += [Text(f"  warning: {warning}", style="yellow") for warning in version.warnings]
@@ -220,6 +218,11 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
     output.result({"versions": versions, "aliases": aliases}, rows)
 
 
+def _with_rank(version: Version, kind: str) -> str:
+    """What has no low-rank part has no rank."""
+    return f"{kind}, rank {version.max_rank}" if version.max_rank else kind
+
+
 def _version_report(resolved: ResolvedRef) -> list[RenderableType]:
     version = resolved.version
     files = table("file", "size", "sha256", right=("size",))
@@ -235,7 +238,7 @@ def _version_report(resolved: ResolvedRef) -> list[RenderableType]:
             tags=", ".join(version.tags),
             license=version.license,
             base=f"{version.base_model_id} ({version.base_digest})",
-            kind=f"{version.kind} ({', '.join(version.op_kinds)}), rank {version.max_rank}",
+            kind=_with_rank(version, f"{version.kind} ({', '.join(version.op_kinds)})"),
             size=size(version.size_bytes),
             servable="yes" if version.servable else f"no: {version.unservable_reason}",
             warnings="; ".join(version.warnings),
