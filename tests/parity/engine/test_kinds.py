@@ -118,7 +118,10 @@ class World:
         return self.prompts[list(self.kinds).index(name)]
 
 
-def make_kind(folder: Path, reference: Any, config: peft.PeftConfig, facts: Any, source: Memory) -> Kind:
+def make_kind(
+    folder: Path, reference: Any, config: peft.PeftConfig, facts: Any, source: Any, spread: float = 0.5
+) -> Kind:
+    """Weights are normal with that deviation, factors around one."""
     torch.manual_seed(5)
     with warnings.catch_warnings():
         # peft still reads a property that transformers has renamed.
@@ -130,11 +133,11 @@ def make_kind(folder: Path, reference: Any, config: peft.PeftConfig, facts: Any,
         for name, parameter in model.named_parameters():
             if "magnitude" in name:
                 # As it was, row by row more or less.
-                parameter.data.mul_(torch.empty_like(parameter).uniform_(0.6, 1.4))
+                parameter.data.mul_(torch.empty_like(parameter).uniform_(1.0 - spread, 1.0 + spread))
             elif "ia3_" in name:
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
+                torch.nn.init.normal_(parameter, mean=1.0, std=spread)
             elif any(part in name for part in ("lora_", "hada_", "vera_lambda")):
-                torch.nn.init.normal_(parameter, std=0.5)
+                torch.nn.init.normal_(parameter, std=spread)
         model.eval().save_pretrained(str(folder))
     files = {name: folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
     out = folder / "canonical.safetensors"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,6 +25,7 @@ from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.engine import Engine
 from adaptermesh.worker.engine.request import Outcome, Request
 from adaptermesh.worker.engine.source import AdapterSink
+from tests.parity.engine.test_kinds import HeardLogprobs, make_kind
 
 MODEL = Path.home() / ".adaptermesh" / "models" / "smollm2-135m-instruct"
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -94,14 +96,14 @@ def make_adapters(folder: Path, facts: BaseFacts, source: Memory) -> tuple[Any, 
     return model, digests
 
 
-def reference(model: Any, adapter: int | None, prompt: list[int]) -> list[int]:
-    """Greedy tokens by recomputation, without a cache."""
+def reference(model: Any, adapter: int | None, prompt: list[int], *, disabled: bool = True) -> list[int]:
+    """Greedy tokens by recomputation, without a cache. Adapter None: the base alone, if `disabled`."""
     tokens = list(prompt)
     if adapter is not None:
         model.set_adapter(f"a{adapter}")
     for _ in range(COUNT):
         with torch.no_grad():
-            if adapter is None:
+            if adapter is None and disabled:
                 with model.disable_adapter():
                     logits = model(input_ids=torch.tensor([tokens]), logits_to_keep=1).logits
             else:
@@ -142,3 +144,43 @@ def test_mixed_rows_on_the_default_base_equal_transformers_and_peft(tmp_path: Pa
     engine.stop()
     for adapter, prompt, heard in asked:
         assert heard.tokens == reference(peft_model, adapter, prompt)
+
+
+COMMON: dict[str, peft.PeftConfig] = {
+    "lora": LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=SITES),
+    "dora": LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=SITES),
+    "ia3": peft.IA3Config(task_type="CAUSAL_LM"),
+    "vera": peft.VeraConfig(r=32, target_modules=["q_proj", "v_proj"]),
+    "loha": peft.LoHaConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "adalora": peft.AdaLoraConfig(init_r=6, target_r=4, total_step=9, target_modules=["q_proj", "up_proj"]),
+}
+
+
+@pytest.mark.model
+def test_common_kinds_in_one_batch_on_the_default_base_equal_peft(tmp_path: Path) -> None:
+    facts, source = BaseFacts.from_json(json.loads((MODEL / "base_model.json").read_text())), Memory()
+    config = EngineConfig(disk_dir=tmp_path / "disk", kv_tokens=2048, max_batch_rows=8)
+    base = load_base(MODEL, config)
+    engine = Engine(config, base, source, SystemClock())
+    prompt = base.tokenizer("The capital of France is").input_ids
+    asked: list[tuple[str, list[int], torch.Tensor, HeardLogprobs]] = []
+    for name, method in COMMON.items():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            MODEL, dtype=torch.float32, attn_implementation="eager"
+        )
+        kind = make_kind(tmp_path / name, model, method, facts, source, spread=0.02)
+        tokens, heard = reference(kind.model, None, prompt, disabled=False), HeardLogprobs()
+        with torch.no_grad():
+            logits = kind.model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        asked.append((name, tokens, logits.log_softmax(-1).topk(4).values, heard))
+        params = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True, logprobs=4)
+        engine.submit(Request(name, "t", kind.digest, tuple(prompt), params), heard)
+    for _ in range(200):
+        engine.step()
+        if all(heard.ended.is_set() for *_, heard in asked):
+            break
+    engine.stop()
+    assert len({tuple(tokens) for _, tokens, *_ in asked}) > 1, "the adapters would prove nothing"
+    for name, tokens, likeliest, heard in asked:
+        assert heard.tokens == tokens, name
+        torch.testing.assert_close(heard.values()[:, 1:], likeliest, rtol=0.0, atol=1e-3)
