@@ -49,10 +49,18 @@ class HostMemory:
                 self._held_bytes += length
                 self._trim()
         if block is None:
-            block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            block = self._map(length)
         lent = np.frombuffer(block, np.uint8, size_bytes)
         weakref.finalize(lent, self._returned.append, block).atexit = False
         return torch.from_numpy(lent)
+
+    def _map(self, length: int) -> mmap.mmap:
+        try:
+            return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            with self._lock:
+                self._held_bytes -= length
+            raise
 
     def _take_back(self) -> None:
         while self._returned:

@@ -2,7 +2,10 @@
 
 import gc
 import itertools
+import mmap
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +47,23 @@ def test_a_block_much_too_large_is_left_for_larger_ones() -> None:
     del large
     assert memory.allocate(2 * MIB).data_ptr() != address
     assert memory.allocate(5 * MIB).data_ptr() == address
+
+
+def test_memory_that_the_system_refuses_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(CPU, 8 * MIB)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        with pytest.raises(OSError, match="allocate"):
+            memory.allocate(3 * MIB)
+    kept, gone = memory.allocate(MIB), memory.allocate(2 * MIB)
+    del gone
+    larger = memory.allocate(3 * MIB)
+    assert len(kept) + len(larger) == 4 * MIB
+    assert memory.spare_bytes == 2 * MIB, "six of the eight are held: nothing has to go back"
 
 
 def test_nothing_is_an_empty_tensor() -> None:
