@@ -77,7 +77,8 @@ def _read_method(raw: Mapping[str, Any], kind: str, method: Method, problems: Pr
         return PeftConfig(raw, kind, None, unservable)
     try:
         # A null stands for "not set" in keys that have a default.
-        given = {key: raw[key] for key in method.model.model_fields if raw.get(key) is not None}
+        keys = (field.alias or name for name, field in method.model.model_fields.items())
+        given = {key: raw[key] for key in keys if raw.get(key) is not None}
         return PeftConfig(raw, kind, method.model.model_validate(given))
     except ValidationError as error:
         for item in error.errors(include_url=False, include_context=False):

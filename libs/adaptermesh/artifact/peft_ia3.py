@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from typing_extensions import override
+
 from adaptermesh.artifact.manifest_parts import ModuleOp
 from adaptermesh.artifact.ops import AFFINE
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher
 from adaptermesh.artifact.peft_lora import vector, width_out
 from adaptermesh.artifact.peft_methods import Ia3Config
 from adaptermesh.artifact.peft_plan import (
-    PREFIX,
     Entries,
     Piece,
     PlannedTensor,
+    Reader,
     Shape,
     copied,
     tensor_name,
@@ -21,9 +23,10 @@ from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site
 
 
-class Ia3Reader:
+class Ia3Reader(Reader):
     """`ia3_l`: [out, 1] scales what comes out, the bias too; of feed-forward modules [1, in] what goes in."""
 
+    method = "IA3"
     suffixes: Mapping[str, str] = {".ia3_l": "ia3_l"}
     decider = ""
 
@@ -36,23 +39,15 @@ class Ia3Reader:
                 f"adapter_config.json: feedforward_modules: {error}; use plain module names or paths"
             )
 
-    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
-        return f"tensors of a peft IA3 are named {PREFIX}<module>.ia3_l"
-
-    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its vector)
-        return False
-
+    @override
     def because(self, module: str) -> str:
         return f"it is {'a' if self._is_feedforward(module) else 'no'} feed-forward module in the config"
 
-    def shapes(
-        self,
-        module: str,
-        sites: Sequence[Site],
-        entries: Entries,  # noqa: ARG002 (the config says it all)
-    ) -> Mapping[str, Shape]:
+    @override
+    def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
         return {"ia3_l": (1, sites[0].in_features) if self._is_feedforward(module) else (width_out(sites), 1)}
 
+    @override
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         entry = entries["ia3_l"]
         for site in sites:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from typing_extensions import override
+
 from adaptermesh.artifact.manifest_parts import ModuleOp, TensorEntry
 from adaptermesh.artifact.ops import AFFINE, LOWRANK
 from adaptermesh.artifact.peft_methods import LoraConfig
@@ -11,6 +13,7 @@ from adaptermesh.artifact.peft_plan import (
     Entries,
     Piece,
     PlannedTensor,
+    Reader,
     Shape,
     copied,
     tensor_name,
@@ -20,8 +23,10 @@ from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site
 
 
-class LoraReader:
+class LoraReader(Reader):
     """`lora_A` [r, in] and `lora_B` [out, r]; of a DoRA the magnitude [out]; of lora_bias the bias [out]."""
+
+    method = "LoRA"
 
     def __init__(self, config: LoraConfig, targets: Targets) -> None:
         self._targets = targets
@@ -35,6 +40,7 @@ class LoraReader:
         # A DoRA changes what it touches even where B is zero.
         self.decider = "" if config.use_dora else "lora_B"
 
+    @override
     def why_unexpected(self, name: str) -> str:
         if ".lora_magnitude_vector" in name:
             return "a magnitude belongs to DoRA, and the config has use_dora false"
@@ -44,25 +50,20 @@ class LoraReader:
             return "its name still holds the adapter's name; save the adapter with peft's save_pretrained"
         if name.startswith(PREFIX):
             return "it would replace a tensor of the base, and the config names no such module"
-        return f"tensors of a peft LoRA are named {PREFIX}<module>.lora_A.weight and .lora_B.weight"
+        return super().why_unexpected(name)
 
-    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its pair)
-        return False
-
+    @override
     def because(self, module: str) -> str:
         return f"rank {self._targets.rank(module)} from the config"
 
-    def shapes(
-        self,
-        module: str,
-        sites: Sequence[Site],
-        entries: Entries,  # noqa: ARG002 (the config says it all)
-    ) -> Mapping[str, Shape]:
+    @override
+    def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
         rank = self._targets.rank(module)
         outputs = width_out(sites)
         vectors = dict.fromkeys(self._vectors, (outputs,))
         return {"lora_A": (rank, sites[0].in_features), "lora_B": (outputs, rank), **vectors}
 
+    @override
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         """A fused module y = W x of stacked parts has one A and one B whose rows are stacked likewise.
 

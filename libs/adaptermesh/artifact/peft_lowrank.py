@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
+from typing_extensions import override
+
 from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
 from adaptermesh.artifact.ops import LOWRANK
 from adaptermesh.artifact.peft_lora import width_out
@@ -13,6 +15,7 @@ from adaptermesh.artifact.peft_plan import (
     Floats,
     Piece,
     PlannedTensor,
+    Reader,
     Shape,
     computed,
     tensor_name,
@@ -31,9 +34,10 @@ _ADALORA_EPSILON = 1e-5
 _Values = Callable[[BinaryIO], Floats]
 
 
-class AdaLoraReader:
+class AdaLoraReader(Reader):
     """`s B (E * A)`: E [r, 1] scales the rows of A; s = alpha / (init_r + 1e-5), also after pruning."""
 
+    method = "AdaLoRA"
     suffixes: Mapping[str, str] = {".lora_A": "lora_A", ".lora_B": "lora_B", ".lora_E": "lora_E"}
     decider = "lora_E"
 
@@ -45,19 +49,19 @@ class AdaLoraReader:
             for name, rows in config.rank_pattern.items()
         }
 
-    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
-        return f"tensors of a peft AdaLoRA are named {PREFIX}<module>.lora_A, .lora_B and .lora_E"
-
+    @override
     def may_lack(self, module: str) -> bool:
         # Pruned to nothing.
         return self._left.get(module) == 0
 
+    @override
     def because(self, module: str) -> str:
         left = self._left.get(module)
         if left is None:
             return f"rank at most {self._most} from the config"
         return f"{left} rows left in the config"
 
+    @override
     def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
         rank = self._left.get(module)
         if rank is None:
@@ -70,24 +74,20 @@ class AdaLoraReader:
             "lora_E": (rank, 1),
         }
 
-    def pieces(
-        self,
-        module: str,  # noqa: ARG002 (the scale is one for all)
-        sites: Sequence[Site],
-        layer: int,
-        entries: Entries,
-    ) -> Iterator[Piece]:
+    @override
+    def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         a, b, e = (values_of(entries[slot]) for slot in ("lora_A", "lora_B", "lora_E"))
         rank = entries["lora_A"].shape[0]
         return _pieces(sites, layer, rank, self._scale, lambda file: e(file) * a(file), b)
 
 
-class LohaReader:
+class LohaReader(Reader):
     """`s (w1_a w1_b) * (w2_a w2_b)`, entry by entry.
 
     That is a LoRA of rank r^2: its B has the products of all pairs of columns, its A those of rows.
     """
 
+    method = "LoHa"
     suffixes: Mapping[str, str] = {
         ".hada_w1_a": "hada_w1_a",
         ".hada_w1_b": "hada_w1_b",
@@ -99,23 +99,12 @@ class LohaReader:
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
 
-    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
-        return (
-            f"tensors of a peft LoHa are named {PREFIX}<module>.hada_w1_a, .hada_w1_b, .hada_w2_a, .hada_w2_b"
-        )
-
-    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its four)
-        return False
-
+    @override
     def because(self, module: str) -> str:
         return f"rank {self._targets.rank(module)} from the config"
 
-    def shapes(
-        self,
-        module: str,
-        sites: Sequence[Site],
-        entries: Entries,  # noqa: ARG002 (the config says it all)
-    ) -> Mapping[str, Shape]:
+    @override
+    def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
         rank, outputs, inputs = self._targets.rank(module), width_out(sites), sites[0].in_features
         return {
             "hada_w1_a": (outputs, rank),
@@ -124,6 +113,7 @@ class LohaReader:
             "hada_w2_b": (rank, inputs),
         }
 
+    @override
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         w1_a, w1_b, w2_a, w2_b = (values_of(entries[slot]) for slot in self.suffixes.values())
         rank = self._targets.rank(module)
@@ -137,12 +127,13 @@ class LohaReader:
         return _pieces(sites, layer, rank * rank, self._targets.scale(module), a, b)
 
 
-class VeraReader:
+class VeraReader(Reader):
     """`lambda_b * (B (lambda_d * (A x)))`.
 
     A and B are shared: each module takes their first columns and rows.
     """
 
+    method = "VeRA"
     suffixes: Mapping[str, str] = {".vera_lambda_b": "vera_lambda_b", ".vera_lambda_d": "vera_lambda_d"}
     decider = "vera_lambda_b"
 
@@ -151,33 +142,16 @@ class VeraReader:
         self._a = values_of(shared_a)
         self._b = values_of(shared_b)
 
-    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all)
-        return (
-            f"tensors of a peft VeRA are named {PREFIX}<module>.vera_lambda_b and .vera_lambda_d, "
-            f"{VERA_SHARED[0]} and {VERA_SHARED[1]}"
-        )
-
-    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (every module has its pair)
-        return False
-
-    def because(self, module: str) -> str:  # noqa: ARG002 (the rank is one for all)
+    @override
+    def because(self, module: str) -> str:
         return f"rank {self._rank} from the config"
 
-    def shapes(
-        self,
-        module: str,  # noqa: ARG002 (the rank is one for all)
-        sites: Sequence[Site],
-        entries: Entries,  # noqa: ARG002 (the config says it all)
-    ) -> Mapping[str, Shape]:
+    @override
+    def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
         return {"vera_lambda_b": (width_out(sites),), "vera_lambda_d": (self._rank,)}
 
-    def pieces(
-        self,
-        module: str,  # noqa: ARG002 (nothing differs by module)
-        sites: Sequence[Site],
-        layer: int,
-        entries: Entries,
-    ) -> Iterator[Piece]:
+    @override
+    def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         lambda_b, lambda_d = (values_of(entries[slot]) for slot in ("vera_lambda_b", "vera_lambda_d"))
         inputs, outputs = sites[0].in_features, width_out(sites)
 

@@ -33,36 +33,22 @@ class RankedConfig(TargetConfig):
     """A method whose rank and alpha may differ by module."""
 
     r: _Rank
+    alpha: _Alpha
     rank_pattern: Annotated[dict[_Name, _Rank], Field(max_length=MAX_PATTERNS)] = {}
     alpha_pattern: Annotated[dict[_Name, _Alpha], Field(max_length=MAX_PATTERNS)] = {}
-
-    @property
-    def default_alpha(self) -> float:
-        """The alpha of modules that no pattern names."""
-        raise NotImplementedError
 
 
 class LoraConfig(RankedConfig):
     """LoRA (arXiv:2106.09685); rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) if asked for."""
 
-    lora_alpha: _Alpha
+    alpha: _Alpha = Field(alias="lora_alpha")
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
 
-    @property
-    def default_alpha(self) -> float:
-        return self.lora_alpha
-
 
 class LohaConfig(RankedConfig):
     """LoHa: the entrywise product of two low-rank products (arXiv:2108.06098)."""
-
-    alpha: _Alpha
-
-    @property
-    def default_alpha(self) -> float:
-        return self.alpha
 
 
 class AdaLoraConfig(TargetConfig):

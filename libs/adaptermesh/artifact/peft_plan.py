@@ -3,9 +3,10 @@
 What the methods of peft share; a method's own part is a `Reader`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -57,35 +58,36 @@ class Plan:
     unservable: str = ""
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """One method: which tensors a module has, of which shapes, and what they become.
 
     `suffixes` gives the slot of a tensor by how its name ends; `decider` the slot that decides whether a
     module does anything, or "".
     """
 
+    method: str
     suffixes: Mapping[str, str]
     decider: str
 
-    def why_unexpected(self, name: str) -> str:
+    def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all, unless a method knows more)
         """Why a tensor of that name is none of this method's."""
-        ...
+        return f"tensors of a peft {self.method} are named {PREFIX}<module>{', '.join(self.suffixes)}"
 
-    def may_lack(self, module: str) -> bool:
+    def may_lack(self, module: str) -> bool:  # noqa: ARG002 (none may, unless a method prunes)
         """Whether a targeted module may have no tensors."""
-        ...
+        return False
 
+    @abstractmethod
     def because(self, module: str) -> str:
         """What the shapes of a module come from, beside the base's widths."""
-        ...
 
+    @abstractmethod
     def shapes(self, module: str, sites: Sequence[Site], entries: Entries) -> Mapping[str, Shape]:
         """What each slot of a module has to be."""
-        ...
 
+    @abstractmethod
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
-        """The ops of one module, one for each site in it."""
-        ...
+        """The ops of one module, one or more for each site in it."""
 
 
 def copied(offset: int, size: int) -> Blocks:

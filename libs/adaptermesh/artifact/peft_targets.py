@@ -58,7 +58,7 @@ class Targets:
 
     def alpha(self, module: str) -> float:
         """The alpha of a module."""
-        return self._alphas.get(module, self._ranked().default_alpha)
+        return self._alphas.get(module, self._ranked().alpha)
 
     def scale(self, module: str) -> float:
         """What B A x is multiplied by: alpha/r, or alpha/sqrt(r) with rsLoRA."""
