@@ -171,11 +171,11 @@ class Pass : public Job {
     member.phase(step_.tokens, [&](int token) {
       float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
       normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_in, model_.hidden, model_.epsilon, x);
-      for (SiteIndex site : {kQ, kK, kV}) take_in(site, site - kQ, index, token, x);
+      for (SiteIndex site : {kQ, kK, kV}) take_in(site, index, token, x);
     });
-    const Part parts[] = {part(layer.q, kQ, kQ - kQ, index, q_width, 0),
-                          part(layer.k, kK, kK - kQ, index, kv_width, q_width),
-                          part(layer.v, kV, kV - kQ, index, kv_width, q_width + kv_width)};
+    const Part parts[] = {part(layer.q, kQ, index, q_width, 0),
+                          part(layer.k, kK, index, kv_width, q_width),
+                          part(layer.v, kV, index, kv_width, q_width + kv_width)};
     product<3>(member, parts, model_.hidden, step_.tokens,
                [&](int token, int offset, int count, const float* y) {
                  std::memcpy(scratch_.qkv + token * width + offset, y, count * sizeof(float));
@@ -193,7 +193,7 @@ class Pass : public Job {
     member.phase(step_.tokens, [&](int token) {
       float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
       normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_mid, model_.hidden, model_.epsilon, x);
-      for (SiteIndex site : {kGate, kUp}) take_in(site, site - kGate, index, token, x);
+      for (SiteIndex site : {kGate, kUp}) take_in(site, index, token, x);
     });
     gated_product(member, layer, index);
     take_in_place(member, kDown, index, scratch_.inner, model_.inner);
@@ -273,20 +273,20 @@ class Pass : public Job {
             LayerFactors(step_.scales.shifts[site], step_.scales.rows, layer)};
   }
 
-  // What a site reads of the x that it shares with others; it is the `place`th of them.
-  float* input_of(SiteIndex site, int place) const {
-    const int64_t size = static_cast<int64_t>(step_.tokens) * model_.hidden;
+  // What a site reads of the x that it shares: q, k and v one, gate and up one.
+  float* input_of(SiteIndex site) const {
+    const int64_t place = site < kGate ? site - kQ : site - kGate, size = static_cast<int64_t>(step_.tokens) * model_.hidden;
     return step_.scales.inputs[site].values ? scratch_.own + place * size : scratch_.x;
   }
 
-  Part part(const Matrix& matrix, SiteIndex site, int place, int layer, int columns, int offset) const {
-    return {&matrix, input_of(site, place), used(site), at(site, layer, matrix.inputs), finish(site, layer), columns,
+  Part part(const Matrix& matrix, SiteIndex site, int layer, int columns, int offset) const {
+    return {&matrix, input_of(site), used(site), at(site, layer, matrix.inputs), finish(site, layer), columns,
             offset};
   }
 
   // A token's x goes into a site that shares it: scaled if the token's adapter wants that, and shrunk.
-  void take_in(SiteIndex site, int place, int layer, int token, const float* x) const {
-    float* own = input_of(site, place) + static_cast<int64_t>(token) * model_.hidden;
+  void take_in(SiteIndex site, int layer, int token, const float* x) const {
+    float* own = input_of(site) + static_cast<int64_t>(token) * model_.hidden;
     if (own != x) {
       if (const float* factors = inputs(site, layer).of(token))
         multiply(x, factors, model_.hidden, own);
@@ -361,8 +361,8 @@ class Pass : public Job {
       alignas(64) float left[kTokens * kPanel], right[kTokens * kPanel];
       for (int begin = 0; begin < step_.tokens; begin += kTokens) {
         const int end = begin + kTokens < step_.tokens ? begin + kTokens : step_.tokens;
-        const float* gate_x = input_of(kGate, 0) + static_cast<int64_t>(begin) * model_.hidden;
-        const float* up_x = input_of(kUp, 1) + static_cast<int64_t>(begin) * model_.hidden;
+        const float* gate_x = input_of(kGate) + static_cast<int64_t>(begin) * model_.hidden;
+        const float* up_x = input_of(kUp) + static_cast<int64_t>(begin) * model_.hidden;
         Expectation expectation;
         if (used(kGate)) expectation.want(gate, begin, end, first, last - first);
         if (used(kUp)) expectation.want(up, begin, end, first, last - first);

@@ -73,17 +73,20 @@ class Affine:
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:
         keys = self._keys(tokens)
         sites = {site for site, name in keys if name != _IN}
-        rows = self._device_rows(tokens) if sites else None
+        if not sites:
+            return {}
+        rows = self._device_rows(tokens)
         return {
             site: _OutputPlan(self._arena(site, _OUT, keys), self._arena(site, _SHIFT, keys), rows)
             for site in sites
-            if rows is not None
         }
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
         sites = {site for site, name in self._keys(tokens) if name == _IN}
-        rows = self._device_rows(tokens) if sites else None
-        return {site: _ScaledInput(self._arenas[site, _IN], rows) for site in sites if rows is not None}
+        if not sites:
+            return {}
+        rows = self._device_rows(tokens)
+        return {site: _ScaledInput(self._arenas[site, _IN], rows) for site in sites}
 
     def scales_of(self, tokens: StepTokens) -> tuple[Scales, object] | None:
         """The step as the kernels take it, and what that points to; None if no token has vectors."""

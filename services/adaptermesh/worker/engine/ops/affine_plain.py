@@ -1,6 +1,6 @@
 """The plain twin of `affine`: one adapter after the other, straight from the formula."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +56,10 @@ class PlainAffine:
         self._slots.pop(slot, None)
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:
-        return {site: _PlainPlan(site, tokens, self._slots) for site in self._touched(tokens)}
+        return self._plans(tokens, lambda module: module.outputs is not None or module.shift is not None)
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
-        return {site: _PlainPlan(site, tokens, self._slots) for site in self._touched(tokens)}
+        return self._plans(tokens, lambda module: module.inputs is not None)
 
     @property
     def size_bytes(self) -> int:
@@ -83,8 +83,10 @@ class PlainAffine:
         bias = weights.bias(site, layer)
         return factors, None if bias is None else (1.0 - factors) * bias
 
-    def _touched(self, tokens: StepTokens) -> set[str]:
-        return {site for slot in tokens.active_slots for site, _ in self._slots.get(slot, ())}
+    def _plans(self, tokens: StepTokens, acts: Callable[[_Module], bool]) -> dict[str, "_PlainPlan"]:
+        modules = [one for slot in tokens.active_slots for one in self._slots.get(slot, {}).items()]
+        sites = {site for (site, _), module in modules if acts(module)}
+        return {site: _PlainPlan(site, tokens, self._slots) for site in sites}
 
 
 @dataclass(frozen=True, slots=True)
