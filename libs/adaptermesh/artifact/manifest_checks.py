@@ -18,7 +18,8 @@ from adaptermesh.artifact.manifest_parts import (
     TensorEntry,
     corrupt,
 )
-from adaptermesh.artifact.ops import AFFINE, LOWRANK, OPS
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK, OPS
+from adaptermesh.artifact.sites import BLOCKS
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import check_name
@@ -125,6 +126,8 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _need(dtype == module.dtype, "{} has a tensor of dtype {}", what, dtype)
         if module.op == LOWRANK:
             _check_lowrank(module, entries, what)
+        elif module.op == BOTTLENECK:
+            _check_bottleneck(module, entries, manifest.base.hidden_size, what)
         elif module.op == AFFINE:
             _check_affine(module, entries, what)
             if "magnitude" in module.tensors:
@@ -139,6 +142,10 @@ def _check_slots(module: ModuleOp, what: "_Named") -> None:
     needed, allowed = slots
     given = module.tensors.keys()
     _need(needed <= given <= allowed, "{} has slots {}", what, list(given)[:8])
+    options, choices = module.options or {}, OPS[module.op].options
+    _need(options.keys() == choices.keys(), "{} has options {}", what, list(options)[:8])
+    for name, choice in options.items():
+        _need(choice in choices[name], "{} has {} {!r}", what, name, choice[:40])
 
 
 def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
@@ -147,6 +154,18 @@ def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "
     _need(rank >= 1, "{} has rank {}", what, rank)
     _need(len(a) == 2 and a[0] == rank, "{} has rank {} and A of shape {}", what, rank, a)
     _need(len(b) == 2 and b[1] == rank, "{} has rank {} and B of shape {}", what, rank, b)
+
+
+def _check_bottleneck(
+    module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: int, what: "_Named"
+) -> None:
+    width = entries[module.tensors["down"]].shape[0]
+    shapes = {"down": (width, hidden), "down_bias": (width,), "up": (hidden, width), "up_bias": (hidden,)}
+    _need(module.site in BLOCKS, "{} is at no block", what)
+    _need(module.rank == 0, "{} has rank {}", what, module.rank)
+    for slot, shape in shapes.items():
+        found = entries[module.tensors[slot]].shape
+        _need(found == shape, "{} has {} of shape {}", what, slot, found)
 
 
 def _check_affine(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.errors import Code, MeshError, Reason
@@ -71,7 +73,8 @@ class Source:
 class ModuleOp:
     """One op at one site of one layer. `tensors` gives the tensor's name for each slot of the op.
 
-    For `lowrank`: slots `A` (rank, in) and `B` (out, rank); `scale` is kept apart from B.
+    For `lowrank`: slots `A` (rank, in) and `B` (out, rank); `scale` is kept apart from B. `options` are the
+    op's choices by name, absent from the JSON where it has none.
     """
 
     site: str
@@ -82,6 +85,7 @@ class ModuleOp:
     tensors: Mapping[str, str]
     dtype: str = "F32"
     expert: int | None = None
+    options: Annotated[Mapping[str, str] | None, Field(exclude_if=lambda value: not value)] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The op table: what an adapter can do at a site, and the tensors each op needs. Data, not code."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 
@@ -9,18 +9,26 @@ from types import MappingProxyType
 class Op:
     """One row of the table.
 
-    `slots` names the tensors an op must have, `optional` those it may have. Only a `served` op may stand in
-    the modules of a servable manifest.
+    `slots` names the tensors an op must have, `optional` those it may have. `options` has for each choice
+    that an op must make the values that it may take. Only a `served` op may stand in the modules of a
+    servable manifest.
     """
 
     name: str
     slots: tuple[str, ...]
     optional: tuple[str, ...] = ()
     served: bool = False
+    options: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 LOWRANK = "lowrank"
 AFFINE = "affine"
+BOTTLENECK = "bottleneck"
+
+ACTIVATIONS = frozenset({"relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu", "linear"})
+"""Of a bottleneck; `gelu` is the exact one, `gelu_new` its approximation by tanh."""
+BOTTLENECK_INPUTS = frozenset({"output", "sum", "residual"})
+"""What a bottleneck reads: the output of the sub-layer, that plus the stream before it, or the latter."""
 
 _ROWS = (
     # y += scale * B A x; A: [rank, in], B: [out, rank].
@@ -30,7 +38,14 @@ _ROWS = (
     Op(AFFINE, (), ("in_scale", "out_scale", "bias_delta", "magnitude"), served=True),
     # A kronecker product w1 (x) w2, or a block rotation R.
     Op("structured", (), ("w1", "w2", "R", "row_scale")),
-    Op("bottleneck", ("down", "down_bias", "up", "up_bias"), ("scale", "gate")),
+    # At a block site: stream += scale * (up act(down x + down_bias) + up_bias), x as the input says.
+    # down: [width, hidden], up: [hidden, width].
+    Op(
+        BOTTLENECK,
+        ("down", "down_bias", "up", "up_bias"),
+        served=True,
+        options={"activation": ACTIVATIONS, "input": BOTTLENECK_INPUTS},
+    ),
     Op("reft", ("R", "W"), ("b",)),
     # k and v: [kv_heads, length, head_dim].
     Op("kv_prefix", ("k", "v")),

@@ -8,6 +8,9 @@ from adaptermesh.artifact.architectures import ARCHITECTURES, Family
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 
+BLOCKS = ("attention", "ffn")
+"""The block sites of every layer: where a sub-layer's output joins the residual stream, as wide as it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
