@@ -18,7 +18,7 @@ from adaptermesh.artifact.manifest_parts import (
     TensorEntry,
     corrupt,
 )
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK, OPS
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK, OPS, STRUCTURED
 from adaptermesh.artifact.sites import BLOCKS
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
@@ -128,6 +128,8 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _check_lowrank(module, entries, what)
         elif module.op == BOTTLENECK:
             _check_bottleneck(module, entries, manifest.base.hidden_size, what)
+        elif module.op == STRUCTURED:
+            _check_structured(module, entries, what)
         elif module.op == AFFINE:
             _check_affine(module, entries, what)
             if "magnitude" in module.tensors:
@@ -154,6 +156,25 @@ def _check_lowrank(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "
     _need(rank >= 1, "{} has rank {}", what, rank)
     _need(len(a) == 2 and a[0] == rank, "{} has rank {} and A of shape {}", what, rank, a)
     _need(len(b) == 2 and b[1] == rank, "{} has rank {} and B of shape {}", what, rank, b)
+
+
+def _check_structured(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
+    shapes = {slot: entries[name].shape for slot, name in module.tensors.items()}
+    _need(module.rank == 0, "{} has rank {}", what, module.rank)
+    if "R" not in shapes:
+        _need(shapes.keys() == {"w1", "w2"}, "{} has slots {}", what, sorted(shapes))
+        for slot, shape in shapes.items():
+            _need(len(shape) == 2, "{} has {} of shape {}", what, slot, shape)
+        return
+    _need(shapes.keys() <= {"R", "row_scale"}, "{} has slots {}", what, sorted(shapes))
+    _need(module.scale == 1.0, "{} has scale {} for nothing", what, module.scale)
+    shape = shapes["R"]
+    _need(len(shape) == 4 and shape[2] == shape[3], "{} has R of shape {}", what, shape)
+    # What a factor exchanges are halves of blocks, in groups of twice as many blocks as the factor before.
+    paired = shape[3] % 2 == 0 and shape[1] % 2 ** min(shape[0] - 1, 64) == 0
+    _need(shape[0] == 1 or paired, "{} has {} factors of {} blocks of {}", what, *shape[:3])
+    scale = shapes.get("row_scale", (1,))
+    _need(len(scale) == 1, "{} has row_scale of shape {}", what, scale)
 
 
 def _check_bottleneck(

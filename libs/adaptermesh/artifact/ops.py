@@ -23,6 +23,7 @@ class Op:
 
 LOWRANK = "lowrank"
 AFFINE = "affine"
+STRUCTURED = "structured"
 BOTTLENECK = "bottleneck"
 
 ACTIVATIONS = frozenset({"relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu", "linear"})
@@ -36,8 +37,11 @@ _ROWS = (
     # y = out_scale * (W (in_scale * x) + bias + lowrank) + scale * bias_delta; vectors of the site's widths.
     # magnitude, beside a lowrank s B A: out_scale is magnitude / |W + s B A| and leaves the bias alone.
     Op(AFFINE, (), ("in_scale", "out_scale", "bias_delta", "magnitude"), served=True),
-    # A kronecker product w1 (x) w2, or a block rotation R.
-    Op("structured", (), ("w1", "w2", "R", "row_scale")),
+    # Either y += scale * kron(w1, w2) x, of which the site has the rows from `out_offset mod o2` on;
+    # w1: [o1, i1], w2: [o2, i2]. Or y = row_scale * W (x R) + b with R = R[factors - 1] ... R[0], each of
+    # blocks for consecutive inputs, or one block for all of them, between an order of its own and back
+    # (see `butterfly` of the engine); R: [factors, blocks, b, b], row_scale: [out], of ones if absent.
+    Op(STRUCTURED, (), ("w1", "w2", "R", "row_scale"), served=True),
     # At a block site: stream += scale * (up act(down x + down_bias) + up_bias), x as the input says.
     # down: [width, hidden], up: [hidden, width].
     Op(

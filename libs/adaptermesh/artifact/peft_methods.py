@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_PATTERNS = 4096
 _MAX_RANK = 65536
+_MAX_FACTOR = 2**31
 
 _Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 _Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
+_Count = Annotated[int, Field(ge=0, le=_MAX_FACTOR)]
 _Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Names = Annotated[list[_Name], Field(max_length=MAX_PATTERNS)]
@@ -74,6 +76,40 @@ class Ia3Config(TargetConfig):
     """IA3 (arXiv:2205.05638): a factor for each output, or for each input of feed-forward modules."""
 
     feedforward_modules: _Name | _Names | None = None
+
+
+class LokrConfig(RankedConfig):
+    """LoKr: a Kronecker product of two matrices, which may be low-rank products (arXiv:2309.14859)."""
+
+    decompose_both: bool = False
+    decompose_factor: Annotated[int, Field(ge=-_MAX_FACTOR, le=_MAX_FACTOR)] = -1
+
+
+class OftConfig(TargetConfig):
+    """OFT: block-diagonal rotations of what goes into a module (arXiv:2306.07280).
+
+    `r` is the number of blocks, `oft_block_size` their width; one of the two is 0 and follows.
+    """
+
+    r: _Count = 0
+    oft_block_size: _Count = 32
+    block_share: bool = False
+    coft: bool = False
+    eps: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 6e-5
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: Annotated[int, Field(ge=0, le=16)] = 5
+    peft_version: str | None = None
+
+
+class BoftConfig(TargetConfig):
+    """BOFT: products of block-diagonal rotations between which inputs change places (arXiv:2311.06243).
+
+    `boft_block_num` is the number of blocks, `boft_block_size` their width; one of the two is 0 and follows.
+    """
+
+    boft_block_size: _Count = 4
+    boft_block_num: _Count = 0
+    boft_n_butterfly_factor: Annotated[int, Field(ge=1, le=32)] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +321,75 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             _COMMON_NO_EFFECT | {"init_ia3_weights"},
             _SAVED,
+        ),
+        "LOKR": Method(
+            LokrConfig,
+            {
+                **_COMMON,
+                **_LAYERS,
+                "peft_type": "LOKR",
+                "alpha": 8,
+                "alpha_pattern": {},
+                "decompose_both": False,
+                "decompose_factor": -1,
+                "exclude_modules": None,
+                "init_weights": True,
+                "module_dropout": 0.0,
+                "r": 8,
+                "rank_dropout": 0.0,
+                "rank_dropout_scale": False,
+                "rank_pattern": {},
+                "use_effective_conv2d": False,
+            },
+            _COMMON_NO_EFFECT
+            | {
+                "init_weights",
+                "module_dropout",
+                "rank_dropout",
+                "rank_dropout_scale",
+                "use_effective_conv2d",
+            },
+            _SAVED,
+        ),
+        "OFT": Method(
+            OftConfig,
+            {
+                **_COMMON,
+                **_LAYERS,
+                "peft_type": "OFT",
+                "bias": "none",
+                "block_share": False,
+                "coft": False,
+                "eps": 6e-5,
+                "exclude_modules": None,
+                "fan_in_fan_out": False,
+                "init_weights": True,
+                "module_dropout": 0.0,
+                "num_cayley_neumann_terms": 5,
+                "oft_block_size": 32,
+                "r": 0,
+                "use_cayley_neumann": True,
+            },
+            _COMMON_NO_EFFECT | {"init_weights", "module_dropout"},
+            {**_SAVED, "bias": "trained biases"},
+        ),
+        "BOFT": Method(
+            BoftConfig,
+            {
+                **_COMMON,
+                **_LAYERS,
+                "peft_type": "BOFT",
+                "bias": "none",
+                "boft_block_num": 0,
+                "boft_block_size": 4,
+                "boft_dropout": 0.0,
+                "boft_n_butterfly_factor": 1,
+                "exclude_modules": None,
+                "fan_in_fan_out": False,
+                "init_weights": True,
+            },
+            _COMMON_NO_EFFECT | {"boft_dropout", "init_weights"},
+            {**_SAVED, "bias": "trained biases"},
         ),
     }
 )

@@ -61,8 +61,8 @@ class Plan:
 class Reader(ABC):
     """One method: which tensors a module has, of which shapes, and what they become.
 
-    `suffixes` gives the slot of a tensor by how its name ends; `decider` the slot that decides whether a
-    module does anything, or "".
+    `suffixes` gives the slot of a tensor by how its name ends; `decider` what the tensor is called that
+    decides whether a module does anything, or "".
     """
 
     method: str
@@ -76,6 +76,10 @@ class Reader(ABC):
     def may_lack(self, module: str) -> bool:  # noqa: ARG002 (none may, unless a method prunes)
         """Whether a targeted module may have no tensors."""
         return False
+
+    def deciding(self, entries: Entries) -> TensorEntry:
+        """The tensor of a module that makes it do nothing when it is zero, where there is a `decider`."""
+        return entries[self.decider]
 
     @abstractmethod
     def because(self, module: str) -> str:
@@ -143,12 +147,11 @@ def plan(
         problems.add("the adapter has no tensors: no module would be changed")
         return Plan()
     pieces = [piece for module in ordered for piece in _pieces(module, found[module], reader, sites)]
-    decider = reader.decider
     return Plan(
         modules=tuple(op for op, _ in pieces),
         tensors=tuple(tensor for _, parts in pieces for tensor in parts),
-        deciding=tuple(found[module][decider].name for module in ordered) if decider else (),
-        decider=decider,
+        deciding=tuple(reader.deciding(found[module]).name for module in ordered) if reader.decider else (),
+        decider=reader.decider,
     )
 
 
@@ -217,7 +220,13 @@ def _compare(
 def _check(module: str, entries: Entries, reader: Reader, parts: Sequence[Site], problems: Problems) -> None:
     width_in, width_out = parts[0].in_features, sum(site.out_features for site in parts)
     why = f"{reader.because(module)}, {width_in} in and {width_out} out from the base"
-    for slot, shape in reader.shapes(module, parts, entries).items():
+    shapes = reader.shapes(module, parts, entries)
+    for slot in sorted(entries.keys() - shapes.keys()):
+        problems.add(
+            f"tensor {shown(entries[slot].name)} is not expected: "
+            f"the module has {' and '.join(shapes)} with {reader.because(module)}"
+        )
+    for slot, shape in shapes.items():
         entry = entries.get(slot)
         if entry is None:
             problems.add(f"module {shown(module)} has {' and '.join(sorted(entries))} but no {slot}")

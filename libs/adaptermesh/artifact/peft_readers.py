@@ -22,12 +22,13 @@ from adaptermesh.artifact.peft_methods import (
     VeraConfig,
 )
 from adaptermesh.artifact.peft_plan import Plan, Reader, plan
+from adaptermesh.artifact.peft_structured import StructuredConfig, structured_reader, why_not_served
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.sites import SiteMap
 
 MAX_EXPANDED_BYTES = 2 * 2**30
-"""Of a method that becomes a LoRA: a small upload must not fill the disk."""
+"""Of a method whose tensors are computed: a small upload must not fill the disk."""
 
 
 def plan_method(
@@ -40,7 +41,7 @@ def plan_method(
     """What an upload becomes, whatever its method; of use only if no problem was noted."""
     known = len(problems)
     targets = Targets(config, sites, problems)
-    reader = None if len(problems) > known else _reader(config, targets, tensors, problems)
+    reader = None if len(problems) > known else _reader(config, targets, tensors, sites, problems)
     if reader is None or len(problems) > known:
         return Plan()
     if isinstance(config, LohaConfig):
@@ -50,24 +51,34 @@ def plan_method(
                 unservable=f"not served: a LoHa of rank {highest} is a LoRA of rank {highest**2}; "
                 f"the highest that is served is {MAX_LOHA_RANK}"
             )
+    unservable = why_not_served(config, reader, targets, sites)
+    if unservable:
+        return Plan(unservable=unservable)
     if isinstance(config, VeraConfig):
         tensors = {name: entry for name, entry in tensors.items() if name not in VERA_SHARED}
     found = plan(config, targets, reader, tensors, sites, base_name, problems)
-    return found if isinstance(config, LoraConfig | Ia3Config) else _bounded(found)
+    if isinstance(config, LoraConfig | Ia3Config):
+        return found
+    structured = isinstance(config, StructuredConfig)
+    return _bounded(found, "with its matrices computed" if structured else "as the LoRA that it is")
 
 
-def _bounded(found: Plan) -> Plan:
+def _bounded(found: Plan, become: str) -> Plan:
     size = sum(tensor.spec.size for tensor in found.tensors)
     if size <= MAX_EXPANDED_BYTES:
         return found
     return Plan(
-        unservable=f"not served: as the LoRA that it is it would have {size} bytes, "
+        unservable=f"not served: {become} it would have {size} bytes, "
         f"the most is {MAX_EXPANDED_BYTES}; train it with a lower rank or on fewer modules"
     )
 
 
 def _reader(
-    config: TargetConfig, targets: Targets, tensors: Mapping[str, TensorEntry], problems: Problems
+    config: TargetConfig,
+    targets: Targets,
+    tensors: Mapping[str, TensorEntry],
+    sites: SiteMap,
+    problems: Problems,
 ) -> Reader | None:
     """None if there are problems that leave nothing to read."""
     if isinstance(config, AdaLoraConfig):
@@ -76,6 +87,8 @@ def _reader(
         return LohaReader(targets)
     if isinstance(config, Ia3Config):
         return Ia3Reader(config, problems)
+    if isinstance(config, StructuredConfig):
+        return structured_reader(config, targets, sites, problems)
     if isinstance(config, VeraConfig):
         known = len(problems)
         check_vera_shared(config, tensors, targets, problems)

@@ -45,6 +45,22 @@ def ia3(path: str) -> dict[str, npt.NDArray[np.float32]]:
     return {"ia3_l": numbers(1, inputs) if path == DOWN else numbers(outputs, 1)}
 
 
+def lokr(path: str) -> dict[str, npt.NDArray[np.float32]]:
+    # 8 is 2 times 4, 16 is 4 times 4, 24 is 4 times 6; of rank 1.
+    outputs, inputs = ({8: (2, 4), 16: (4, 4), 24: (4, 6)}[width] for width in reversed(WIDTHS[path]))
+    shapes = {"w1": (outputs[0], inputs[0]), "w2_a": (outputs[1], 1), "w2_b": (1, inputs[1])}
+    return {f"lokr_{name}": numbers(*shape, start=len(name)) for name, shape in shapes.items()}
+
+
+def oft(path: str) -> dict[str, npt.NDArray[np.float32]]:
+    return {"oft_R.weight": numbers(WIDTHS[path][0] // 8, 28, start=2)}
+
+
+def boft(path: str) -> dict[str, npt.NDArray[np.float32]]:
+    inputs, outputs = WIDTHS[path]
+    return {"boft_R": numbers(2, inputs // 4, 4, 4), "boft_s": numbers(outputs, 1, start=6)}
+
+
 KINDS: dict[str, tuple[str, dict[str, Any], Any, dict[str, npt.NDArray[np.float32]]]] = {
     "dora": ("LORA", {"r": 4, "use_dora": True}, lambda path: lora(path, vector="lora_magnitude_vector"), {}),
     "lora_bias": ("LORA", {"r": 4, "lora_bias": True}, lambda path: lora(path, vector="lora_B.bias"), {}),
@@ -52,6 +68,15 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, dict[str, npt.NDArray[np.float3
     "loha": ("LOHA", {"r": 3}, loha, {}),
     "vera": ("VERA", {"r": 5}, vera, {"vera_A": numbers(5, 24), "vera_B": numbers(16, 5, start=9)}),
     "ia3": ("IA3", {"feedforward_modules": ["down_proj"]}, ia3, {}),
+    "lokr": ("LOKR", {"r": 1}, lokr, {}),
+    "oft": ("OFT", {"oft_block_size": 8, "peft_version": "0.21.2"}, oft, {}),
+    "oft, exact and bounded": (
+        "OFT",
+        {"oft_block_size": 8, "use_cayley_neumann": False, "coft": True, "eps": 0.4},
+        oft,
+        {},
+    ),
+    "boft": ("BOFT", {"boft_n_butterfly_factor": 2}, boft, {}),
 }
 GOLDEN = {
     "dora": "sha256:440aeee9a558ff78facb92dcc2b043de9ea757725ee100ef8f2934cc7c5c7cd3",
@@ -60,6 +85,10 @@ GOLDEN = {
     "loha": "sha256:5ce89ce14e54392ffa6be29032fa4c1b0c44ffb87eb687b391d21f7f3cb0f056",
     "vera": "sha256:009cb2b3f1b19c205e3d2c9e700a1c466497d067cfb08f3d8fcc6ad3e5bd3a8f",
     "ia3": "sha256:bc33b9003dd25780c2dc85b42323bd0ea9b060b6fef9ebd9e3784df67b053ff3",
+    "lokr": "sha256:4bdbed5d8e667a097f68c5b035b2d64a0651de7eddd6f0c2b406f3c2f4ba22ed",
+    "oft": "sha256:4ed7bc13bd1fea2ec9649361a13ac8630d55d61e1685f647949a299fed62caf8",
+    "oft, exact and bounded": "sha256:9586d9d5e8b7876556e9406674a91c86581e9dbc052f91277fbe97ef17cac88f",
+    "boft": "sha256:2a3d154e511b20308c35440bfb1af8b0747fb46214d40088a5066a961bc57b1e",
 }
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from adaptermesh.artifact.problems import Rejection
 from adaptermesh.artifact.sites import site_map
 from adaptermesh.core.digests import canonical_json
 from adaptermesh.core.errors import Code, MeshError, Reason
+from tests.unit.artifact.boft_blocks import stand_in
 
 # peft 0.21 reads a property that transformers 5.23 has renamed, and warns of a missing model card.
 pytestmark = [
@@ -46,6 +48,12 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def butterflies() -> Iterator[None]:
+    with stand_in():
+        yield
+
+
 def write(config: Any, lora: peft.PeftConfig, folder: Path) -> tuple[BaseFacts, Any]:
     with warnings.catch_warnings():
         # It has doubts about a bias on lora_B: it can't be merged into a base without one, and has one axis.
@@ -61,7 +69,7 @@ def _write(config: Any, lora: peft.PeftConfig, folder: Path) -> tuple[BaseFacts,
     )
     tuned = peft.get_peft_model(model, lora)
     for name, parameter in tuned.named_parameters():
-        if any(part in name for part in ("lora_", "vera_", "hada_", "ia3_")):
+        if any(part in name for part in ("lora_", "vera_", "hada_", "ia3_", "lokr_", "oft_")):
             torch.nn.init.normal_(parameter, std=0.5)
     tuned.save_pretrained(str(folder))
     return facts, tuned
@@ -278,6 +286,9 @@ KINDS: dict[str, peft.PeftConfig] = {
     "loha": peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "vera": peft.VeraConfig(r=3, target_modules=["q_proj", "v_proj"]),
     "ia3": peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=["v_proj"]),
+    "lokr": peft.LoKrConfig(r=1, decompose_both=True, target_modules=["q_proj", "v_proj"]),
+    "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "v_proj"]),
+    "boft": peft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=["q_proj", "v_proj"]),
 }
 
 
