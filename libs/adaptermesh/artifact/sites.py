@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptermesh.artifact.architectures import ARCHITECTURES, Family
+from adaptermesh.artifact.architectures import ARCHITECTURES, Block, Family
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 
@@ -36,6 +36,7 @@ class SiteMap:
 
     `sites` is in the order of the computation. `modules` has the sites of each module (several where it is
     fused) by the module's path with `{layer}` in it. `other_modules` are real modules that are no site.
+    `blocks` has the modules of each block site, relative to the layer.
     """
 
     sites: tuple[Site, ...]
@@ -43,6 +44,8 @@ class SiteMap:
     num_layers: int
     other_modules: tuple[str, ...]
     layer_path: str
+    blocks: Mapping[str, Block]
+    hidden_size: int
 
     def get(self, name: str) -> Site | None:
         """The site of that name, e.g. `q`."""
@@ -109,6 +112,8 @@ def site_map(facts: BaseFacts) -> SiteMap:
         num_layers=facts.num_layers,
         other_modules=family.other_modules,
         layer_path=family.layer_path,
+        blocks=family.blocks,
+        hidden_size=facts.hidden_size,
     )
 
 

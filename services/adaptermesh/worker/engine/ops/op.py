@@ -51,6 +51,14 @@ class InputPlan(Protocol):
         ...
 
 
+class BlockPlan(Protocol):
+    """What adapters add in one step where one sub-layer's output joins the residual stream."""
+
+    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] to add to `residual + output`, which stay as they are; all of that shape."""
+        ...
+
+
 class Op(Protocol):
     """Holds one kind of op for all slots on one device."""
 
@@ -82,6 +90,15 @@ class InputOp(Op, Protocol):
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
         """By site; one whose input no active adapter changes is absent."""
+        ...
+
+
+@runtime_checkable
+class BlockOp(Op, Protocol):
+    """An op that acts beside sub-layers."""
+
+    def plan_blocks(self, tokens: StepTokens) -> Mapping[str, BlockPlan]:
+        """By block site; one that no active adapter touches is absent."""
         ...
 
 
