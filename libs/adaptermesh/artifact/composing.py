@@ -110,11 +110,14 @@ def compose(composition: Composition, members: Mapping[str, Member]) -> Composed
 def identity_of(manifest: Manifest, digest: str) -> str:
     """The digest by which an adapter is asked for: its composition's, if it stands for one.
 
-    `digest` is that of the manifest's bytes. Raises MeshError INVALID_ARGUMENT if its expression is none.
+    `digest` is that of the manifest's bytes.
     """
     if manifest.source.format != COMPOSED_FORMAT or not manifest.composition:
         return digest
-    return composition_digest(parse_resolved(str(manifest.composition.get(_EXPRESSION))))
+    try:
+        return composition_digest(parse_resolved(str(manifest.composition.get(_EXPRESSION))))
+    except MeshError:
+        return digest
 
 
 def _check_member(digest: str, manifest: Manifest, first: Manifest) -> None:

@@ -20,7 +20,7 @@ from adaptermesh.router.catalogue import (
 )
 from adaptermesh.router.dispatch import Decision, Request
 from adaptermesh.router.feed import FeedMessage, SnapshotPart
-from adaptermesh.router.resolution import Question
+from adaptermesh.router.resolution import ComposedVersion, Question
 from adaptermesh.router.workers import (
     Delta,
     Load,
@@ -130,9 +130,22 @@ def dispatch_response(decision: Decision) -> router_pb2.DispatchResponse:
         tier=adapter_pb2.Tier.ValueType(int(decision.pick.tier)),
         feed_position=decision.feed_position,
     )
-    if resolution.version is not None:
-        response.version.ParseFromString(resolution.version.published)
-        response.base_model_id = resolution.version.base_model_id
+    version = resolution.version
+    if version is None:
+        return response
+    response.base_model_id = version.base_model_id
+    if isinstance(version, ComposedVersion):
+        response.composition.CopyFrom(
+            router_pb2.Composition(
+                expression=str(version),
+                resolved=str(version.resolved),
+                digest=version.digest,
+                op_kinds=version.op_kinds,
+                size_bytes=version.size_bytes,
+            )
+        )
+    else:
+        response.version.ParseFromString(version.published)
     return response
 
 

@@ -69,6 +69,7 @@ def generation_request(message: worker_pb2.GenerateRequest) -> GenerationRequest
         sampling=read_sampling(message.sampling),
         priority=message.priority,
         n=message.n or 1,
+        composition=message.composition,
     )
 
 

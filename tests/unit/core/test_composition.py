@@ -71,7 +71,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("average(-1*a/b:v1, a/c:v1)", "above 0"),
         ("stack(" + ",".join(["a/b:v1"] * 17) + ")", "more than 16"),
         ("stack(" * 6 + "a/b:v1" + ")" * 6, "deep"),
-        ("(" * 5000, "characters"),
+        ("(" * 9000, "characters"),
     ],
 )
 def test_what_is_no_composition_is_refused_in_words(text: str, why: str) -> None:

@@ -62,6 +62,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    COMPOSITION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     tenant: _builtins.str
@@ -80,6 +81,8 @@ class GenerateRequest(_message.Message):
     """Answers to the same prompt, [1, 8]. Zero means 1. With a seed, answer i draws with seed + i: answer 0 is the one
     that n = 1 gives. All answers run at once, each as a request of its own.
     """
+    composition: _builtins.str
+    """The composition over digests whose digest adapter_digest is. Empty where that is a version's."""
     @_builtins.property
     def chat(self) -> _inference_pb2.Chat:
         """A conversation for the chat template."""
@@ -106,10 +109,11 @@ class GenerateRequest(_message.Message):
         sampling: _inference_pb2.SamplingParams | None = ...,
         priority: _builtins.int = ...,
         n: _builtins.int = ...,
+        composition: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "chat", b"chat", "input", b"input", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "chat", b"chat", "composition", b"composition", "input", b"input", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
