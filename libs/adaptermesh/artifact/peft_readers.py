@@ -21,13 +21,11 @@ from adaptermesh.artifact.peft_methods import (
     TargetConfig,
     VeraConfig,
 )
-from adaptermesh.artifact.peft_plan import Plan, Reader, plan
+from adaptermesh.artifact.peft_plan import Reader, plan
 from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.sites import SiteMap
-
-MAX_EXPANDED_BYTES = 2 * 2**30
-"""Of a method that becomes a LoRA: a small upload must not fill the disk."""
 
 
 def plan_method(
@@ -53,17 +51,7 @@ def plan_method(
     if isinstance(config, VeraConfig):
         tensors = {name: entry for name, entry in tensors.items() if name not in VERA_SHARED}
     found = plan(config, targets, reader, tensors, sites, base_name, problems)
-    return found if isinstance(config, LoraConfig | Ia3Config) else _bounded(found)
-
-
-def _bounded(found: Plan) -> Plan:
-    size = sum(tensor.spec.size for tensor in found.tensors)
-    if size <= MAX_EXPANDED_BYTES:
-        return found
-    return Plan(
-        unservable=f"not served: as the LoRA that it is it would have {size} bytes, "
-        f"the most is {MAX_EXPANDED_BYTES}; train it with a lower rank or on fewer modules"
-    )
+    return found if isinstance(config, LoraConfig | Ia3Config) else found.bounded("LoRA")
 
 
 def _reader(

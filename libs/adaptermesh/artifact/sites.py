@@ -60,14 +60,19 @@ class SiteMap:
 
     def parts(self, module_path: str) -> tuple[tuple[Site, ...], int] | None:
         """Every site of a module and its layer, which may lie past the last one: the caller checks."""
-        head, _, tail = self.layer_path.partition("{layer}")
-        if not module_path.startswith(head):
+        place = self.within_layer(module_path)
+        sites = None if place is None else self.modules.get(f"{self.layer_path}.{place[0]}")
+        return None if place is None or sites is None else (sites, place[1])
+
+    def within_layer(self, path: str) -> tuple[str, int] | None:
+        """Where in its layer a path is, and the layer, which may lie past the last one; None outside."""
+        head, _, tail = f"{self.layer_path}.".partition("{layer}")
+        if not path.startswith(head):
             return None
-        digits, _, rest = module_path[len(head) :].partition(".")
+        digits, found, rest = path[len(head) :].partition(tail)
         if not digits.isascii() or not digits.isdigit() or len(digits) > 9 or str(int(digits)) != digits:
             return None
-        sites = self.modules.get(f"{head}{{layer}}{tail}.{rest}")
-        return None if sites is None else (sites, int(digits))
+        return (rest, int(digits)) if found else None
 
     def module_paths(self) -> tuple[str, ...]:
         """The path of every module of every layer that holds sites, layer by layer."""
