@@ -164,13 +164,17 @@ class RouteChange:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Where one version is on a worker. `tier` is a name: "disk", "host" or "device"."""
+    """Where one version is on a worker. `tier` is a name: "disk", "host" or "device".
+
+    `device_bytes` is what its weights take on the device; 0 until it was in the worker's memory.
+    """
 
     digest: str
     tier: str
     pinned: bool
     requests: int
     size_bytes: int
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker, as a router or the worker itself describes it. `state` is "ready" or "draining"."""
+    """One worker, as a router or the worker itself describes it. `state` is "ready" or "draining".
+
+    `base_bytes` is what the base model's weights take there; 0 if it does not tell.
+    """
 
     worker_id: str
     address: str
@@ -220,6 +227,7 @@ class Worker:
     load: Load
     residencies: tuple[Residency, ...] = field(default=())
     booked_requests: int = 0
+    base_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,7 @@ def worker_view(worker: Worker, booked_requests: int) -> router_pb2.WorkerView:
                 pinned=residency.pinned,
                 requests=residency.requests,
                 size_bytes=residency.size_bytes,
+                device_bytes=residency.device_bytes,
             )
             for residency in sorted(worker.residencies.values(), key=lambda residency: residency.digest)
         ],
@@ -237,4 +238,6 @@ def _load(message: worker_pb2.Load) -> Load:
 
 def _residency(message: worker_pb2.Residency) -> Residency:
     tier = Tier(message.tier) if message.tier in Tier._value2member_map_ else Tier.STORE
-    return Residency(message.digest, tier, message.pinned, message.requests, message.size_bytes)
+    return Residency(
+        message.digest, tier, message.pinned, message.requests, message.size_bytes, message.device_bytes
+    )

@@ -49,6 +49,7 @@ class LoadedBackend:
     base: BaseFacts
     tokenizer: Tokenizer
     max_context_tokens: int
+    base_bytes: int = 0
 
 
 BackendLoader = Callable[[Path, EngineConfig, AdapterSource, Clock], LoadedBackend]
@@ -61,8 +62,10 @@ def load_native(folder: Path, config: EngineConfig, source: AdapterSource, clock
     from adaptermesh.worker.engine.engine import Engine
 
     base = load_base(folder, config)
+    # Before the engine packs them in its own way.
+    size = base.weight_bytes
     engine = Engine(config, base, source, clock)
-    return LoadedBackend(engine, base.facts, base.tokenizer, engine.max_context_tokens)
+    return LoadedBackend(engine, base.facts, base.tokenizer, engine.max_context_tokens, size)
 
 
 class WorkerService:
@@ -187,6 +190,7 @@ class WorkerService:
             max_batch_rows=config.max_batch_rows,
             max_context_tokens=loaded.max_context_tokens,
             max_waiting=config.max_waiting,
+            base_bytes=loaded.base_bytes,
         )
 
 

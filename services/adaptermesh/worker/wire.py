@@ -216,6 +216,7 @@ def residency_message(view: ResidencyView) -> worker_pb2.Residency:
         pinned=view.pinned,
         requests=view.requests,
         size_bytes=view.size_bytes,
+        device_bytes=view.device_bytes,
     )
 
 
