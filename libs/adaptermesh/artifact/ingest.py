@@ -7,6 +7,7 @@ from pathlib import Path
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.chunking import cut, hash_spans
 from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES, BaseRef, Cost, Manifest, Source, TensorEntry
+from adaptermesh.artifact.merging_recipe import MergeRecipe, check_lineage
 from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import lay_out, write_file
@@ -27,7 +28,10 @@ MAX_TAG_LENGTH = 64
 
 @dataclass(frozen=True, slots=True)
 class SourceBundle:
-    """An upload: its files by their relative path, already on disk, and what the publisher says of it."""
+    """An upload: its files by their relative path, already on disk, and what the publisher says of it.
+
+    `parents` are the digests of the versions it was made from; whether they exist is the caller's to check.
+    """
 
     files: Mapping[str, Path]
     namespace: str
@@ -37,6 +41,8 @@ class SourceBundle:
     tags: tuple[str, ...] = ()
     license: str = ""
     author: str = ""
+    parents: tuple[str, ...] = ()
+    merge_recipe: MergeRecipe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ def _check_fields(bundle: SourceBundle) -> None:
     for tag in bundle.tags:
         if not 0 < len(tag) <= MAX_TAG_LENGTH or not tag.isprintable():
             raise invalid_field("tags", f"{shown(tag, 80)} needs 1 to {MAX_TAG_LENGTH} printable characters")
+    check_lineage(bundle.parents, bundle.merge_recipe)
 
 
 def _check_base(bundle: SourceBundle, config: SourceConfig, base: BaseFacts) -> None:
@@ -143,6 +150,8 @@ def _write(
         size_bytes=layout.file_size,
         cost=_cost(plan, layout.entries),
         head=config.head,
+        parents=bundle.parents,
+        merge_recipe=None if bundle.merge_recipe is None else bundle.merge_recipe.to_json(),
     )
     return _readable(manifest)
 

@@ -18,6 +18,7 @@ from adaptermesh.artifact.manifest_parts import (
     TensorEntry,
     corrupt,
 )
+from adaptermesh.artifact.merging_recipe import check_kept_recipe
 from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK, OPS
 from adaptermesh.artifact.sites import BLOCKS
 from adaptermesh.core.digests import is_digest
@@ -46,10 +47,11 @@ def _check_identity(manifest: "Manifest") -> None:
     try:
         check_name(manifest.namespace, "namespace")
         check_name(manifest.name, "name")
+        check_kept_recipe(manifest.parents, manifest.merge_recipe)
     except MeshError as error:
         raise corrupt(error.message) from None
     base = manifest.base
-    for digest in (base.digest, base.config_digest, base.weights_digest, *manifest.parents):
+    for digest in (base.digest, base.config_digest, base.weights_digest):
         _need(is_digest(digest), "{!r} is not a digest", digest[:80])
     _need(
         min(base.hidden_size, base.num_layers, base.vocab_size) > 0,
