@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+PREFIX = "base_model.model."
+"""How the name of every module begins in a file of peft."""
 MAX_PATTERNS = 4096
 _MAX_RANK = 65536
 

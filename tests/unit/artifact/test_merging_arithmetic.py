@@ -43,7 +43,8 @@ def delta(one: Part) -> Array:
 
 
 def weighted_sum(parts: list[Part]) -> Array:
-    return np.sum([one.weight * delta(one) for one in parts], axis=0)
+    result: Array = np.sum([one.weight * delta(one) for one in parts], axis=0)
+    return result
 
 
 def product(merged: LowRank) -> Array:

@@ -1,6 +1,7 @@
 """What an upload says it was made from: checked against the catalogue, kept in the manifest."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ async def test_a_parent_of_another_base_is_refused_with_both_digests(store: Any,
     assert store.left_files() == kept
 
 
-BAD_LINEAGES = {
+BAD_LINEAGES: dict[str, Callable[[str], dict[str, Any]]] = {
     "no_digest": lambda one: {"parents": ["acme/ner:v1"]},
     "twice": lambda one: {"parents": [one, one]},
     "too_many": lambda one: {"parents": [digest_bytes(bytes([n])) for n in range(33)]},
