@@ -1,7 +1,9 @@
 """What the store keeps, as the SDK shows it: plain frozen records, no protobuf."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +140,69 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True)
+class Lineage:
+    """What an upload was made from: digests of versions on the same base, and how it was merged if it was."""
+
+    parents: tuple[str, ...] = ()
+    merge_recipe: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UploadResult:
     """`created` is False if the same content was there before (or for a check without publishing)."""
 
     version: Version
     created: bool
     feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What to merge and how.
+
+    `members` are refs with their weights; a weight of 0 drops its member. `method` is "linear", "average",
+    "svd", "ties" or "dare" (`adaptermesh/artifact/merging.py` says what each computes). `rank` belongs to the
+    last three, `density` to the last two, `seed` to dare (0 if left out).
+    """
+
+    members: tuple[tuple[str, float], ...]
+    method: str = "linear"
+    rank: int | None = None
+    density: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergedMember:
+    """A version that took part in a merge; `ref` is its exact version."""
+
+    ref: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """The version that a merge became, and what it is made of.
+
+    `created` is False if the same merge was there before (or for a check without publishing). `kept` is the
+    share of the squared norm of all weight changes that cutting to the rank left, 1 where nothing was cut;
+    `least_kept` that of the module `least_kept_module`, which lost most.
+    """
+
+    version: Version
+    created: bool
+    feed_position: int
+    members: tuple[MergedMember, ...]
+    method: str
+    rank: int | None
+    density: float | None
+    seed: int | None
+    modules: int
+    max_rank: int
+    kept: float
+    least_kept: float
+    least_kept_module: str
 
 
 @dataclass(frozen=True, slots=True)
