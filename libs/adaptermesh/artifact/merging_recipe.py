@@ -43,6 +43,12 @@ _NUMBERS: Mapping[MergeMethod, tuple[str, ...]] = {
     MergeMethod.DARE: ("rank", "density", "seed"),
 }
 
+_WANTED: Mapping[str, str] = {
+    "rank": f"a rank in [1, {MAX_MERGE_RANK}]: the largest that the result may have at a module",
+    "density": "a density in (0, 1]: the share of each delta's entries to keep",
+    "seed": f"a seed in [0, {MAX_SEED}]: it decides which entries are dropped",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class MergeMember:
@@ -81,7 +87,7 @@ class MergeRecipe:
             if given and name not in self.method.numbers:
                 raise invalid_field(name, f"{self.method} takes no {name}: leave it out")
             if not given and name in self.method.numbers:
-                raise invalid_field(name, f"{self.method} needs a {name}")
+                raise invalid_field(name, f"{self.method} needs {_WANTED[name]}")
         if self.rank is not None and not 1 <= self.rank <= MAX_MERGE_RANK:
             raise invalid_field("rank", f"{self.rank} is not in [1, {MAX_MERGE_RANK}]")
         if self.density is not None and not 0 < self.density <= 1:
