@@ -31,7 +31,9 @@ from adaptermesh.artifact.merging_arithmetic import (
 from adaptermesh.artifact.merging_folder import MergedModule, write_card, write_config, write_weights
 from adaptermesh.artifact.merging_members import Member, OpenMember, check_members, opened
 from adaptermesh.artifact.merging_recipe import MergeMethod, MergeRecipe
+from adaptermesh.artifact.peft_methods import MAX_RANK
 from adaptermesh.artifact.sites import Site, SiteMap, site_map
+from adaptermesh.core.errors import invalid_field
 
 OnModule = Callable[[int, int], None]
 """Hears how many modules are done, and of how many."""
@@ -122,6 +124,11 @@ def _plan(path: str, members: Sequence[OpenMember], recipe: MergeRecipe, sites: 
         return None
     width_in, width_out = parts[0].in_features, sum(site.out_features for site in parts)
     rank = total
+    if recipe.rank is None and total > MAX_RANK:
+        raise invalid_field(
+            "members",
+            f"have ranks that add up to {total} at {path}, over {MAX_RANK}: use svd with a rank",
+        )
     if recipe.rank is not None:
         rank = min(recipe.rank, width_in, width_out)
         if recipe.method is MergeMethod.SVD:

@@ -107,11 +107,14 @@ class Merger:
             if self._on_module is not None:
                 self._on_module(done, of)
 
+        work = asyncio.ensure_future(asyncio.to_thread(merge, members, recipe, base, folder, on_module))
         try:
-            return await asyncio.to_thread(merge, members, recipe, base, folder, on_module)
-        finally:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
             # A thread can't be cancelled: it looks at this after each module.
             given_up.set()
+            await asyncio.gather(work, return_exceptions=True)
+            raise
 
 
 def _member(chosen: _Chosen, place: Path) -> Member:

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from adaptermesh.artifact.merging_recipe import MergeMethod, MergeRecipe, recipe
 from adaptermesh.artifact.peft_methods import METHODS
 from adaptermesh.core.errors import Code, MeshError, Reason
 from tests.unit.artifact.conftest import PeftFolder
+from tests.unit.artifact.test_golden_digests import KINDS, Q
 
 Deltas = dict[tuple[str, int], npt.NDArray[np.float64]]
 GOLDEN_WEIGHTS = "6ff9d2432c24c881b3ff614a5fb12afb7b525a147ee3aaad5a97bdc003d3cbce"
@@ -172,6 +171,21 @@ def test_sites_of_a_fused_module_with_an_a_of_their_own_keep_it(
     _, manifest, found = kit.merge(base, kit.recipe("linear", (1.0,)))
     check_equal(found, kit.expected((1.0,)))
     assert {(op.layer, op.rank) for op in manifest.modules} == {(0, 8), (1, 4)}
+
+
+@pytest.mark.parametrize("kind", ["adalora", "loha", "vera"])
+def test_what_is_exactly_a_lora_is_merged_with_one(kit: Kit, base: BaseFacts, kind: str) -> None:
+    method, changes, tensors, shared = KINDS[kind]
+    folder = PeftFolder(kit.root / kind, base)
+    folder.config = {**METHODS[method].defaults, "target_modules": ["q_proj"], "peft_type": method, **changes}
+    folder.tensors |= {f"base_model.{name}": ("F32", values) for name, values in shared.items()}
+    for layer in range(3):
+        for name, values in tensors(Q).items():
+            folder.tensors[f"base_model.model.model.layers.{layer}.{Q}.{name}"] = ("F32", values)
+    kit.add(kind, folder)
+    kit.member(base, seed=1)
+    _, _, found = kit.merge(base, kit.recipe("linear", (0.5, 2.0)))
+    check_equal(found, kit.expected((0.5, 2.0)))
 
 
 def test_svd_cuts_each_module_to_the_rank_and_says_what_is_left(kit: Kit, base: BaseFacts) -> None:
@@ -334,6 +348,12 @@ def test_a_member_of_another_base_is_refused_with_both_digests(
     assert other.digest in message
 
 
-def test_merging_needs_nothing_that_only_the_store_has() -> None:
-    code = "import sys; sys.modules['re2'] = None; import adaptermesh.artifact.merging"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_ranks_that_add_up_to_more_than_a_lora_may_have_are_refused(
+    kit: Kit, base: BaseFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptermesh.artifact.merging.MAX_RANK", 7)
+    kit.member(base, seed=1)
+    kit.member(base, seed=2)
+    with pytest.raises(MeshError, match=r"add up to 8 at .*: use svd with a rank"):
+        merge(kit.members, kit.recipe("linear", (1.0, 1.0)), base, kit.root / "merged")
+    merge(kit.members, kit.recipe("svd", (1.0, 1.0), rank=8), base, kit.root / "merged")

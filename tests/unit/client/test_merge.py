@@ -1,5 +1,10 @@
 """Merging against a real store: members fetched and verified, the result published with its parents."""
 
+import asyncio
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +19,14 @@ from adaptermesh.artifact.canonical import tensor_from_file
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.client import Code, Merge, MeshError, Progress, Publication, Reason, StoreClient
 from adaptermesh.client.canonical_form import receive_canonical
-from tests.unit.store.conftest import BASE_NAME, base_model, make_files, running_store, store_config
+from tests.unit.store.conftest import (
+    BASE_NAME,
+    base_model,
+    make_files,
+    make_tensors,
+    running_store,
+    store_config,
+)
 
 Change = npt.NDArray[np.float64]
 OTHER = "other-llama"
@@ -170,8 +182,6 @@ async def test_what_can_not_be_merged_is_refused_with_the_reason(
 
 
 async def test_a_member_with_another_op_is_refused_before_anything_is_fetched(published: Published) -> None:
-    from tests.unit.store.conftest import make_tensors
-
     tensors = make_tensors(5)
     for name in [name for name in tensors if name.endswith("lora_B.weight")]:
         bias = name.replace("lora_B.weight", "lora_B.bias")
@@ -218,3 +228,42 @@ async def test_fetching_what_is_not_there_is_not_found(published: Published, tmp
     with pytest.raises(MeshError) as caught:
         await published.client.fetch("sha256:" + "0" * 64, tmp_path / "a")
     assert caught.value.reason is Reason.VERSION_NOT_FOUND
+
+
+async def test_a_merge_that_is_given_up_ends_after_its_module_and_leaves_nothing(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = tmp_path / "places"
+    places.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(places))
+    loop, begun, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    heard: list[int] = []
+
+    def on_module(done: int, of: int) -> None:
+        heard.append(done)
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(30)
+
+    plan = Merge((("acme/one:v1", 1.0),))
+    merging = asyncio.create_task(published.client.merge("acme/both", plan, on_module=on_module))
+    await begun.wait()
+    merging.cancel()
+    for _ in range(5):
+        # It hears of it, and waits for its thread.
+        await asyncio.sleep(0)
+    assert not merging.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await merging
+    assert heard == [1]
+    assert list(places.iterdir()) == []
+
+
+def test_merging_needs_nothing_that_only_the_store_has() -> None:
+    code = "import sys; sys.modules['re2'] = None; import adaptermesh.client.merging"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_client_needs_numpy_for_merging_only() -> None:
+    code = "import sys; sys.modules['numpy'] = None; import adaptermesh.client, adaptermesh.cli.app"
+    subprocess.run([sys.executable, "-c", code], check=True)
