@@ -13,12 +13,15 @@ import pytest
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import tensor_from_file
+from adaptermesh.artifact.composing import Member as Composable
+from adaptermesh.artifact.composing import compose
 from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.artifact.merging import MergeReport, merge
 from adaptermesh.artifact.merging_members import Member
 from adaptermesh.artifact.merging_recipe import MergeMethod, MergeRecipe, recipe_of
 from adaptermesh.artifact.peft_methods import METHODS
+from adaptermesh.core.composition import parse_resolved
 from adaptermesh.core.errors import Code, MeshError, Reason
 from tests.unit.artifact.conftest import PeftFolder
 from tests.unit.artifact.test_golden_digests import KINDS, Q
@@ -171,6 +174,25 @@ def test_sites_of_a_fused_module_with_an_a_of_their_own_keep_it(
     _, manifest, found = kit.merge(base, kit.recipe("linear", (1.0,)))
     check_equal(found, kit.expected((1.0,)))
     assert {(op.layer, op.rank) for op in manifest.modules} == {(0, 8), (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("method", "expression"), [("linear", "stack(0.75*{},-0.5*{})"), ("average", "average(3*{},{})")]
+)
+def test_a_merge_computes_what_a_composition_of_the_same_members_does(
+    kit: Kit, base: BaseFacts, method: str, expression: str
+) -> None:
+    kit.member(base, seed=1)
+    kit.member(base, "BF16", seed=2, r=3, target_modules=["v_proj", "down_proj"])
+    weights = (0.75, -0.5) if method == "linear" else (3.0, 1.0)
+    composition = parse_resolved(expression.format(*(member.digest for member in kit.members)))
+    composed = compose(
+        composition,
+        {one.digest: Composable(one.manifest, one.tensors.read_bytes()) for one in kit.members},
+    )
+    (kit.root / "composed").write_bytes(composed.data.tobytes())
+    _, _, found = kit.merge(base, kit.recipe(method, weights))
+    check_equal(found, deltas(composed.manifest, kit.root / "composed"))
 
 
 @pytest.mark.parametrize("kind", ["adalora", "loha", "vera"])
