@@ -13,7 +13,7 @@ from torch.nn import functional as f
 from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.worker.engine.ops.op import BlockPlan, SitePlan, StepTokens, TensorReader
 
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "linear": lambda x: x,
     "relu": f.relu,
     "gelu": f.gelu,
@@ -52,7 +52,7 @@ class _Module:
 
     def term(self, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         inner = f.linear(read_by(self.input, residual, output), self.down, self.down_bias)
-        return self.scale * f.linear(_ACTIVATIONS[self.activation](inner), self.up, self.up_bias)
+        return self.scale * f.linear(ACTIVATIONS[self.activation](inner), self.up, self.up_bias)
 
     @property
     def size_bytes(self) -> int:

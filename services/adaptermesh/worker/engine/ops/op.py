@@ -22,13 +22,28 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class RowTokens:
+    """Consecutive tokens [start, end) of one sequence; the first is its token number `past`.
+
+    `prompt`: tokens of its prompt.
+    """
+
+    start: int
+    end: int
+    past: int
+    prompt: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepTokens:
     """The adapters of a step's packed tokens. Built once a step, shared by all sites and layers.
 
     `segments` cover all tokens, in order. A slot may have two segments: one of decodes, one of prefills.
+    `rows` are for ops that ask where in its sequence a token is.
     """
 
     segments: tuple[Segment, ...]
+    rows: tuple[RowTokens, ...] = ()
 
     @property
     def active_slots(self) -> frozenset[int]:

@@ -15,8 +15,9 @@ from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
+from adaptermesh.worker.engine.ops.reft import Reft
 
-OP_KINDS = frozenset({"lowrank", "affine", "bottleneck"})
+OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft"})
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -37,7 +38,7 @@ def fast_ops(
         lowrank = NativeLowRank(sites, kernels)
         bottleneck = NativeBottleneck(sites, kernels)
     affine = Affine(sites, dtype, device, weights)
-    return {"lowrank": lowrank, "affine": affine, "bottleneck": bottleneck}
+    return {"lowrank": lowrank, "affine": affine, "bottleneck": bottleneck, "reft": Reft(dtype, device)}
 
 
 def plain_ops(
@@ -48,4 +49,5 @@ def plain_ops(
         "lowrank": PlainLowRank(dtype, device),
         "affine": PlainAffine(sites, dtype, device, weights),
         "bottleneck": Bottleneck(dtype, device),
+        "reft": Reft(dtype, device),
     }
