@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,19 +77,21 @@ class StoreClient(Connection):
         validate_only: bool = False,
         progress: ProgressCallback | None = None,
     ) -> UploadResult:
-        """Uploads the folder that peft's `save_pretrained` wrote as the next version of `namespace/name`.
+        """Uploads a folder that peft or the adapters library saved as the next version of `namespace/name`.
 
         The same content again is the same version: then `created` is False. With `validate_only` the store
-        runs every check and publishes nothing. `parents` are the digests of the versions it was made from,
+        runs every check and publishes nothing. Weights that the adapters library has pickled are converted
+        to safetensors first, which needs torch. `parents` are the digests of the versions it was made from,
         which the store must have on the same base; `merge_recipe` is how it was merged, which `merge` does.
         Both become part of the manifest, and so of the digest.
         """
         name = AdapterName.parse(adapter)
-        files = await read_folder(Path(folder))
-        header = upload_header(
-            name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
-        )
-        response = await self._send(header, files, progress)
+        with tempfile.TemporaryDirectory(prefix="adaptermesh-") as room:
+            files = await read_folder(Path(folder), Path(room))
+            header = upload_header(
+                name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
+            )
+            response = await self._send(header, files, progress)
         return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
 
     async def download(

@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adap
 
 @app.command()
 def upload(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that save_pretrained wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that peft or adapters saved.")],
     adapter: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="What to call it.")],
     base: Annotated[str, typer.Option(help="Name or digest of the base model it was trained on.")],
     task: Annotated[str, typer.Option(help="What it is for, e.g. financial-ner.")] = "",
@@ -35,7 +35,7 @@ def upload(
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Uploads a peft folder as the next version of an adapter.
+    """Uploads a folder that peft or the adapters library saved as the next version of an adapter.
 
     The same content under the same name is the same version: uploading it again changes nothing.
 
