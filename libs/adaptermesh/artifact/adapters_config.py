@@ -184,9 +184,10 @@ def _read_lora(config: Mapping[str, Any], version: str, where: str, problems: Pr
     # Before 1.1.0 alpha had no effect: the library itself now reads such a file with alpha = r.
     given = {**config, "alpha": config.get("r")} if _is_before_1_1(version) else config
     read = validated(LoraConfig, given, where, problems)
-    if read is None:
+    wrong = [] if read is None else list(read.problems())
+    problems.extend(f"{where}: {problem}" for problem in wrong)
+    if read is None or wrong:
         return "lora", None, []
-    problems.extend(f"{where}: {problem}" for problem in read.problems())
     return read.kind, read, list(read.unserved())
 
 

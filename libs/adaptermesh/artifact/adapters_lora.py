@@ -6,6 +6,7 @@ from adaptermesh.artifact.adapters_methods import LoraConfig
 from adaptermesh.artifact.adapters_places import Places
 from adaptermesh.artifact.adapters_tensors import Grouped, check_slots, compare, group
 from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.ordered_product import matmul
 from adaptermesh.artifact.pieces import computed_lowrank, lowrank, vector
 from adaptermesh.artifact.plan import Entries, Piece, Plan, Shape, Values, check_one_dtype, values_of
 from adaptermesh.artifact.problems import Problems, shown
@@ -164,4 +165,4 @@ def _vera(entries: Entries, shared: Entries) -> tuple[Values, Values]:
     """A = D A0 [r, in] and B = Bv B0 [out, r]; D and Bv are whole matrices, whatever the method says."""
     d, a = values_of(entries["vera_D"]), values_of(shared["lora_A"])
     bv, b = values_of(entries["vera_B"]), values_of(shared["lora_B"])
-    return (lambda file: d(file) @ a(file)), (lambda file: bv(file) @ b(file))
+    return (lambda file: matmul(d(file), a(file))), (lambda file: matmul(bv(file), b(file)))

@@ -1,11 +1,10 @@
 """Compacter's layers: hypercomplex multiplications (arXiv:2102.08597), made plain matrices here."""
 
-from typing import BinaryIO
-
 import numpy as np
 
 from adaptermesh.artifact.adapters_methods import BottleneckConfig
-from adaptermesh.artifact.plan import Entries, Floats, Shape, Values, values_of
+from adaptermesh.artifact.ordered_product import kron_sum, matmul
+from adaptermesh.artifact.plan import Entries, Shape, Values, values_of
 
 _POSITIONS = {"down": "adapter_down.0.", "up": "adapter_up."}
 
@@ -46,13 +45,7 @@ def matrix(config: BottleneckConfig, position: str, own: Entries, shared: Entrie
     rule = _product(rule_from, f"{rule_name}phm_rule", factorized=config.factorized_phm_rule)
     weight = _product(weight_from, weight_name, factorized=config.factorized_phm_W)
 
-    def values(file: BinaryIO) -> Floats:
-        left, right = rule(file), weight(file)
-        rows, columns = left.shape[1] * right.shape[1], left.shape[2] * right.shape[2]
-        kron = np.einsum("kij,kab->iajb", left, right, dtype=np.float32).reshape(rows, columns)
-        return np.ascontiguousarray(kron.T, np.float32)
-
-    return values
+    return lambda file: kron_sum(rule(file), weight(file)).T
 
 
 def bias(position: str, own: Entries, outputs: int) -> Values:
@@ -65,7 +58,7 @@ def _product(entries: Entries, name: str, *, factorized: bool) -> Values:
     if not factorized:
         return values_of(entries[name])
     left, right = values_of(entries[f"{name}_left"]), values_of(entries[f"{name}_right"])
-    return lambda file: np.matmul(left(file), right(file))
+    return lambda file: matmul(left(file), right(file))
 
 
 def _rules(config: BottleneckConfig) -> dict[str, Shape]:
