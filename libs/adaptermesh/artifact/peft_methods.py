@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+PREFIX = "base_model.model."
+"""How the name of every module begins in a file of peft."""
 MAX_PATTERNS = 4096
-_MAX_RANK = 65536
+MAX_RANK = 65536
 _MAX_FACTOR = 2**31
 
 _Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-_Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Count = Annotated[int, Field(ge=0, le=_MAX_FACTOR)]
 _Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
@@ -62,7 +64,7 @@ class AdaLoraConfig(TargetConfig):
     init_r: _Rank
     lora_alpha: _Alpha
     rank_pattern: Annotated[
-        dict[_Name, Annotated[list[bool], Field(max_length=_MAX_RANK)]], Field(max_length=MAX_PATTERNS)
+        dict[_Name, Annotated[list[bool], Field(max_length=MAX_RANK)]], Field(max_length=MAX_PATTERNS)
     ] = {}
 
 

@@ -21,14 +21,12 @@ from adaptermesh.artifact.peft_methods import (
     TargetConfig,
     VeraConfig,
 )
-from adaptermesh.artifact.peft_plan import Plan, Reader, plan
+from adaptermesh.artifact.peft_plan import Reader, plan
 from adaptermesh.artifact.peft_structured import StructuredConfig, structured_reader, why_not_served
 from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.sites import SiteMap
-
-MAX_EXPANDED_BYTES = 2 * 2**30
-"""Of a method whose tensors are computed: a small upload must not fill the disk."""
 
 
 def plan_method(
@@ -59,18 +57,7 @@ def plan_method(
     found = plan(config, targets, reader, tensors, sites, base_name, problems)
     if isinstance(config, LoraConfig | Ia3Config):
         return found
-    structured = isinstance(config, StructuredConfig)
-    return _bounded(found, "with its matrices computed" if structured else "as the LoRA that it is")
-
-
-def _bounded(found: Plan, become: str) -> Plan:
-    size = sum(tensor.spec.size for tensor in found.tensors)
-    if size <= MAX_EXPANDED_BYTES:
-        return found
-    return Plan(
-        unservable=f"not served: {become} it would have {size} bytes, "
-        f"the most is {MAX_EXPANDED_BYTES}; train it with a lower rank or on fewer modules"
-    )
+    return found.bounded(reader.method if isinstance(config, StructuredConfig) else "LoRA")
 
 
 def _reader(

@@ -11,20 +11,21 @@ from typing_extensions import override
 from adaptermesh.artifact.manifest_parts import ModuleOp, TensorEntry
 from adaptermesh.artifact.matrices import Doubles, cayley, cayley_series, product, shrunk, skew_of
 from adaptermesh.artifact.ops import STRUCTURED
-from adaptermesh.artifact.peft_lora import width_out
 from adaptermesh.artifact.peft_methods import BoftConfig, LokrConfig, OftConfig, TargetConfig
-from adaptermesh.artifact.peft_plan import (
+from adaptermesh.artifact.peft_plan import Reader
+from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.pieces import width_out
+from adaptermesh.artifact.plan import (
     Entries,
     Floats,
     Piece,
     PlannedTensor,
-    Reader,
     Shape,
+    Values,
     computed,
     tensor_name,
     values_of,
 )
-from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site, SiteMap
@@ -308,7 +309,7 @@ def _rows(values: _Matrices, rows: slice) -> _Matrices:
 def _piece(
     site: Site, layer: int, scale: float, module: str, tensors: Mapping[str, tuple[Shape, _Matrices]]
 ) -> Piece:
-    names = {slot: tensor_name(site, layer, slot) for slot in tensors}
+    names = {slot: tensor_name(site.name, layer, slot) for slot in tensors}
     return (
         ModuleOp(site.name, layer, STRUCTURED, 0, scale, names),
         tuple(
@@ -318,7 +319,7 @@ def _piece(
     )
 
 
-def _rounded(values: _Matrices, module: str) -> Callable[[BinaryIO], Floats]:
+def _rounded(values: _Matrices, module: str) -> Values:
     """Finite numbers may have a product that is not."""
 
     def rounded(file: BinaryIO) -> Floats:

@@ -17,7 +17,7 @@ from peft.tuners.oft.layer import OFTLayer
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config
 
-from adaptermesh.artifact import peft_readers, peft_structured
+from adaptermesh.artifact import peft_structured, plan
 from adaptermesh.artifact.canonical import open_buffer, tensor_view
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.artifact.matrices import cayley, cayley_series, product, shrunk
@@ -247,7 +247,7 @@ def test_an_exact_oft_of_an_older_peft_is_served(tmp_path: Path) -> None:
         (
             peft.LoKrConfig(target_modules=EVERY, r=1, decompose_factor=1),
             {"MAX_EXPANDED_BYTES": 9_000},
-            "with its matrices computed it would have",
+            "as the LoKr that it is it would have",
         ),
     ],
 )
@@ -255,7 +255,7 @@ def test_what_would_become_too_much_is_stored_with_the_reason(
     tmp_path: Path, method: peft.PeftConfig, bounds: dict[str, int], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in bounds.items():
-        monkeypatch.setattr(peft_structured if name == "MAX_BLOCK" else peft_readers, name, value)
+        monkeypatch.setattr(peft_structured if name == "MAX_BLOCK" else plan, name, value)
     facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(method), tmp_path / "a")
     manifest = ingested(tmp_path / "a", facts).manifest
     assert not manifest.servable

@@ -9,12 +9,15 @@ from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
+from adaptermesh.worker.engine.ops.bottleneck import Bottleneck
+from adaptermesh.worker.engine.ops.bottleneck_native import NativeBottleneck
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
+from adaptermesh.worker.engine.ops.reft import Reft
 
-OP_KINDS = frozenset({"lowrank", "affine"})
+OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft"})
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -30,13 +33,21 @@ def fast_ops(
     `kernels`: of a CPU that computes float32. `weights`: the base's, for adapters that depend on them.
     """
     lowrank: Op = LowRank(sites.sites, sites.num_layers, dtype, device)
+    bottleneck: Op = Bottleneck(dtype, device)
     if kernels is not None:
         lowrank = NativeLowRank(sites, kernels)
-    return {"lowrank": lowrank, "affine": Affine(sites, dtype, device, weights)}
+        bottleneck = NativeBottleneck(sites, kernels)
+    affine = Affine(sites, dtype, device, weights)
+    return {"lowrank": lowrank, "affine": affine, "bottleneck": bottleneck, "reft": Reft(dtype, device)}
 
 
 def plain_ops(
     sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
 ) -> Mapping[str, Op]:
     """The same, straight from the formulas: what the fast ones are checked against."""
-    return {"lowrank": PlainLowRank(dtype, device), "affine": PlainAffine(sites, dtype, device, weights)}
+    return {
+        "lowrank": PlainLowRank(dtype, device),
+        "affine": PlainAffine(sites, dtype, device, weights),
+        "bottleneck": Bottleneck(dtype, device),
+        "reft": Reft(dtype, device),
+    }
