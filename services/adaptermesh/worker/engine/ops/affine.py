@@ -203,12 +203,12 @@ class _ScaledInput:
         return x * self.factors[:, layer].index_select(0, self.rows)
 
 
-def need_weights(weights: BaseWeights | None) -> BaseWeights:
+def need_weights(weights: BaseWeights | None, who: str = "a DoRA") -> BaseWeights:
     """Raises MeshError FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) where there are none."""
     if weights is None:
         raise MeshError(
             Code.FAILED_PRECONDITION,
             Reason.ADAPTER_UNSUPPORTED,
-            "a DoRA needs the base's own weights, and this worker holds them in 8 bits",
+            f"{who} needs the base's own weights, and this worker holds them in 8 bits",
         )
     return weights

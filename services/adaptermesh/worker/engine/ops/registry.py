@@ -16,8 +16,10 @@ from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
 from adaptermesh.worker.engine.ops.reft import Reft
+from adaptermesh.worker.engine.ops.structured import Structured
+from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
 
-OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft"})
+OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft", "structured"})
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -38,7 +40,13 @@ def fast_ops(
         lowrank = NativeLowRank(sites, kernels)
         bottleneck = NativeBottleneck(sites, kernels)
     affine = Affine(sites, dtype, device, weights)
-    return {"lowrank": lowrank, "affine": affine, "bottleneck": bottleneck, "reft": Reft(dtype, device)}
+    return {
+        "lowrank": lowrank,
+        "affine": affine,
+        "bottleneck": bottleneck,
+        "reft": Reft(dtype, device),
+        "structured": Structured(sites, dtype, device, weights),
+    }
 
 
 def plain_ops(
@@ -50,4 +58,5 @@ def plain_ops(
         "affine": PlainAffine(sites, dtype, device, weights),
         "bottleneck": Bottleneck(dtype, device),
         "reft": Reft(dtype, device),
+        "structured": PlainStructured(sites, dtype, device, weights),
     }
