@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ from tests.parity.engine.test_families import (
     make_prompts,
     save_base,
 )
+from tests.unit.artifact.boft_blocks import stand_in
 
 LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
+# One has fused modules, the other biases.
+PHI3, QWEN2 = "Phi3ForCausalLM", "Qwen2ForCausalLM"
 SOME = ["q_proj", "v_proj", "down_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 ADALORA: dict[str, Any] = {"target_r": 2, "total_step": 9, "lora_alpha": 7}
 
 KINDS: dict[str, dict[str, peft.PeftConfig]] = {
@@ -46,6 +50,29 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
         "ia3": peft.IA3Config(task_type="CAUSAL_LM"),
         "ia3 of inputs": peft.IA3Config(target_modules=EVERY, feedforward_modules=EVERY),
         "ia3 of outputs": peft.IA3Config(target_modules=EVERY, feedforward_modules=[]),
+        "lokr": peft.LoKrConfig(r=3, alpha=2, target_modules=EVERY),
+        "lokr of two products": peft.LoKrConfig(
+            r=1, alpha=2, decompose_both=True, decompose_factor=4, target_modules=SOME
+        ),
+        "oft": peft.OFTConfig(oft_block_size=8, target_modules=EVERY),
+        "oft, exact and shared": peft.OFTConfig(
+            oft_block_size=4, block_share=True, use_cayley_neumann=False, target_modules=SOME
+        ),
+        "boft": peft.BOFTConfig(boft_block_size=4, target_modules=EVERY),
+        "boft of two factors": peft.BOFTConfig(
+            boft_block_size=4, boft_n_butterfly_factor=2, target_modules=SOME
+        ),
+    },
+    PHI3: {
+        "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=FUSED),
+        "lokr": peft.LoKrConfig(r=3, alpha=2, decompose_factor=5, target_modules=FUSED),
+        "oft": peft.OFTConfig(oft_block_size=8, target_modules=FUSED),
+        "boft": peft.BOFTConfig(boft_n_butterfly_factor=3, target_modules=FUSED),
+    },
+    QWEN2: {
+        "dora": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=SOME),
+        "lokr": peft.LoKrConfig(r=3, alpha=2, target_modules=SOME),
+        "boft": peft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=SOME),
     },
     GPT2: {
         "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
@@ -59,6 +86,7 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
     },
 }
 FORWARDS = [(LLAMA, "native"), (LLAMA, "lean"), (LLAMA, "plain"), (GPT2, "plain")]
+FORWARDS += [(PHI3, "plain"), (QWEN2, "native"), (QWEN2, "plain")]
 
 
 class HeardLogprobs(Heard):
@@ -93,7 +121,9 @@ class World:
     kinds: dict[str, Kind]
     count: int = 0
     prompts: list[list[int]] = field(
-        default_factory=lambda: make_prompts([5, 37, 21, 30, 12, 44, 9, 26, 33, 18, 29])
+        default_factory=lambda: make_prompts(
+            [5, 37, 21, 30, 12, 44, 9, 26, 33, 18, 29, 7, 16, 23, 35, 11, 28]
+        )
     )
 
     def ask(self, names: Sequence[str]) -> list[HeardLogprobs]:
@@ -118,6 +148,12 @@ class World:
         return self.prompts[list(self.kinds).index(name)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def butterflies() -> Iterator[None]:
+    with stand_in():
+        yield
+
+
 def make_kind(
     folder: Path, reference: Any, config: peft.PeftConfig, facts: Any, source: Any, spread: float = 0.5
 ) -> Kind:
@@ -134,10 +170,13 @@ def make_kind(
             if "magnitude" in name:
                 # As it was, row by row more or less.
                 parameter.data.mul_(torch.empty_like(parameter).uniform_(1.0 - spread, 1.0 + spread))
-            elif "ia3_" in name:
+            elif "ia3_" in name or "boft_s" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=spread)
-            elif any(part in name for part in ("lora_", "hada_", "vera_lambda")):
+            elif any(part in name for part in ("lora_", "hada_", "vera_lambda", "lokr_")):
                 torch.nn.init.normal_(parameter, std=spread)
+            elif "oft_R" in name:
+                # Turned by some of a right angle.
+                torch.nn.init.normal_(parameter, std=spread / 2)
         model.eval().save_pretrained(str(folder))
     files = {name: folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
     out = folder / "canonical.safetensors"
@@ -150,14 +189,17 @@ def make_kind(
 @pytest.fixture(params=FORWARDS, ids=lambda param: f"{param[0]}-{param[1]}")
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     family, forward = request.param
-    # The native kernels take heads of multiples of 8, and no smaller blocks.
-    changes = {"head_dim": 16} if family == LLAMA else {}
+    # The native kernels take heads of multiples of 8, no smaller blocks, and layers that are alike.
+    alike = {"hidden_size": 64, "use_sliding_window": False, "max_window_layers": 9}
+    changes: dict[str, Any] = {LLAMA: {"head_dim": 16}, QWEN2: alike}.get(family, {})
     facts, source = save_base(tmp_path, family, **changes), Memory()
     kinds = {"base": Kind(load_reference(tmp_path), None)}
     for number, (name, config) in enumerate(KINDS[family].items()):
         folder = tmp_path / f"adapter-{number}"
         kinds[name] = make_kind(folder, load_reference(tmp_path), config, facts, source)
-    engine_config = make_config(tmp_path, forward=forward, device_slots=10, max_batch_rows=11, block_tokens=8)
+    engine_config = make_config(
+        tmp_path, forward=forward, device_slots=16, max_batch_rows=17, block_tokens=8, step_tokens=24
+    )
     engine = Engine(engine_config, load_base(tmp_path, engine_config), source, SystemClock())
     yield World(engine, kinds)
     engine.stop()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from adaptermesh.artifact.manifest import Manifest, ModuleOp
-from adaptermesh.artifact.ops import BOTTLENECK, LOWRANK, REFT
+from adaptermesh.artifact.ops import BOTTLENECK, LOWRANK, REFT, STRUCTURED
 from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.priority import check_priority
@@ -35,7 +35,8 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
             continue
         if site is None or not 0 <= module.layer < base.sites.num_layers:
             raise corrupt(digest, f"the base has no site {module.site} in layer {module.layer}")
-        shapes = _shapes(module, site)
+        found = {slot: entries[name].shape for slot, name in module.tensors.items() if name in entries}
+        shapes = _structured(found, site) if module.op == STRUCTURED else _shapes(module, site)
         for slot, name in module.tensors.items():
             entry = entries.get(name)
             if entry is None or entry.shape != shapes.get(slot):
@@ -54,6 +55,19 @@ def _shapes(module: ModuleOp, site: Site) -> Mapping[str, tuple[int, ...]]:
         "bias_delta": outputs,
         "magnitude": outputs,
     }
+
+
+def _structured(found: Mapping[str, tuple[int, ...]], site: Site) -> Mapping[str, tuple[int, ...]]:
+    """What the tensors of a structured op have to be if its second matrix, or its blocks, are those found."""
+    inputs, outputs = site.in_features, site.out_features
+    if "w2" in found:
+        o2, i2 = found["w2"][0], math.gcd(found["w2"][1], inputs)
+        rows = -(-(site.out_offset + outputs) // o2) - site.out_offset // o2
+        return {"w1": (rows, inputs // i2), "w2": (o2, i2)}
+    factors, count, block = found.get("R", (1, 1, 1, 1))[:3]
+    block = math.gcd(block, inputs)
+    count = inputs // block if count > 1 else 1
+    return {"R": (factors, count, block, block), "row_scale": (outputs,)}
 
 
 def device_bytes_of(manifest: Manifest, dtype: torch.dtype) -> int:
