@@ -153,6 +153,8 @@ COMMON: dict[str, peft.PeftConfig] = {
     "vera": peft.VeraConfig(r=32, target_modules=["q_proj", "v_proj"]),
     "loha": peft.LoHaConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
     "adalora": peft.AdaLoraConfig(init_r=6, target_r=4, total_step=9, target_modules=["q_proj", "up_proj"]),
+    "lokr": peft.LoKrConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "oft": peft.OFTConfig(oft_block_size=32, target_modules=["q_proj", "v_proj", "o_proj"]),
 }
 
 

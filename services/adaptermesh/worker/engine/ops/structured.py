@@ -136,7 +136,11 @@ class Structured:
 
     @property
     def size_bytes(self) -> int:
-        parts = (*self._krons.values(), *self._turns.values(), *self._row_scales.values())
+        parts: tuple[_Kron | _Turn | _RowScale, ...] = (
+            *self._krons.values(),
+            *self._turns.values(),
+            *self._row_scales.values(),
+        )
         return sum(tensor.nbytes for part in parts for tensor in part.tensors)
 
     def _acting(self, tokens: StepTokens) -> tuple[Segment, ...]:

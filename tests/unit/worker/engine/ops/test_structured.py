@@ -54,6 +54,7 @@ class Biases:
 
 def tensors_of(kind: str, site: Site, generator: torch.Generator) -> dict[str, torch.Tensor]:
     words = kind.split()
+    shapes: dict[str, tuple[int, ...]]
     if words[0] == "kron":
         o2 = int(words[1])
         first, end = site.out_offset // o2, -(-(site.out_offset + site.out_features) // o2)
@@ -181,7 +182,7 @@ def test_memory_is_given_back() -> None:
 def test_a_step_without_such_adapters_has_no_part(slots: list[int]) -> None:
     pair = Pair()
     pair.load(0, "kron 2", 1)
-    load(pair.fast, 2, [], {}.__getitem__, LAYERS)
+    load(pair.fast, 2, [], modules("kron 2", 1)[1].__getitem__, LAYERS)
     tokens = StepTokens(tuple(Segment(slot, place, place + 1) for place, slot in enumerate(slots)))
     assert not pair.fast.plan(tokens)
     assert not pair.fast.plan_inputs(tokens)

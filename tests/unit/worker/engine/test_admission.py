@@ -1,0 +1,64 @@
+"""Adapters that their manifest finds in order and the base does not."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import peft
+import pytest
+from transformers import LlamaConfig
+
+from adaptermesh.artifact.sites import site_map
+from adaptermesh.core.errors import MeshError, Reason
+from adaptermesh.worker.engine.admission import check_adapter
+from tests.unit.artifact.boft_blocks import stand_in
+from tests.unit.artifact.test_peft_written import SMALL, ingested, write
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def butterflies() -> Iterator[None]:
+    with stand_in():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("method", "slot", "shape", "good"),
+    [
+        (peft.LoKrConfig, "w1", (4, 4), True),
+        (peft.LoKrConfig, "w1", (3, 4), False),
+        (peft.LoKrConfig, "w2", (4, 5), False),
+        (peft.LoKrConfig, "w2", (2, 4), False),
+        (peft.OFTConfig, "R", (1, 1, 16, 16), True),
+        (peft.OFTConfig, "R", (1, 1, 4, 4), True),
+        (peft.OFTConfig, "R", (1, 3, 4, 4), False),
+        (peft.OFTConfig, "R", (1, 1, 5, 5), False),
+        (peft.BOFTConfig, "R", (2, 4, 4, 4), True),
+        (peft.BOFTConfig, "R", (1, 2, 8, 8), True),
+        (peft.BOFTConfig, "R", (1, 4, 8, 8), False),
+        (peft.BOFTConfig, "row_scale", (15,), False),
+    ],
+)
+def test_what_has_a_structure_fits_the_sites_widths(
+    tmp_path: Path, method: Any, slot: str, shape: tuple[int, ...], good: bool
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), method(target_modules=["q_proj"]), tmp_path / "a")
+    manifest = ingested(tmp_path / "a", facts).manifest
+    base = cast("Any", SimpleNamespace(facts=facts, sites=site_map(facts)))
+    check_adapter("d", manifest, base)
+    changed = tuple(
+        replace(entry, shape=shape) if entry.name == f"L0.q.{slot}" else entry for entry in manifest.tensors
+    )
+    other = replace(manifest, tensors=changed)
+    if good:
+        check_adapter("d", other, base)
+        return
+    with pytest.raises(MeshError, match="of q in layer 0 is not") as caught:
+        check_adapter("d", other, base)
+    assert caught.value.reason is Reason.DATA_CORRUPT
