@@ -332,7 +332,7 @@ def test_ia3_scales_outputs_where_its_tensors_are(
         ("mam", "union", "a union of prefix_tuning and bottleneck"),
         ("unipelt", "union", "with learned gates (UniPELT)"),
         ("fusion", "fusion", "AdapterFusion over the adapters a, b; upload the adapters one by one"),
-        ("stack", "setup", "a set-up (Stack) of several adapters; upload the adapters one by one"),
+        ("stack", "stack", "member 'a': not served yet: an lm head of its own"),
         ("with_lm_head", "bottleneck", "an lm head of its own"),
     ],
 )
@@ -341,7 +341,7 @@ def test_what_is_not_served_is_stored_with_the_reason(
 ) -> None:
     manifest, _ = read("llama", method, tmp_path)
     assert not manifest.servable
-    assert manifest.unservable_reason.startswith("not served yet: ")
+    assert "not served yet: " in manifest.unservable_reason
     assert why in manifest.unservable_reason
     assert (manifest.kind, manifest.modules, manifest.tensors) == (kind, (), ())
 
