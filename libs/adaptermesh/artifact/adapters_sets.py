@@ -1,30 +1,52 @@
-"""Several adapters in one upload of the `adapters` library: AdapterFusion and set-ups. None is served yet."""
+"""Several adapters in one upload of the `adapters` library: AdapterFusion and set-ups.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+A set-up of stacks and averages becomes the one adapter that its members are together, by our own rules of
+composition and not by the library's: its average divides twice by the number of members, and each LoRA of its
+stack reads what the one before has put out. Fusions are not served yet.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from adaptermesh.artifact.adapters_config import is_written_by_adapters, read_version
+from adaptermesh.artifact.adapters_config import is_written_by_adapters, read_config, read_version
 from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.canonical import tensor_view, to_float32
+from adaptermesh.artifact.composing import Opened, compose_modules
 from adaptermesh.artifact.config_file import read_config_file
-from adaptermesh.artifact.plan import Plan
-from adaptermesh.artifact.problems import Problems
+from adaptermesh.artifact.manifest_parts import TensorEntry
+from adaptermesh.artifact.plan import Floats, Plan, PlannedTensor, computed
+from adaptermesh.artifact.problems import Problems, shown
+from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import SiteMap
-from adaptermesh.artifact.source_files import CONFIG_FILE, FUSION, SETUP
+from adaptermesh.artifact.source_files import ADAPTERS, CONFIG_FILE, FUSION, SETUP
 from adaptermesh.artifact.uploaded import Uploaded
+from adaptermesh.core.composition import (
+    AVERAGE,
+    MAX_DEPTH,
+    MAX_MEMBERS,
+    MAX_WEIGHT,
+    STACK,
+    Composition,
+    Group,
+    Leaf,
+    leaves,
+)
+from adaptermesh.core.errors import MeshError
 
-MAX_MEMBERS = 16
+_BLOCKS = {"Stack": STACK, "Average": AVERAGE}
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptersSet:
-    """A fusion or a set-up: stored with the reason why it is not served."""
+    """A fusion or a set-up. `tree` is over the members' names; there is one unless `unservable` is set."""
 
     raw: Mapping[str, Any]
     kind: str
     version: str
-    unservable: str
+    unservable: str = ""
+    tree: Composition | None = None
     head: None = None
 
     @property
@@ -32,9 +54,30 @@ class AdaptersSet:
         """What the config says of the base: a path or a name."""
         return self.raw.get("model_name")
 
-    def plan(self, upload: Uploaded, sites: SiteMap, base: BaseFacts, problems: Problems) -> Plan:  # noqa: ARG002
-        """Nothing: no base changes that it is not served."""
-        return Plan(unservable=self.unservable)
+    def plan(self, upload: Uploaded, sites: SiteMap, base: BaseFacts, problems: Problems) -> Plan:
+        """What the members become together; of use only if no problem was noted."""
+        if self.tree is None:
+            return Plan(unservable=self.unservable)
+        if len(problems):
+            return Plan()
+        opened: dict[str, Opened] = {}
+        for name in dict.fromkeys(leaf.name for leaf in leaves(self.tree)):
+            member = _member(upload, name)
+            plan = _plan_member(name, member, sites, base, problems)
+            if plan.unservable:
+                return Plan(unservable=f"member '{name}': {plan.unservable}")
+            opened[name] = Opened(plan.modules, _values(plan, member))
+        if len(problems):
+            return Plan()
+        try:
+            modules, tensors = compose_modules(self.tree, opened)
+        except MeshError as error:
+            return Plan(unservable=error.message)
+        return Plan(
+            modules=tuple(modules),
+            tensors=tuple(_planned(name, layer, values) for name, (layer, values) in tensors.items()),
+            composition={"expression": str(self.tree)},
+        )
 
 
 def read_fusion(raw: Mapping[str, Any], problems: Problems) -> AdaptersSet | None:
@@ -65,8 +108,105 @@ def read_setup(raw: Mapping[str, Any], upload: Uploaded, problems: Problems) -> 
         config = read_config_file(path, upload.files[path], problems)
         if config is not None and not is_written_by_adapters(config):
             problems.add(f"{path} was not written by the 'adapters' library")
-    reason = f"not served yet: a set-up ({kind}) of several adapters; upload the adapters one by one"
-    return AdaptersSet(raw, "setup", version, reason) if version else None
+    if not version:
+        return None
+    try:
+        found = _read_tree(tree, 0)
+    except _NotServed as other:
+        reason = f"not served yet: a set-up ({other}) of several adapters; upload the adapters one by one"
+        return AdaptersSet(raw, "setup", version, reason)
+    if found is None or sum(1 for _ in leaves(found)) > MAX_MEMBERS:
+        problems.add(f"{SETUP.config}: adapter_setup is no tree of blocks with up to {MAX_MEMBERS} adapters")
+        return None
+    _compare_members(found, members, problems)
+    return AdaptersSet(raw, kind.lower(), version, tree=found)
+
+
+class _NotServed(Exception):
+    """A block that is served by nothing yet; the text is its type."""
+
+
+def _read_tree(node: Any, depth: int) -> Composition | None:
+    """A block over the members' names; None if it is malformed. Raises _NotServed."""
+    kind, children = (node.get("type"), node.get("children")) if isinstance(node, dict) else (None, None)
+    if depth > MAX_DEPTH or not isinstance(children, list) or not 0 < len(children) <= MAX_MEMBERS:
+        return None
+    if kind == "single":
+        return Leaf(children[0]) if len(children) == 1 and _are_names(children) else None
+    if not isinstance(kind, str):
+        return None
+    if kind not in _BLOCKS:
+        raise _NotServed(kind[:40])
+    members = [_read_tree(child, depth + 1) for child in children]
+    present = [member for member in members if member is not None]
+    if len(present) < len(members):
+        return None
+    if kind == "Average":
+        weights = (node.get("kwargs") or {}).get("weights", [1.0] * len(present))
+        if not isinstance(weights, list) or len(weights) != len(present):
+            return None
+        if not all(isinstance(weight, float | int) and 0 < weight <= MAX_WEIGHT for weight in weights):
+            raise _NotServed("Average with weights that are not all above 0")
+        present = [
+            replace(member, weight=float(weight)) for member, weight in zip(present, weights, strict=True)
+        ]
+    return Group(_BLOCKS[kind], tuple(present))
+
+
+def _compare_members(tree: Composition, configs: list[str], problems: Problems) -> None:
+    names = {leaf.name for leaf in leaves(tree)}
+    folders = {str(PurePosixPath(path).parent) for path in configs}
+    for name in sorted(names - folders):
+        problems.add(f"{SETUP.config}: member {shown(name)} has no folder with {CONFIG_FILE}")
+    for folder in sorted(folders - names):
+        problems.add(f"folder {shown(folder)} holds an adapter that the set-up does not name")
+
+
+def _member(upload: Uploaded, name: str) -> Uploaded:
+    """A member's folder as an upload of its own."""
+    start = f"{name}/"
+    return Uploaded(
+        files={path[len(start) :]: place for path, place in upload.files.items() if path.startswith(start)},
+        layout=ADAPTERS,
+        headers={
+            path[len(start) :]: header for path, header in upload.headers.items() if path.startswith(start)
+        },
+        all_zero=frozenset(),
+    )
+
+
+def _plan_member(name: str, member: Uploaded, sites: SiteMap, base: BaseFacts, problems: Problems) -> Plan:
+    raw = read_config_file(CONFIG_FILE, member.files[CONFIG_FILE], problems)
+    if ADAPTERS.weights not in member.headers:
+        problems.add(f"member {shown(name)} has no {ADAPTERS.weights}")
+        return Plan()
+    config = None if raw is None else read_config(raw, member, base, problems)
+    if config is None:
+        return Plan()
+    return (
+        Plan(unservable=config.unservable)
+        if config.unservable
+        else config.plan(member, sites, base, problems)
+    )
+
+
+def _values(plan: Plan, member: Uploaded) -> Callable[[str], Floats]:
+    """Reads a member's canonical tensors before they are anywhere."""
+    tensors = {tensor.spec.name: tensor for tensor in plan.tensors}
+
+    def read(name: str) -> Floats:
+        tensor = tensors[name]
+        with member.files[ADAPTERS.weights].open("rb") as file:
+            data = b"".join(tensor.blocks(file))
+        spec = tensor.spec
+        entry = TensorEntry(spec.name, spec.dtype, spec.shape, 0, spec.size)
+        return to_float32(entry, tensor_view(entry, data))
+
+    return read
+
+
+def _planned(name: str, layer: int, values: Floats) -> PlannedTensor:
+    return PlannedTensor(TensorSpec(name, "F32", values.shape), layer, computed(lambda _: values))
 
 
 def _are_names(names: list[Any]) -> bool:

@@ -5,7 +5,7 @@ composition's over the members' digests, not the digest of the manifest made her
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,14 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """An adapter's modules, and what gives their tensors by name."""
+
+    modules: Sequence[ModuleOp]
+    read: Callable[[str], Floats]
+
+
+@dataclass(frozen=True, slots=True)
 class Composed:
     """An adapter that stands for a composition. data: [size_bytes] uint8."""
 
@@ -70,7 +78,23 @@ def compose(composition: Composition, members: Mapping[str, Member]) -> Composed
     first = members[digests[0]].manifest
     for digest in digests:
         _check_member(digest, members[digest].manifest, first)
-    places = {digest: _by_place(members[digest].manifest) for digest in digests}
+    opened = {
+        digest: Opened(members[digest].manifest.modules, _reader(members[digest])) for digest in digests
+    }
+    modules, tensors = compose_modules(composition, opened)
+    return _write(composition, first, digests, modules, tensors)
+
+
+def compose_modules(
+    composition: Composition, members: Mapping[str, Opened]
+) -> tuple[list[ModuleOp], dict[str, tuple[int, Floats]]]:
+    """The modules of a composition of members, by name, and their tensors, each with its layer, in float32.
+
+    Raises:
+        MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for what can't be composed, in words;
+            RESOURCE_EXHAUSTED if the result would be too large.
+    """
+    places = {name: _by_place(member.modules) for name, member in members.items()}
     order = _places([place for found in places.values() for place in found])
 
     def effect(node: Composition, place: _Place) -> Effect | None:
@@ -78,7 +102,7 @@ def compose(composition: Composition, members: Mapping[str, Member]) -> Composed
             modules = places[node.name].get(place)
             if not modules:
                 return None
-            return scaled(effect_of(modules, _reader(members[node.name])), node.weight)
+            return scaled(effect_of(modules, members[node.name].read), node.weight)
         if node.kind == AVERAGE:
             total = sum(member.weight for member in node.members)
             shares = [
@@ -104,7 +128,12 @@ def compose(composition: Composition, members: Mapping[str, Member]) -> Composed
         )
     if not modules:
         raise _unsupported("it changes nothing")
-    return _write(composition, first, digests, modules, tensors)
+    return modules, tensors
+
+
+def is_composed(manifest: Manifest) -> bool:
+    """Whether it was composed where it is served, and is no version."""
+    return manifest.source.format == COMPOSED_FORMAT
 
 
 def identity_of(manifest: Manifest, digest: str) -> str:
@@ -112,7 +141,7 @@ def identity_of(manifest: Manifest, digest: str) -> str:
 
     `digest` is that of the manifest's bytes.
     """
-    if manifest.source.format != COMPOSED_FORMAT or not manifest.composition:
+    if not is_composed(manifest) or not manifest.composition:
         return digest
     try:
         return composition_digest(parse_resolved(str(manifest.composition.get(_EXPRESSION))))
@@ -130,9 +159,9 @@ def _check_member(digest: str, manifest: Manifest, first: Manifest) -> None:
         raise _unsupported(f"'{name}' acts on a part of the tokens only, and is served alone")
 
 
-def _by_place(manifest: Manifest) -> dict[_Place, list[ModuleOp]]:
+def _by_place(modules: Sequence[ModuleOp]) -> dict[_Place, list[ModuleOp]]:
     found: dict[_Place, list[ModuleOp]] = {}
-    for module in manifest.modules:
+    for module in modules:
         found.setdefault((module.layer, module.site), []).append(module)
     return found
 
@@ -143,7 +172,7 @@ def _places(places: Sequence[_Place]) -> list[_Place]:
     return sorted(known, key=lambda place: (place[0], known[place]))
 
 
-def _reader(member: Member) -> Any:
+def _reader(member: Member) -> Callable[[str], Floats]:
     entries = {entry.name: entry for entry in member.manifest.tensors}
     return lambda name: to_float32(entries[name], tensor_view(entries[name], member.buffer))
 

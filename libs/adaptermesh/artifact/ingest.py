@@ -150,6 +150,7 @@ def _write(
         size_bytes=layout.file_size,
         cost=_cost(plan, layout.entries),
         head=config.head,
+        composition=plan.composition,
         parents=bundle.parents,
         merge_recipe=None if bundle.merge_recipe is None else bundle.merge_recipe.to_json(),
     )

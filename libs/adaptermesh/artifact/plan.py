@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class Plan:
 
     `deciding` names, for every module, the uploaded tensor that makes it do nothing when it is zero, and
     `decider` is what its library calls such a tensor; none where zeros do something. `unservable` is set, and
-    all else empty, when the adapter acts where nothing is served yet.
+    all else empty, when the adapter acts where nothing is served yet. `composition` is the manifest's.
     """
 
     modules: tuple[ModuleOp, ...] = ()
@@ -52,6 +52,7 @@ class Plan:
     deciding: tuple[str, ...] = ()
     decider: str = ""
     unservable: str = ""
+    composition: Mapping[str, Any] | None = None
 
     def bounded(self, becomes: str) -> "Plan":
         """This plan, or why it is not served if its tensors take more room than `MAX_EXPANDED_BYTES`."""

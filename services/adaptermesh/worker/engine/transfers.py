@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from adaptermesh.artifact.composing import is_composed
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
@@ -154,7 +155,7 @@ class Transfers:
             self.resume()
             late = None
             # A composition is made anew: on disk nothing would vouch for it.
-            stored = transfer.from_store and landing.manifest.composition is None
+            stored = transfer.from_store and not is_composed(landing.manifest)
             if stored and self._table.fits_disk(landing.manifest.size_bytes):
                 late = self._writes.start(digest, transfer.manifest, landing.finish())
             self._lock.notify_all()

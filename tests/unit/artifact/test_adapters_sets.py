@@ -1,0 +1,166 @@
+"""Set-ups of the adapters library: stacks and averages become one adapter, the rest is stored or refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adaptermesh.artifact.canonical import open_buffer, tensors
+from adaptermesh.artifact.composing import Member, compose
+from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.core.composition import parse_resolved
+from adaptermesh.core.errors import MeshError, Reason
+from tests.parity.adapters.goldens import ingest_folder, load_goldens
+
+GOLDENS = load_goldens("llama")
+Tree = dict[str, Any]
+
+
+def single(name: str) -> Tree:
+    return {"type": "single", "children": [name]}
+
+
+def block(kind: str, *children: Tree, **kwargs: Any) -> Tree:
+    return {"type": kind, "children": list(children), **({"kwargs": kwargs} if kwargs else {})}
+
+
+XY = (single("x"), single("y"))
+LORAS = {"x": "lora", "y": "lora_everywhere"}
+
+
+def write_setup(folder: Path, tree: Any, members: dict[str, str]) -> Path:
+    """members: the golden that is each one's folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    setup = {"adapter_setup": tree, "head_setup": None, "version": "adapters.1.3.0"}
+    (folder / "adapter_setup.json").write_text(json.dumps(setup))
+    for name, golden in members.items():
+        shutil.copytree(GOLDENS.folder(golden), folder / name)
+    return folder
+
+
+def ingested(tmp_path: Path, tree: Any, members: dict[str, str]) -> Manifest:
+    return ingest_folder(write_setup(tmp_path / "setup", tree, members), GOLDENS.facts, tmp_path / "out")
+
+
+SERVED: dict[str, tuple[Tree, dict[str, str], str, str]] = {
+    "a stack of LoRA": (block("Stack", *XY), LORAS, "stack({x},{y})", "stack"),
+    "an average": (
+        block("Average", *XY, weights=[0.75, 0.25]),
+        LORAS,
+        "average(0.75*{x},0.25*{y})",
+        "average",
+    ),
+    "an average of bottlenecks": (
+        block("Average", *XY),
+        {"x": "seq_bn", "y": "seq_bn"},
+        "average({x},{y})",
+        "average",
+    ),
+    "one in another": (
+        block("Stack", single("z"), block("Average", *XY)),
+        {**LORAS, "z": "par_bn"},
+        "stack({z},average({x},{y}))",
+        "stack",
+    ),
+    "a LoRA and factors": (block("Stack", *XY), {"x": "lora", "y": "ia3"}, "stack({x},{y})", "stack"),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_a_setup_is_what_its_members_are_together(tmp_path: Path, case: str) -> None:
+    tree, names, expression, kind = SERVED[case]
+    manifest = ingested(tmp_path, tree, names)
+    assert (manifest.servable, manifest.kind, manifest.unservable_reason) == (True, kind, "")
+    assert manifest.composition is not None
+    members, digests = {}, {}
+    for name, golden in names.items():
+        out = tmp_path / name
+        one = ingest_folder(GOLDENS.folder(golden), GOLDENS.facts, out)
+        members[one.digest] = Member(one, out.read_bytes())
+        digests[name] = one.digest
+    expected = compose(parse_resolved(expression.format(**digests)), members)
+    assert manifest.modules == expected.manifest.modules
+    with open_buffer(tmp_path / "out") as buffer:
+        found = {entry.name: values.copy() for entry, values in tensors(manifest, buffer)}
+    for entry, values in tensors(expected.manifest, expected.data.tobytes()):
+        np.testing.assert_array_equal(found[entry.name], values)
+
+
+@pytest.mark.parametrize(
+    ("tree", "members", "why"),
+    [
+        (block("Fuse", *XY), LORAS, "a set-up (Fuse)"),
+        (block("Parallel", *XY), LORAS, "a set-up (Parallel)"),
+        (block("Average", *XY, weights=[1.5, -0.5]), LORAS, "not all above 0"),
+        (block("Stack", *XY), {"x": "lora", "y": "seq_bn_gated"}, "member 'y': not served"),
+        (block("Stack", *XY), {"x": "lora", "y": "dora"}, "a magnitude (DoRA)"),
+        (block("Stack", *XY), {"x": "seq_bn", "y": "seq_bn"}, "average them"),
+    ],
+)
+def test_what_can_not_be_served_together_is_stored(
+    tmp_path: Path, tree: Tree, members: dict[str, str], why: str
+) -> None:
+    manifest = ingested(tmp_path, tree, members)
+    assert not manifest.servable
+    assert why in manifest.unservable_reason
+
+
+@pytest.mark.parametrize(
+    ("tree", "members", "why"),
+    [
+        (block("Stack", single("x")), LORAS, "folder 'y' holds an adapter that the set-up does not name"),
+        (block("Stack", single("x"), single("q")), LORAS, "member 'q' has no folder"),
+        (block("Stack"), LORAS, "no tree"),
+        (block("Stack", {"type": "single", "children": ["x", "y"]}), LORAS, "no tree"),
+        (block("Average", *XY, weights=[1.0]), LORAS, "no tree"),
+        (block("Stack", *[single("x")] * 17), {"x": "lora"}, "no tree"),
+        (block("Stack", *[block("Stack", *[single("x")] * 9)] * 2), {"x": "lora"}, "no tree"),
+        ("Stack", LORAS, "has no type"),
+        ({"type": 3}, LORAS, "has no type"),
+    ],
+)
+def test_a_setup_that_is_none_is_refused(
+    tmp_path: Path, tree: Any, members: dict[str, str], why: str
+) -> None:
+    with pytest.raises(MeshError, match=why) as caught:
+        ingested(tmp_path, tree, members)
+    assert caught.value.reason is Reason.ADAPTER_REJECTED
+
+
+def test_a_member_without_its_tensors_or_with_others_is_refused(tmp_path: Path) -> None:
+    folder = write_setup(tmp_path / "setup", block("Stack", *XY), LORAS)
+    (folder / "y" / "adapter.safetensors").unlink()
+    with pytest.raises(MeshError, match="member 'y' has no adapter"):
+        ingest_folder(folder, GOLDENS.facts, tmp_path / "out")
+    folder = write_setup(tmp_path / "setup", block("Stack", *XY), LORAS)
+    shutil.copy(GOLDENS.folder("par_bn") / "adapter.safetensors", folder / "y" / "adapter.safetensors")
+    with pytest.raises(MeshError, match="asks for no such part"):
+        ingest_folder(folder, GOLDENS.facts, tmp_path / "out")
+
+
+names = st.sampled_from(["x", "y", "Stack"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats(allow_nan=False) | names,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "children", "kwargs", "weights"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=json_values)
+def test_any_tree_is_read_stored_or_refused(tmp_path: Path, tree: Any) -> None:
+    try:
+        manifest = ingested(tmp_path, tree, LORAS)
+    except MeshError as error:
+        assert error.reason is Reason.ADAPTER_REJECTED
+    else:
+        assert manifest.servable != bool(manifest.unservable_reason)
