@@ -30,6 +30,10 @@ class Places:
 
 
 _BLOCKS = MappingProxyType({"attention": "attention_adapters", "ffn": "output_adapters"})
+_BERT_BLOCKS = MappingProxyType({"attention": "attention.output", "ffn": "output"})
+_BERT_MATRICES = MappingProxyType(
+    {letter: f"attention.self.{name}" for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))}
+)
 _SELF_ATTN = MappingProxyType({letter: f"self_attn.{letter}_proj" for letter in "qkv"})
 
 PLACES: Mapping[str, Places] = MappingProxyType(
@@ -52,6 +56,27 @@ PLACES: Mapping[str, Places] = MappingProxyType(
             "mlp.c_proj",
             fused=True,
             bias_keys=("",),
+        ),
+        **{
+            f"{name}ForMaskedLM": Places(
+                name.lower(),
+                _BERT_BLOCKS,
+                _BERT_MATRICES,
+                "intermediate.dense",
+                "output.dense",
+                bias_keys=("",),
+                post_norm=True,
+            )
+            for name in ("Bert", "Roberta")
+        },
+        "DistilBertForMaskedLM": Places(
+            "distilbert",
+            _BLOCKS,
+            MappingProxyType({letter: f"attention.{letter}_lin" for letter in "qkv"}),
+            "ffn.lin1",
+            "ffn.lin2",
+            bias_keys=("",),
+            post_norm=True,
         ),
     }
 )

@@ -110,4 +110,70 @@ ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )
-"""The families by the name of their transformers class."""
+"""The decoders by the name of their transformers class."""
+
+# Their layer norms follow the sub-layers: nothing joins the stream as the block sites' ops do.
+_NO_BLOCKS: Mapping[str, Block] = MappingProxyType({})
+_ENCODER_LAYERS = "encoder.layer.{layer}"
+_BERT = (
+    ModuleRow("attention.self.query", "hidden", (("q", "q"),)),
+    ModuleRow("attention.self.key", "hidden", (("k", "kv"),)),
+    ModuleRow("attention.self.value", "hidden", (("v", "kv"),)),
+    ModuleRow("attention.output.dense", "q", (("o", "hidden"),)),
+    ModuleRow("intermediate.dense", "hidden", (("up", "ffn"),)),
+    ModuleRow("output.dense", "ffn", (("down", "hidden"),)),
+)
+_DISTILBERT = (
+    ModuleRow("attention.q_lin", "hidden", (("q", "q"),)),
+    ModuleRow("attention.k_lin", "hidden", (("k", "kv"),)),
+    ModuleRow("attention.v_lin", "hidden", (("v", "kv"),)),
+    ModuleRow("attention.out_lin", "q", (("o", "hidden"),)),
+    ModuleRow("ffn.lin1", "hidden", (("up", "ffn"),)),
+    ModuleRow("ffn.lin2", "ffn", (("down", "hidden"),)),
+)
+_MODERNBERT = (
+    ModuleRow("attn.Wqkv", "hidden", (("q", "q"), ("k", "kv"), ("v", "kv"))),
+    ModuleRow("attn.Wo", "q", (("o", "hidden"),)),
+    # The first half goes through the activation, as a gate_proj's output does.
+    ModuleRow("mlp.Wi", "hidden", (("gate", "ffn"), ("up", "ffn"))),
+    ModuleRow("mlp.Wo", "ffn", (("down", "hidden"),)),
+)
+
+
+def _embeddings(stem: str) -> tuple[str, ...]:
+    return tuple(f"{stem}.embeddings.{name}_embeddings" for name in ("word", "position"))
+
+
+ENCODERS: Mapping[str, Family] = MappingProxyType(
+    {
+        "BertForMaskedLM": Family(
+            f"bert.{_ENCODER_LAYERS}",
+            _BERT,
+            (*_embeddings("bert"), "cls.predictions.transform.dense", "cls.predictions.decoder"),
+            grouped_heads=False,
+            blocks=_NO_BLOCKS,
+        ),
+        "RobertaForMaskedLM": Family(
+            f"roberta.{_ENCODER_LAYERS}",
+            _BERT,
+            (*_embeddings("roberta"), "lm_head.dense", "lm_head.decoder"),
+            grouped_heads=False,
+            blocks=_NO_BLOCKS,
+        ),
+        "DistilBertForMaskedLM": Family(
+            "distilbert.transformer.layer.{layer}",
+            _DISTILBERT,
+            (*_embeddings("distilbert"), "vocab_transform", "vocab_projector"),
+            grouped_heads=False,
+            blocks=_NO_BLOCKS,
+        ),
+        "ModernBertForMaskedLM": Family(
+            _LAYERS,
+            _MODERNBERT,
+            ("model.embeddings.tok_embeddings", "head.dense", "decoder"),
+            grouped_heads=False,
+            blocks=_NO_BLOCKS,
+        ),
+    }
+)
+"""The encoders likewise. Their adapters can be read; no engine runs them yet."""

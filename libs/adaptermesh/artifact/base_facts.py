@@ -31,9 +31,9 @@ _VOLATILE = frozenset(
     }
 )
 
-# The transformers spellings of each fact; the second one is GPT-2's.
-_HIDDEN = ("hidden_size", "n_embd")
-_LAYERS = ("num_hidden_layers", "n_layer")
+# The transformers spellings of each fact; the second one is GPT-2's, the third DistilBERT's.
+_HIDDEN = ("hidden_size", "n_embd", "dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 _VOCAB = ("vocab_size",)
 
 

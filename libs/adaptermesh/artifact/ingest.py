@@ -106,7 +106,7 @@ def _plan(config: SourceConfig, upload: Uploaded, base: BaseFacts, problems: Pro
     if config.unservable:
         return Plan(unservable=config.unservable)
     try:
-        sites = site_map(base)
+        sites = site_map(base, encoders=True)
     except MeshError as error:
         if error.reason is not Reason.ADAPTER_UNSUPPORTED:
             raise

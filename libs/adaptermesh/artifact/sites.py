@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptermesh.artifact.architectures import ARCHITECTURES, Block, Family
+from adaptermesh.artifact.architectures import ARCHITECTURES, ENCODERS, Block, Family
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 
@@ -83,20 +83,21 @@ class SiteMap:
         )
 
 
-def site_map(facts: BaseFacts) -> SiteMap:
-    """The sites of a base model.
+def site_map(facts: BaseFacts, *, encoders: bool = False) -> SiteMap:
+    """The sites of a base model; of an encoder only if asked to, so that no decoder's engine takes one.
 
     Raises:
         MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for an architecture without a module map;
             INVALID_ARGUMENT (INVALID_FIELD) for a config without the widths.
     """
-    family = ARCHITECTURES.get(facts.architecture)
+    families = {**ARCHITECTURES, **ENCODERS} if encoders else ARCHITECTURES
+    family = families.get(facts.architecture)
     if family is None:
         raise MeshError(
             Code.FAILED_PRECONDITION,
             Reason.ADAPTER_UNSUPPORTED,
             f"base model '{facts.model_id}' is a {facts.architecture}, for which there is no module map "
-            f"(known: {', '.join(ARCHITECTURES)})",
+            f"(known: {', '.join(families)})",
             metadata={"architecture": facts.architecture, "base_digest": facts.digest},
         )
     widths = _widths(facts, family)
@@ -125,7 +126,7 @@ def site_map(facts: BaseFacts) -> SiteMap:
 def _widths(facts: BaseFacts, family: Family) -> dict[str, int]:
     config = {**family.defaults, **facts.config}
     hidden = facts.hidden_size
-    heads = _size(config, "num_attention_heads", "n_head")
+    heads = _size(config, "num_attention_heads", "n_head", "n_heads")
     head_dim, kv_heads = hidden // heads, heads
     if family.grouped_heads:
         # An explicit null means "derive it", in every one of these classes.
@@ -134,7 +135,7 @@ def _widths(facts: BaseFacts, family: Family) -> dict[str, int]:
     if "n_inner" in config:
         ffn = _optional_size(config, "n_inner") or 4 * hidden
     else:
-        ffn = _size(config, "intermediate_size")
+        ffn = _size(config, "intermediate_size", "hidden_dim")
     return {"hidden": hidden, "q": heads * head_dim, "kv": kv_heads * head_dim, "ffn": ffn}
 
 

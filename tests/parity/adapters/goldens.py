@@ -10,7 +10,7 @@ from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.manifest import Manifest
 
 ROOT = Path(__file__).parent / "goldens"
-BASES = ("llama", "gpt2")
+BASES = ("llama", "gpt2", "mistral")
 TOLERANCE = 1e-3
 """Between float32 in two versions of transformers; a real mistake moves a logit by 0.02 and more."""
 

@@ -80,7 +80,25 @@ GPT2: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BASES = {"llama": LLAMA, "gpt2": GPT2}
+MISTRAL: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key not in ("attention_bias", "mlp_bias")},
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": None,
+}
+BERT: dict[str, Any] = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+BASES = {"llama": LLAMA, "gpt2": GPT2, "mistral": MISTRAL}
+# Its library's code is a copy of Llama's: a few methods show that.
+ON_MISTRAL = ("seq_bn", "double_seq_bn", "par_bn", "lora_everywhere", "ia3")
 
 PHM = {"phm_dim": 4, "reduction_factor": 4}
 EVERYWHERE = {"selfattn_lora": True, "intermediate_lora": True, "output_lora": True}
@@ -122,6 +140,7 @@ SERVED_ON: dict[str, dict[str, Callable[[], Any]]] = {
         "dvora": lambda: LoRAConfig(**{**VERA, "alpha": 4}, attn_matrices=["q"], use_dora=True),
     },
     "gpt2": {"vera": lambda: LoRAConfig(**VERA, selfattn_lora=False, intermediate_lora=True)},
+    "mistral": {},
 }
 STORED: dict[str, Callable[[], Any]] = {
     "seq_bn_inv": lambda: SeqBnInvConfig(reduction_factor=4),
@@ -268,21 +287,40 @@ def write_heads(kind: str) -> None:
     model.save_adapter(str(ROOT / kind / "with_class_head"), NAME, use_safetensors=True)
 
 
+def write_encoder() -> None:
+    """Files only: nothing computes with an encoder yet."""
+    config = transformers.AutoConfig.for_model(**BERT)
+    folder = ROOT / "bert"
+    (folder / "base").mkdir(parents=True)
+    (folder / "base" / "config.json").write_text(json.dumps(BERT, indent=2, sort_keys=True) + "\n")
+    for method in ("double_seq_bn", "lora_everywhere", "ia3"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForMaskedLM.from_config(config)
+        adapters.init(model)
+        model.add_adapter(NAME, config=SERVED[method]())
+        fill(model, NAME)
+        model.save_adapter(str(folder / method), NAME, with_head=False, use_safetensors=True)
+
+
 def main() -> None:
     shutil.rmtree(ROOT, ignore_errors=True)
     for kind in BASES:
         write_base(kind, ROOT / kind / "base")
         expected = {"base": logits(load(kind))}
         for method, make in {**SERVED, **SERVED_ON[kind]}.items():
+            if kind == "mistral" and method not in ON_MISTRAL:
+                continue
             expected[method] = logits(write_adapter(kind, method, make()))
         if kind == "llama":
             for method, make in STORED.items():
                 write_adapter(kind, method, make())
             write_sets(kind)
-        write_heads(kind)
+        if kind != "mistral":
+            write_heads(kind)
         file = ROOT / kind / "logits.json"
         lines = ",\n".join(f'"{method}": {json.dumps(rows)}' for method, rows in expected.items())
         file.write_text(f'{{"prompts": {json.dumps(PROMPTS)},\n"logits": {{\n{lines}\n}}}}\n')
+    write_encoder()
 
 
 if __name__ == "__main__":

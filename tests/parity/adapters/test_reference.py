@@ -38,11 +38,13 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "leaky_relu": functional.leaky_relu,
 }
 # The modules of a layer where a block begins, by their norms, and where its output joins the stream.
+_LLAMA_BLOCKS = {
+    "attention": ("input_layernorm", "self_attn.o_proj"),
+    "ffn": ("post_attention_layernorm", "mlp.down_proj"),
+}
 BLOCK_MODULES = {
-    "llama": {
-        "attention": ("input_layernorm", "self_attn.o_proj"),
-        "ffn": ("post_attention_layernorm", "mlp.down_proj"),
-    },
+    "llama": _LLAMA_BLOCKS,
+    "mistral": _LLAMA_BLOCKS,
     "gpt2": {"attention": ("ln_1", "attn.c_proj"), "ffn": ("ln_2", "mlp.c_proj")},
 }
 

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from adaptermesh.artifact.architectures import ARCHITECTURES
+from adaptermesh.artifact.architectures import ARCHITECTURES, ENCODERS
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.sites import site_map
 from adaptermesh.core.errors import MeshError, Reason
@@ -33,21 +33,38 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+ENCODER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertForMaskedLM": ("bert", SMALL),
+    "RobertaForMaskedLM": ("roberta", SMALL),
+    "DistilBertForMaskedLM": (
+        "distilbert",
+        {"dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "vocab_size": 64},
+    ),
+    "ModernBertForMaskedLM": ("modernbert", SMALL | {"cls_token_id": 1, "sep_token_id": 2}),
+}
+
+
+def test_every_architecture_is_compared_with_its_real_model() -> None:
+    assert CONFIGS.keys() == ARCHITECTURES.keys()
+    assert ENCODER_CONFIGS.keys() == ENCODERS.keys()
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *ENCODERS])
 def test_every_site_is_where_and_as_wide_as_in_the_real_model(architecture: str) -> None:
-    model_type, values = CONFIGS[architecture]
+    model_type, values = {**CONFIGS, **ENCODER_CONFIGS}[architecture]
     config = AutoConfig.for_model(model_type, **values)
+    make: Any = AutoModelForMaskedLM if architecture in ENCODERS else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = make.from_config(config)
     assert type(model).__name__ == architecture
     facts = BaseFacts.from_config(
         "x", {**config.to_dict(), "architectures": [architecture]}, "sha256:" + "0" * 64
     )
-    sites = site_map(facts)
+    sites = site_map(facts, encoders=True)
     linear = {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
+        if type(module).__name__ in ("Linear", "Conv1D") and name not in sites.other_modules
     }
     assert set(sites.module_paths()) == set(linear)
     for path, module in linear.items():
@@ -65,6 +82,16 @@ def test_every_site_is_where_and_as_wide_as_in_the_real_model(architecture: str)
         assert all(part.fused == (len(parts) > 1) for part in parts)
     for name in sites.other_modules:
         model.get_submodule(name)
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_an_encoder_has_sites_only_for_those_who_ask(architecture: str) -> None:
+    model_type, values = ENCODER_CONFIGS[architecture]
+    config = AutoConfig.for_model(model_type, **values).to_dict()
+    facts = BaseFacts.from_config("x", {**config, "architectures": [architecture]}, "sha256:" + "0" * 64)
+    with pytest.raises(MeshError) as caught:
+        site_map(facts)
+    assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
 
 
 def test_a_path_matches_its_site_and_layer(base: BaseFacts) -> None:
