@@ -13,6 +13,9 @@ from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.sites import Site, SiteMap
 from adaptermesh.artifact.uploaded import Uploaded
 
+MAX_VERA_RANK = 256
+"""Its matrices are multiplied at ingest, which takes the longer the higher the rank is."""
+
 _MAGNITUDE = "m.weight"
 _Targets = Mapping[str, tuple[tuple[Site, ...], int]]
 """The sites that change, and the layer, for each module that is asked for."""
@@ -60,6 +63,8 @@ def plan_lora(
 
 def _unserved(config: LoraConfig, places: Places, base: BaseFacts) -> Iterator[str]:
     """What the library computes otherwise than the method says, or not at all, on this architecture."""
+    if config.is_vera and config.r > MAX_VERA_RANK:
+        yield f"a VeRA of rank {config.r}, the highest that is served is {MAX_VERA_RANK}"
     merged = config.selfattn_lora and places.fused
     if config.is_vera and merged:
         yield f"{config.kind} on the fused attention of a {base.architecture}, which the library can't run"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from adaptermesh.artifact.canonical import tensor_from_file
 from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
-from adaptermesh.artifact.problems import Problems, shown
+from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.tensor_scan import read_blocks
 
@@ -71,8 +71,19 @@ def copied(offset: int, size: int) -> Blocks:
 
 
 def computed(values: Values) -> Blocks:
-    """float32 values that are computed when they are written, so that one tensor at a time is in memory."""
-    return lambda file: (np.ascontiguousarray(values(file), "<f4").tobytes(),)
+    """float32 values that are computed when they are written, so that one tensor at a time is in memory.
+
+    They raise Rejection if they leave float32's range, as products of finite values can.
+    """
+
+    def blocks(file: BinaryIO) -> Iterable[bytes]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = np.ascontiguousarray(values(file), "<f4")
+        if not np.isfinite(found).all():
+            raise Rejection(["the products of its tensors are too large for float32"])
+        return (found.tobytes(),)
+
+    return blocks
 
 
 def tensor_name(site: str, layer: int, slot: str) -> str:

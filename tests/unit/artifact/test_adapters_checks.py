@@ -241,6 +241,14 @@ def test_what_would_take_too_much_room_is_stored_with_the_reason(
     assert "as the bottleneck that it is it would have" in make("compacter").reason()
 
 
+@pytest.mark.parametrize("method", ["compacter", "vera", "adapter_plus"])
+def test_products_that_leave_the_range_of_float32_are_rejected(make: Any, method: str) -> None:
+    folder = make(method)
+    found = load_file(folder.root / WEIGHTS)
+    folder.tensors(**{name: np.full_like(value, 1e30) for name, value in found.items()})
+    assert "the products of its tensors are too large for float32" in folder.rejection()
+
+
 @pytest.mark.parametrize(
     ("method", "inner", "why"),
     [
@@ -288,6 +296,7 @@ def test_an_integer_is_no_value_for_vera_d_as_in_the_library(make: Any) -> None:
         ("ia3", {"alpha": 2}, "composition_mode 'scale' with an alpha of 2, only 1 is served"),
         ("dora", {"alpha": 8}, "DoRA with alpha 8 and r 4"),
         ("dvora", {"alpha": 8}, "DoRA with alpha 8 and r 4"),
+        ("vera", {"r": 257}, "a VeRA of rank 257, the highest that is served is 256"),
     ],
 )
 def test_a_lora_that_would_be_computed_otherwise_is_stored(
