@@ -267,6 +267,7 @@ def write_adapter(kind: str, method: str, config: Any, *, with_head: bool = Fals
 
 def write_sets(kind: str) -> None:
     """A fusion of two adapters, and a set-up of two."""
+    torch.manual_seed(0)
     model = load(kind)
     for name in ("a", "b"):
         model.add_adapter(name, config=SeqBnConfig(reduction_factor=8))
