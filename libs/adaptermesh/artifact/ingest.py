@@ -6,7 +6,15 @@ from pathlib import Path
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.chunking import cut, hash_spans
-from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES, BaseRef, Cost, Manifest, Source, TensorEntry
+from adaptermesh.artifact.manifest import (
+    MAX_MANIFEST_BYTES,
+    Activation,
+    BaseRef,
+    Cost,
+    Manifest,
+    Source,
+    TensorEntry,
+)
 from adaptermesh.artifact.peft_config import PeftConfig, read_config
 from adaptermesh.artifact.peft_plan import Plan
 from adaptermesh.artifact.peft_readers import plan_method
@@ -141,7 +149,19 @@ def _plan(config: PeftConfig, header: Header, base: BaseFacts, problems: Problem
             raise
         return Plan(unservable=error.message)
     name = f"base model '{base.model_id}' ({base.architecture})"
-    return plan_method(config.method, header.tensors, sites, name, problems)
+    plan = plan_method(config.method, header.tensors, sites, name, problems)
+    if plan.activation is not None:
+        _check_activation(plan.activation, base, name, problems)
+    return plan
+
+
+def _check_activation(activation: Activation, base: BaseFacts, name: str, problems: Problems) -> None:
+    for token in activation.invocation_tokens:
+        if token >= base.vocab_size:
+            problems.add(
+                f"adapter_config.json: alora_invocation_tokens has token {token}, "
+                f"but {name} has tokens 0 to {base.vocab_size - 1}"
+            )
 
 
 def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan, out_file: Path) -> Manifest:
@@ -170,6 +190,7 @@ def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan
         unservable_reason=plan.unservable,
         op_kinds=tuple(sorted({module.op for module in plan.modules})),
         modules=plan.modules,
+        activation=plan.activation,
         tensors=layout.entries,
         chunks=chunks,
         size_bytes=layout.file_size,

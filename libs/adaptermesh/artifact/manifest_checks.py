@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from adaptermesh.artifact.manifest_parts import (
     HEADER_LAYER,
     MAX_CHUNK_BYTES,
+    MAX_INVOCATION_TOKENS,
     SCHEMA,
     TENSOR_ALIGNMENT,
     TENSOR_DTYPES,
@@ -38,6 +39,7 @@ def check_manifest(manifest: "Manifest") -> None:
     _check_chunks(manifest.chunks, manifest.size_bytes)
     layers = _check_tensors(manifest.tensors, manifest.chunks)
     _check_modules(manifest, layers)
+    _check_activation(manifest)
     _check_summary(manifest)
 
 
@@ -184,6 +186,17 @@ def _check_magnitude(module: ModuleOp, beside: ModuleOp | None, what: "_Named") 
     names = {slot: f"L{module.layer}.{module.site}.{slot}" for slot in ("A", "B")}
     found = beside is not None and beside.scale == module.scale and dict(beside.tensors) == names
     _need(found, "{} has a magnitude, but not its low-rank part", what)
+
+
+def _check_activation(manifest: "Manifest") -> None:
+    if manifest.activation is None:
+        return
+    tokens, vocabulary = manifest.activation.invocation_tokens, manifest.base.vocab_size
+    _need(manifest.servable, "a manifest that is not servable has an activation")
+    counted = 1 <= len(tokens) <= MAX_INVOCATION_TOKENS
+    _need(counted, "{} invocation tokens are not 1 to {}", len(tokens), MAX_INVOCATION_TOKENS)
+    for token in tokens:
+        _need(0 <= token < vocabulary, "invocation token {} is not below {}", token, vocabulary)
 
 
 def _check_summary(manifest: "Manifest") -> None:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from adaptermesh.artifact.manifest_parts import MAX_INVOCATION_TOKENS
 
 MAX_PATTERNS = 4096
 _MAX_RANK = 65536
@@ -14,6 +16,7 @@ _Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 _Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
 _Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Names = Annotated[list[_Name], Field(max_length=MAX_PATTERNS)]
 
 
@@ -39,12 +42,25 @@ class RankedConfig(TargetConfig):
 
 
 class LoraConfig(RankedConfig):
-    """LoRA (arXiv:2106.09685); rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) if asked for."""
+    """LoRA (arXiv:2106.09685); rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) if asked for.
+
+    With invocation tokens an activated LoRA (arXiv:2504.12397); an empty list is none, as in peft.
+    """
 
     alpha: _Alpha = Field(alias="lora_alpha")
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    invocation_tokens: Annotated[list[_Token], Field(max_length=MAX_INVOCATION_TOKENS)] = Field(
+        default=[], alias="alora_invocation_tokens"
+    )
+
+    @field_validator("invocation_tokens")
+    @classmethod
+    def _check_variant(cls, tokens: list[int], info: ValidationInfo) -> list[int]:
+        if tokens and info.data.get("use_dora"):
+            raise ValueError("a DoRA can't be activated: peft has no such variant")
+        return tokens
 
 
 class LohaConfig(RankedConfig):
@@ -177,7 +193,6 @@ _LORA_NO_EFFECT = _COMMON_NO_EFFECT | {
 }
 _LORA_OTHERS: Mapping[str, str] = MappingProxyType(
     {
-        "alora_invocation_tokens": "activated LoRA (aLoRA)",
         "arrow_config": "Arrow routing",
         "bias": "trained biases",
         "kasa_config": "KaSA",
@@ -226,6 +241,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             {
                 **_LORA_OTHERS,
+                "alora_invocation_tokens": "activation by tokens, which AdaLoRA does not have",
                 "lora_bias": "a bias on lora_B, which AdaLoRA does not have",
                 "use_dora": "DoRA, which AdaLoRA does not have",
                 "alpha_pattern": "an alpha for each module, which AdaLoRA does not have",

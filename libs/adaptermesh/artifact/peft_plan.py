@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptermesh.artifact.canonical import tensor_from_file
-from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
+from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, Activation, ModuleOp, TensorEntry
 from adaptermesh.artifact.peft_methods import TargetConfig
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.problems import Problems, shown
@@ -55,6 +55,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...] = ()
     deciding: tuple[str, ...] = ()
     decider: str = ""
+    activation: Activation | None = None
     unservable: str = ""
 
 

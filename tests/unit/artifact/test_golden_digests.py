@@ -52,6 +52,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, dict[str, npt.NDArray[np.float3
     "loha": ("LOHA", {"r": 3}, loha, {}),
     "vera": ("VERA", {"r": 5}, vera, {"vera_A": numbers(5, 24), "vera_B": numbers(16, 5, start=9)}),
     "ia3": ("IA3", {"feedforward_modules": ["down_proj"]}, ia3, {}),
+    "alora": ("LORA", {"r": 4, "alora_invocation_tokens": [9, 33, 9]}, lora, {}),
 }
 GOLDEN = {
     "dora": "sha256:440aeee9a558ff78facb92dcc2b043de9ea757725ee100ef8f2934cc7c5c7cd3",
@@ -60,6 +61,7 @@ GOLDEN = {
     "loha": "sha256:5ce89ce14e54392ffa6be29032fa4c1b0c44ffb87eb687b391d21f7f3cb0f056",
     "vera": "sha256:009cb2b3f1b19c205e3d2c9e700a1c466497d067cfb08f3d8fcc6ad3e5bd3a8f",
     "ia3": "sha256:bc33b9003dd25780c2dc85b42323bd0ea9b060b6fef9ebd9e3784df67b053ff3",
+    "alora": "sha256:83e077b4bc4606192c1767bead78d136be0bc20a1439715212041b951af92c2d",
 }
 
 

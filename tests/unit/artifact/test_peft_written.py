@@ -278,6 +278,9 @@ KINDS: dict[str, peft.PeftConfig] = {
     "loha": peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "vera": peft.VeraConfig(r=3, target_modules=["q_proj", "v_proj"]),
     "ia3": peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=["v_proj"]),
+    "alora": peft.LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]
+    ),
 }
 
 
@@ -331,6 +334,7 @@ def test_a_file_that_disagrees_with_its_method_is_rejected(
         ("vera", {"bias": "all"}, "trained biases"),
         ("loha", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ("adalora", {"use_dora": True}, "DoRA"),
+        ("adalora", {"alora_invocation_tokens": [1]}, "activation by tokens"),
         ("ia3", {"task_type": "SEQ_CLS"}, "SEQ_CLS"),
     ],
 )

@@ -13,7 +13,8 @@ from adaptermesh.worker.engine.slots import AdapterPlan
 class HostStep:
     """Tokens of all rows, one after the other: decodes first, then prefill chunks.
 
-    `slots` has one of each row, -1 for the base. `outputs` are the tokens whose logits are wanted.
+    `slots` has that of each row's last token, -1 for the base. `outputs` are the tokens whose logits are
+    wanted.
     """
 
     token_ids: list[int]

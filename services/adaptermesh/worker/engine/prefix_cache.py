@@ -3,6 +3,10 @@
 A block's key is a chained hash: of the key before it and of its own tokens, the first one of the adapter's
 digest (or the base) and the tenant. Equal keys mean equal tokens from the start, by the same weights, for the
 same tenant, so a name that points to new weights, or another tenant, can't meet an old block.
+
+An adapter that is activated by tokens computes what is before them as the base does. The blocks before the
+one with the first adapted token so have the base's keys, and are shared with it. That one and all later ones
+are the adapter's own; its key says from which token on, for the tokens behind a block decide about that too.
 """
 
 import hashlib
@@ -14,18 +18,22 @@ from collections.abc import Sequence
 class BlockKeys:
     """The keys of one sequence's full blocks, made once each, when they are first asked for."""
 
-    __slots__ = ("_chain",)
+    __slots__ = ("_activation", "_chain", "_own")
 
-    def __init__(self, digest: str | None, tenant: str) -> None:
-        weights = "base" if digest is None else f"adapter {digest}"
-        # The length in front keeps the two names apart, whatever they contain.
-        self._chain = [_hash(f"{len(weights)} {weights} {tenant}".encode())]
+    def __init__(self, digest: str | None, tenant: str, activation: int = 0) -> None:
+        """`activation`: the first token that the adapter acts on."""
+        self._own = _root(digest, tenant)
+        self._activation = activation
+        self._chain = [_root(None, tenant) if activation else self._own]
 
     def first(self, blocks: int, tokens: Sequence[int], block_tokens: int) -> list[bytes]:
         """Keys of that many blocks. `tokens` fills them all and only ever grows from call to call."""
         for index in range(len(self._chain) - 1, blocks):
             held = tokens[index * block_tokens : (index + 1) * block_tokens]
-            self._chain.append(_hash(self._chain[-1] + array("q", held).tobytes()))
+            before = self._chain[-1]
+            if self._activation and index == self._activation // block_tokens:
+                before = _hash(b"activated %d " % self._activation + self._own + before)
+            self._chain.append(_hash(before + array("q", held).tobytes()))
         return self._chain[1 : blocks + 1]
 
 
@@ -80,6 +88,13 @@ class PrefixCache:
         block, _ = self._resting.popitem(last=False)
         del self._block_of[self._key_of.pop(block)]
         return block
+
+
+def _root(digest: str | None, tenant: str) -> bytes:
+    """What the chain of some weights begins with."""
+    weights = "base" if digest is None else f"adapter {digest}"
+    # The length in front keeps the two names apart, whatever they contain.
+    return _hash(f"{len(weights)} {weights} {tenant}".encode())
 
 
 def _hash(data: bytes) -> bytes:

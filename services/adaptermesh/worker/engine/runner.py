@@ -144,7 +144,7 @@ def _host_step(plan: StepPlan) -> HostStep:
         positions=positions,
         outputs=outputs + scored,
         spans=tuple(spans),
-        slots=tuple(row.sequence.slot for row in rows),
+        slots=tuple(row.parts[-1][0] for row in rows),
         decodes=len(plan.decodes),
         tokens=StepTokens(_segments(plan)),
     )
@@ -160,13 +160,16 @@ def _drawn(rows: Sequence[Row], logits: torch.Tensor) -> tuple[Drawn, ...]:
 
 
 def _segments(plan: StepPlan) -> tuple[Segment, ...]:
-    """Tokens of the same slot that follow one another, decodes and prefills apart."""
+    """Tokens of the same slot that follow one another, decodes and prefills apart.
+
+    What comes before the activation of its adapter is the base's.
+    """
     segments: list[Segment] = []
     start = 0
     for part in (plan.decodes, plan.prefills):
         first = len(segments)
-        for row in part:
-            end, slot = start + row.count, row.sequence.slot
+        for slot, count in (piece for row in part for piece in row.parts):
+            end = start + count
             if len(segments) > first and segments[-1].slot == slot:
                 segments[-1] = Segment(slot, segments[-1].start, end)
             else:

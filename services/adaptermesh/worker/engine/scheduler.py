@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.early_prefills import EarlyPrefills
 from adaptermesh.worker.engine.fairness import TenantCounters
@@ -305,7 +306,16 @@ class Scheduler:
 
     def _looks_up(self, sequence: Sequence) -> bool:
         # Cached blocks have no logits: a prompt that is not scored yet is computed, all of it.
-        return self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
+        wanted = self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
+        return wanted and self._knows(sequence)
+
+    def _knows(self, sequence: Sequence) -> bool:
+        """Whether the adapter's manifest is here, without which it is open whose keys the blocks have."""
+        if sequence.traits is None and sequence.digest is not None:
+            traits = self._placer.traits(sequence.digest)
+            if traits is not None:
+                sequence.learn(traits)
+        return sequence.traits is not None
 
     def _fills_cache(self, sequence: Sequence) -> bool:
         """Whether a row computes its prompt for the cache, in steps."""
@@ -320,6 +330,10 @@ class Scheduler:
             self.prefix_query_tokens += len(sequence.tokens)
 
     def _join(self, sequence: Sequence) -> None:
+        if not self._knows(sequence):
+            raise MeshError(
+                Code.INTERNAL, Reason.INTERNAL, f"adapter {sequence.digest} has a slot and no manifest"
+            )
         self._share_prefix(sequence)
         self.waiting.join(sequence)
         sequence.state = SequenceState.RUNNING

@@ -9,6 +9,7 @@ from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import FinishReason, Listener, Outcome, Request, Timeline
 from adaptermesh.worker.engine.slots import BASE_SLOT
 from adaptermesh.worker.engine.text import TextStream
+from adaptermesh.worker.engine.traits import Traits
 
 
 class SequenceState(enum.Enum):
@@ -32,7 +33,9 @@ class Sequence:
         early: It got its row before its adapter was whole, and its first chunk is not computed yet.
         seed: Of the request, or drawn when it was submitted.
         history: Token counts of a request with penalties; None for all others.
-        keys: What its full blocks are found by in the prefix cache.
+        traits: Of its adapter; None until its manifest is here.
+        activation: The first token that the adapter acts on; those before it are computed by the base alone.
+        keys: What its full blocks are found by in the prefix cache; there are none before the traits.
         scored: Tokens of the prompt whose log probabilities need not be told: they were, or nobody asked. The
             first one has none.
     """
@@ -54,12 +57,21 @@ class Sequence:
     level: int = 0
     charged: int = 0
     early: bool = False
+    traits: Traits | None = None
+    activation: int = 0
     keys: BlockKeys = field(init=False)
     scored: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.keys = BlockKeys(self.request.digest, self.request.tenant)
+        if self.request.digest is None:
+            self.learn(Traits())
         self.scored = self.prompt_tokens if self.request.sampling.prompt_logprobs is None else 1
+
+    def learn(self, traits: Traits) -> None:
+        """The adapter's manifest has come."""
+        self.traits = traits
+        self.activation = traits.activation(self.request.prompt_ids)
+        self.keys = BlockKeys(self.request.digest, self.request.tenant, self.activation)
 
     @property
     def digest(self) -> str | None:

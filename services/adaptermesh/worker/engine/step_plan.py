@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.sequence import Sequence, SequenceState
+from adaptermesh.worker.engine.slots import BASE_SLOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +13,16 @@ class Row:
 
     sequence: Sequence
     count: int
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """The slots that compute it and how many tokens each: the base before the activation, if at all."""
+        sequence = self.sequence
+        before = min(sequence.activation - sequence.computed, self.count)
+        if before <= 0:
+            return ((sequence.slot, self.count),)
+        adapted = self.count - before
+        return ((BASE_SLOT, before), (sequence.slot, adapted)) if adapted else ((BASE_SLOT, before),)
 
     @property
     def samples(self) -> bool:

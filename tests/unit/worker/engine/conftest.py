@@ -249,6 +249,17 @@ class Lab:
         )
         return self._make(key, config, seed)
 
+    def alora(self, seed: int, invocation: Sequence[int], rank: int = 4) -> Adapter:
+        """A LoRA that acts from the last occurrence of these tokens on."""
+        key = ("alora", seed, tuple(invocation), rank)
+        config = LoraConfig(
+            r=rank,
+            target_modules=list(ALL_SITES),
+            task_type="CAUSAL_LM",
+            alora_invocation_tokens=list(invocation),
+        )
+        return self.adapters.get(key) or self._make(key, config, seed)
+
     def ia3(self, seed: int) -> Adapter:
         """Factors at k, v and down."""
         key = ("ia3", seed)

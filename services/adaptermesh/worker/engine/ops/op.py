@@ -25,7 +25,8 @@ class Segment:
 class StepTokens:
     """The adapters of a step's packed tokens. Built once a step, shared by all sites and layers.
 
-    `segments` cover all tokens, in order. A slot may have two segments: one of decodes, one of prefills.
+    `segments` cover all tokens, in order. A slot may have several: one of decodes, one of prefills, and one
+    of each prefill whose first tokens are the base's.
     """
 
     segments: tuple[Segment, ...]
