@@ -16,8 +16,10 @@ from adaptermesh.artifact.manifest import (
     TensorEntry,
 )
 from adaptermesh.artifact.peft_config import PeftConfig, read_config
+from adaptermesh.artifact.peft_methods import VirtualConfig
 from adaptermesh.artifact.peft_plan import Plan
 from adaptermesh.artifact.peft_readers import plan_method
+from adaptermesh.artifact.peft_virtual import plan_virtual
 from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import Header, lay_out, read_header, write_file
 from adaptermesh.artifact.sites import site_map
@@ -149,6 +151,8 @@ def _plan(config: PeftConfig, header: Header, base: BaseFacts, problems: Problem
             raise
         return Plan(unservable=error.message)
     name = f"base model '{base.model_id}' ({base.architecture})"
+    if isinstance(config.method, VirtualConfig):
+        return plan_virtual(config.method, header.tensors, base, name, problems)
     plan = plan_method(config.method, header.tensors, sites, name, problems)
     if plan.activation is not None:
         _check_activation(plan.activation, base, name, problems)

@@ -11,6 +11,7 @@ from adaptermesh.artifact.manifest_parts import (
     HEADER_LAYER,
     MAX_CHUNK_BYTES,
     MAX_INVOCATION_TOKENS,
+    MAX_VIRTUAL_TOKENS,
     SCHEMA,
     TENSOR_ALIGNMENT,
     TENSOR_DTYPES,
@@ -19,8 +20,8 @@ from adaptermesh.artifact.manifest_parts import (
     TensorEntry,
     corrupt,
 )
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK, OPS
-from adaptermesh.artifact.sites import BLOCKS
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, KV_PREFIX, LOWRANK, OPS, PROMPT
+from adaptermesh.artifact.sites import ATTENTION, BLOCKS, EMBED
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import check_name
@@ -130,10 +131,15 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _check_lowrank(module, entries, what)
         elif module.op == BOTTLENECK:
             _check_bottleneck(module, entries, manifest.base.hidden_size, what)
+        elif module.op == PROMPT:
+            _check_prompt(module, entries, manifest.base.hidden_size, what)
+        elif module.op == KV_PREFIX:
+            _check_prefix(module, entries, what)
         elif module.op == AFFINE:
             _check_affine(module, entries, what)
             if "magnitude" in module.tensors:
                 _check_magnitude(module, lowrank.get((module.site, module.layer, module.expert)), what)
+    _check_virtual(manifest, entries)
     _need(not unused, "tensor {!r} belongs to no module", min(unused, default="")[:120])
 
 
@@ -168,6 +174,38 @@ def _check_bottleneck(
     for slot, shape in shapes.items():
         found = entries[module.tensors[slot]].shape
         _need(found == shape, "{} has {} of shape {}", what, slot, found)
+
+
+def _check_prompt(module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: int, what: "_Named") -> None:
+    shape = entries[module.tensors["E"]].shape
+    _need(module.site == EMBED and module.layer == 0, "{} is not at the embeddings", what)
+    _need(len(shape) == 2 and shape[1] == hidden, "{} has E of shape {}", what, shape)
+    _check_unscaled(module, shape[0], what)
+
+
+def _check_prefix(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
+    k, v = entries[module.tensors["k"]].shape, entries[module.tensors["v"]].shape
+    _need(module.site == ATTENTION, "{} is not at the attention", what)
+    _need(len(k) == 3 and k == v, "{} has k of shape {} and v of shape {}", what, k, v)
+    _check_unscaled(module, k[1], what)
+
+
+def _check_unscaled(module: ModuleOp, tokens: int, what: "_Named") -> None:
+    _need(module.expert is None, "{} has an expert", what)
+    _need(module.rank == 0, "{} has rank {}", what, module.rank)
+    _need(module.scale == 1.0, "{} has scale {} for nothing", what, module.scale)
+    _need(tokens <= MAX_VIRTUAL_TOKENS, "{} has {} virtual tokens", what, tokens)
+
+
+def _check_virtual(manifest: "Manifest", entries: Mapping[str, TensorEntry]) -> None:
+    """Virtual tokens are of one kind, and the same in every layer."""
+    prompts = sum(module.op == PROMPT for module in manifest.modules)
+    prefixes = [entries[m.tensors["k"]].shape for m in manifest.modules if m.op == KV_PREFIX]
+    _need(not (prompts and prefixes), "it has virtual tokens of two kinds")
+    whole = len(prefixes) in (0, manifest.base.num_layers) and len(set(prefixes)) <= 1
+    _need(whole, "its prefix is not the same in all layers")
+    alone = manifest.activation is None or not (prompts or prefixes)
+    _need(alone, "virtual tokens come before any activation")
 
 
 def _check_affine(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:

@@ -117,6 +117,8 @@ class Cost:
     max_rank: int
 
 
+MAX_VIRTUAL_TOKENS = 4096
+"""That an adapter may put in front of every prompt."""
 MAX_INVOCATION_TOKENS = 256
 """Of an activated LoRA."""
 

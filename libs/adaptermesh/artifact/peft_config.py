@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from adaptermesh.artifact.peft_methods import METHODS, Method, TargetConfig
+from adaptermesh.artifact.peft_methods import METHODS, Method, MethodConfig
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.strict_json import parse_object
 
@@ -31,7 +31,7 @@ class PeftConfig:
 
     raw: Mapping[str, Any]
     kind: str
-    method: TargetConfig | None
+    method: MethodConfig | None
     unservable: str = ""
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -92,6 +92,38 @@ class Ia3Config(TargetConfig):
     feedforward_modules: _Name | _Names | None = None
 
 
+class VirtualConfig(BaseModel):
+    """Virtual tokens in front of every prompt, in one tensor.
+
+    The numbers are those of the base that it was trained on, where the config has them.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    num_transformer_submodules: Literal[1] = 1
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+
+
+class PromptConfig(VirtualConfig):
+    """Prompt tuning (arXiv:2104.08691) and p-tuning (arXiv:2103.10385): embeddings of virtual tokens.
+
+    The encoder of p-tuning is evaluated when it is saved.
+    """
+
+
+class PrefixConfig(VirtualConfig):
+    """Prefix tuning (arXiv:2101.00190): keys and values of virtual tokens, for every layer.
+
+    The projection is evaluated when it is saved.
+    """
+
+
+MethodConfig = TargetConfig | VirtualConfig
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """How a method's config is read.
@@ -100,7 +132,7 @@ class Method:
     what the adapter computes; `others` are keys that make another method of it when set, and its name.
     """
 
-    model: type[TargetConfig]
+    model: type[TargetConfig] | type[VirtualConfig]
     defaults: Mapping[str, Any]
     no_effect: frozenset[str]
     others: Mapping[str, str]
@@ -208,6 +240,29 @@ _LORA_OTHERS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+_VIRTUAL: Mapping[str, Any] = MappingProxyType(
+    {
+        **{key: value for key, value in _COMMON.items() if key != "target_modules"},
+        "num_attention_heads": None,
+        "num_layers": None,
+        "num_transformer_submodules": None,
+        "num_virtual_tokens": None,
+        "token_dim": None,
+    }
+)
+_ENCODERS_NO_EFFECT = _COMMON_NO_EFFECT | {
+    "encoder_dropout",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_reparameterization_type",
+    "init_weights",
+    "prefix_projection",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+}
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "LORA": Method(LoraConfig, LORA_DEFAULTS, _LORA_NO_EFFECT, _LORA_OTHERS),
@@ -300,6 +355,44 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "init_ia3_weights": True,
             },
             _COMMON_NO_EFFECT | {"init_ia3_weights"},
+            _SAVED,
+        ),
+        "PROMPT_TUNING": Method(
+            PromptConfig,
+            {
+                **_VIRTUAL,
+                "peft_type": "PROMPT_TUNING",
+                "prompt_tuning_init": "RANDOM",
+                "prompt_tuning_init_text": None,
+                "tokenizer_kwargs": None,
+                "tokenizer_name_or_path": None,
+            },
+            _ENCODERS_NO_EFFECT,
+            _SAVED,
+        ),
+        "P_TUNING": Method(
+            PromptConfig,
+            {
+                **_VIRTUAL,
+                "peft_type": "P_TUNING",
+                "encoder_dropout": 0.0,
+                "encoder_hidden_size": None,
+                "encoder_num_layers": 2,
+                "encoder_reparameterization_type": "MLP",
+            },
+            _ENCODERS_NO_EFFECT,
+            _SAVED,
+        ),
+        "PREFIX_TUNING": Method(
+            PrefixConfig,
+            {
+                **_VIRTUAL,
+                "peft_type": "PREFIX_TUNING",
+                "encoder_hidden_size": None,
+                "init_weights": None,
+                "prefix_projection": False,
+            },
+            _ENCODERS_NO_EFFECT,
             _SAVED,
         ),
     }

@@ -20,6 +20,7 @@ from adaptermesh.worker.engine.engine import Engine
 from adaptermesh.worker.engine.request import Request
 from tests.parity.engine.test_families import (
     COUNT,
+    FAMILIES,
     Heard,
     Memory,
     generate,
@@ -33,7 +34,8 @@ LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
 SOME = ["q_proj", "v_proj", "down_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INVOCATION = [7, 11, 7]
-ACTIVATED: dict[str, Any] = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": INVOCATION}
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+ACTIVATED: dict[str, Any] = {**CAUSAL, "alora_invocation_tokens": INVOCATION}
 INVOKED = {
     "alora": (9,),
     "alora at once": (0,),
@@ -64,6 +66,16 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
         "alora twice": peft.LoraConfig(r=3, target_modules=SOME, **ACTIVATED),
         "alora with a bias": peft.LoraConfig(r=3, lora_bias=True, target_modules=SOME, **ACTIVATED),
         "alora that is not invoked": peft.LoraConfig(r=4, target_modules=EVERY, **ACTIVATED),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=7, **CAUSAL),
+        "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=16, encoder_hidden_size=24, **CAUSAL),
+        "p-tuning by an LSTM": peft.PromptEncoderConfig(
+            num_virtual_tokens=21, encoder_reparameterization_type="LSTM", **CAUSAL
+        ),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=13, **CAUSAL),
+        "prefix of one block": peft.PrefixTuningConfig(num_virtual_tokens=8, **CAUSAL),
+        "projected prefix": peft.PrefixTuningConfig(
+            num_virtual_tokens=18, prefix_projection=True, encoder_hidden_size=24, **CAUSAL
+        ),
     },
     GPT2: {
         "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
@@ -77,8 +89,17 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
         "alora twice": peft.LoraConfig(
             r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **ACTIVATED
         ),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=9, **CAUSAL),
+        "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=24, **CAUSAL),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=11, **CAUSAL),
     },
 }
+FAMILY_KINDS: dict[str, peft.PeftConfig] = {
+    "alora": peft.LoraConfig(r=4, target_modules="all-linear", **ACTIVATED),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=11, **CAUSAL),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=11, **CAUSAL),
+}
+"""What depends on how a family embeds its tokens, and on how far they see: more than the windows of some."""
 FORWARDS = [(LLAMA, "native"), (LLAMA, "lean"), (LLAMA, "plain"), (GPT2, "plain")]
 
 
@@ -115,7 +136,7 @@ class World:
     count: int = 0
     prompts: list[list[int]] = field(
         default_factory=lambda: make_prompts(
-            [5, 37, 21, 30, 12, 44, 9, 26, 33, 18, 29, 31, 24, 24, 40, 27, 22]
+            [5, 37, 21, 30, 12, 44, 9, 26, 33, 18, 29, 31, 24, 24, 40, 27, 22, 6, 25, 17, 1, 30, 9]
         )
     )
 
@@ -144,6 +165,23 @@ class World:
         return prompt
 
 
+def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
+    """[virtual tokens, if they are computed, and tokens, vocabulary]."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def answer(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy tokens; with virtual tokens each from all before it anew."""
+    if not getattr(model, "_is_prompt_learning", False):
+        return generate(model, prompt)
+    tokens = list(prompt)
+    for _ in range(COUNT):
+        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
 def make_kind(
     folder: Path, reference: Any, config: peft.PeftConfig, facts: Any, source: Any, spread: float = 0.5
 ) -> Kind:
@@ -162,6 +200,9 @@ def make_kind(
                 parameter.data.mul_(torch.empty_like(parameter).uniform_(1.0 - spread, 1.0 + spread))
             elif "ia3_" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=spread)
+            elif "prompt_encoder" in name:
+                # As large as it is in the base, for embeddings; larger for keys that are to be noticed.
+                torch.nn.init.normal_(parameter, std=2 * spread)
             elif any(part in name for part in ("lora_", "hada_", "vera_lambda")):
                 torch.nn.init.normal_(parameter, std=spread)
         model.eval().save_pretrained(str(folder))
@@ -195,13 +236,33 @@ def test_each_kind_alone_equals_peft(world: World) -> None:
     for name, kind in world.kinds.items():
         [heard] = world.ask([name])
         prompt = world.prompt(name)
-        expected = generate(kind.model, prompt)
+        expected = answer(kind.model, prompt)
         assert heard.tokens == expected, name
-        with torch.no_grad():
-            logits = kind.model(input_ids=torch.tensor([prompt + expected])).logits[0]
-        likeliest = logits[len(prompt) - 1 : -1].log_softmax(-1).topk(4).values
+        # From the end: before the prompt there may be virtual tokens.
+        likeliest = logits_of(kind.model, prompt + expected)[-COUNT - 1 : -1].log_softmax(-1).topk(4).values
         torch.testing.assert_close(heard.values()[:, 1:], likeliest, rtol=0.0, atol=1e-3)
         assert (expected == generate(plain, prompt)) == (name in NO_EFFECT), "it would prove nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_virtual_tokens_and_activation_of_every_family_equal_peft(tmp_path: Path, family: str) -> None:
+    facts, source = save_base(tmp_path, family), Memory()
+    kinds = {"base": Kind(load_reference(tmp_path), None)}
+    for name, given in FAMILY_KINDS.items():
+        config: Any = copy.deepcopy(given)
+        if name == "alora":
+            config.fan_in_fan_out = family == GPT2
+        kinds[name] = make_kind(tmp_path / name, load_reference(tmp_path), config, facts, source)
+    engine_config = make_config(tmp_path)
+    engine = Engine(engine_config, load_base(tmp_path, engine_config), source, SystemClock())
+    world = World(engine, kinds)
+    for name, heard in zip(kinds, world.ask(list(kinds)), strict=True):
+        prompt, model = world.prompt(name), kinds[name].model
+        expected = answer(model, prompt)
+        assert heard.tokens == expected, name
+        likeliest = logits_of(model, prompt + expected)[-COUNT - 1 : -1].log_softmax(-1).topk(4).values
+        torch.testing.assert_close(heard.values()[:, 1:], likeliest, rtol=0.0, atol=1e-3)
+    engine.stop()
 
 
 def test_all_kinds_in_one_batch_answer_as_each_of_them_alone(world: World) -> None:

@@ -65,6 +65,38 @@ GOLDEN = {
 }
 
 
+VIRTUAL: dict[str, tuple[str, dict[str, Any], tuple[int, int], str]] = {
+    "prompt": (
+        "PROMPT_TUNING",
+        {"token_dim": 16},
+        (5, 16),
+        "sha256:e95d1319fe34900a3c958e5d6848c94dc364f348fafaa3fa2db32e33acb43b8e",
+    ),
+    "p-tuning": (
+        "P_TUNING",
+        {"encoder_hidden_size": 9},
+        (5, 16),
+        "sha256:0b50b0b3343a2a6bc647bbceac579ba0128a631b3315a52f5228e44bd1ab3c22",
+    ),
+    "prefix": (
+        "PREFIX_TUNING",
+        {"num_layers": 3, "num_attention_heads": 2},
+        (5, 48),
+        "sha256:0072b0463f76bdceb3d41b636939ffe1bdfa4ea274680f88a4e0cfffc95ee3ab",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_have_the_same_digest_everywhere(folder: Any, kind: str) -> None:
+    method, changes, shape, digest = VIRTUAL[kind]
+    folder.config = {**METHODS[method].defaults, "num_virtual_tokens": 5, **changes}
+    folder.tensors["prompt_embeddings"] = ("F32", numbers(*shape))
+    manifest = folder.ingest().manifest
+    assert manifest.servable, manifest.unservable_reason
+    assert manifest.digest == digest
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_has_the_same_digest_everywhere(folder: Any, kind: str) -> None:
     method, changes, tensors, shared = KINDS[kind]

@@ -14,22 +14,31 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+_VIRTUAL = -1
+"""Stands for a virtual token; no token of a prompt is negative."""
+
 
 class BlockKeys:
     """The keys of one sequence's full blocks, made once each, when they are first asked for."""
 
-    __slots__ = ("_activation", "_chain", "_own")
+    __slots__ = ("_activation", "_chain", "_own", "_virtual")
 
-    def __init__(self, digest: str | None, tenant: str, activation: int = 0) -> None:
-        """`activation`: the first token that the adapter acts on."""
+    def __init__(self, digest: str | None, tenant: str, activation: int = 0, virtual: int = 0) -> None:
+        """`activation`: the first token that the adapter acts on. `virtual`: tokens that it puts in front."""
+        self._virtual = virtual
         self._own = _root(digest, tenant)
         self._activation = activation
         self._chain = [_root(None, tenant) if activation else self._own]
 
     def first(self, blocks: int, tokens: Sequence[int], block_tokens: int) -> list[bytes]:
-        """Keys of that many blocks. `tokens` fills them all and only ever grows from call to call."""
+        """Keys of that many blocks.
+
+        `tokens`, behind the virtual ones, fills them all and only ever grows from call to call.
+        """
         for index in range(len(self._chain) - 1, blocks):
-            held = tokens[index * block_tokens : (index + 1) * block_tokens]
+            start, end = (max(0, block_tokens * at - self._virtual) for at in (index, index + 1))
+            # The digest says what the virtual tokens are.
+            held = [_VIRTUAL] * (block_tokens - (end - start)) + list(tokens[start:end])
             before = self._chain[-1]
             if self._activation and index == self._activation // block_tokens:
                 before = _hash(b"activated %d " % self._activation + self._own + before)

@@ -21,6 +21,7 @@ from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.static_step import StaticStep
 from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
 from adaptermesh.worker.engine.upload import to_device
+from adaptermesh.worker.engine.virtual import VirtualSpan, VirtualTokens
 
 
 class Runner:
@@ -33,6 +34,7 @@ class Runner:
         self._slots = slots
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
+        self._virtual = VirtualTokens(slots, self._cache, heads_apart=forward.heads_apart)
         self._forward = forward
         text = base.model.config.get_text_config()
         caps = getattr(text, "attn_logit_softcapping", None) is not None
@@ -59,7 +61,9 @@ class Runner:
         """
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
-            logits = self._logits(self.pack(plan))
+            step = self.pack(plan)
+            self._virtual.fill(row.sequence for row in plan.rows)
+            logits = self._logits(step)
             drawn = _drawn(plan.rows, logits)
             return StepResult(drawn, _score_prompts(plan, logits[len(drawn) :]))
 
@@ -117,7 +121,8 @@ class Runner:
         packed = to_device([*step.token_ids, *step.positions, *step.outputs], device, torch.int64)
         ids, positions, outputs = packed.split([len(step.token_ids), len(step.positions), len(step.outputs)])
         attention = self._plan_attention(step.spans, step.decodes)
-        return StepBatch(ids, positions, outputs, attention, self._slots.plan(step.tokens), step.spans)
+        adapters, virtual = self._slots.plan(step.tokens), self._virtual.rows(step.virtual)
+        return StepBatch(ids, positions, outputs, attention, adapters, step.spans, virtual)
 
 
 def _wanted(rows: Iterable[Row]) -> Iterator[tuple[int, str | None]]:
@@ -132,13 +137,17 @@ def _host_step(plan: StepPlan) -> HostStep:
     positions: list[int] = []
     outputs: list[int] = []
     scored: list[int] = []
+    virtual: list[VirtualSpan] = []
     for row, span in zip(rows, spans, strict=True):
-        end, shift = span.past + span.count, len(ids) - span.past
-        ids.extend(row.sequence.tokens[span.past : end])
+        end, shift, before = span.past + span.count, len(ids) - span.past, row.sequence.virtual
+        if row.virtual:
+            virtual.append(VirtualSpan(len(ids), row.sequence.slot, span.past, len(row.virtual)))
+            ids.extend([0] * len(row.virtual))
+        ids.extend(row.sequence.tokens[max(0, span.past - before) : max(0, end - before)])
         positions.extend(range(span.past, end))
         if row.samples:
             outputs.append(len(ids) - 1)
-        scored.extend(position + shift for position in row.scores)
+        scored.extend(before + position + shift for position in row.scores)
     return HostStep(
         token_ids=ids,
         positions=positions,
@@ -147,6 +156,7 @@ def _host_step(plan: StepPlan) -> HostStep:
         slots=tuple(row.parts[-1][0] for row in rows),
         decodes=len(plan.decodes),
         tokens=StepTokens(_segments(plan)),
+        virtual=tuple(virtual),
     )
 
 

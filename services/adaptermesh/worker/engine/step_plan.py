@@ -31,13 +31,20 @@ class Row:
 
     @property
     def scores(self) -> range:
-        """Positions of those of its tokens whose logits say how likely the prompt's next token is."""
+        """Places in the prompt of those of its tokens whose logits say how likely the next one is."""
         sequence = self.sequence
+        computed = sequence.computed - sequence.virtual
         if not sequence.unscored:
             return range(0)
         # After a preemption the prompt is computed anew, but nothing is told twice.
-        start = max(sequence.computed, sequence.scored - 1)
-        return range(start, min(sequence.computed + self.count, sequence.prompt_tokens - 1))
+        start = max(computed, sequence.scored - 1)
+        return range(start, max(start, min(computed + self.count, sequence.prompt_tokens - 1)))
+
+    @property
+    def virtual(self) -> range:
+        """The virtual tokens among its tokens."""
+        sequence = self.sequence
+        return range(sequence.computed, min(sequence.computed + self.count, sequence.virtual))
 
 
 @dataclass(slots=True, eq=False)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.artifact.ops import KV_PREFIX, PROMPT
 
 NEVER = 2**62
 """The activation of a prompt without the invocation: no token is adapted, neither of it nor of the output."""
@@ -11,14 +12,29 @@ NEVER = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """`invocation`: the tokens that activate the adapter; empty for one that acts on every token."""
+    """What is the same for all sequences of an adapter.
+
+    Attributes:
+        invocation: The tokens that activate it; empty for one that acts on every token.
+        virtual: Tokens that it puts in front of every prompt, which have the first positions.
+        given: Those of them whose keys and values are given and not computed: all or none.
+    """
 
     invocation: tuple[int, ...] = ()
+    virtual: int = 0
+    given: int = 0
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Traits":
         activation = manifest.activation
-        return cls(() if activation is None else activation.invocation_tokens)
+        shapes = {tensor.name: tensor.shape for tensor in manifest.tensors}
+        virtual, given = 0, 0
+        for module in manifest.modules:
+            if module.op == PROMPT:
+                virtual = shapes[module.tensors["E"]][0]
+            elif module.op == KV_PREFIX:
+                virtual = given = shapes[module.tensors["k"]][1]
+        return cls(() if activation is None else activation.invocation_tokens, virtual, given)
 
     def activation(self, prompt_ids: Sequence[int]) -> int:
         """The position of the first token that is adapted: where the last invocation begins.

@@ -32,6 +32,7 @@ from adaptermesh.worker.engine.native.library import (
 )
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
+from adaptermesh.worker.engine.ops.virtual import WITHOUT_SITES
 from adaptermesh.worker.engine.slots import AdapterPlan
 
 NATIVE_ARCHITECTURES = frozenset(
@@ -55,6 +56,7 @@ class NativeForward:
     """
 
     resumable = True
+    heads_apart = True
 
     def __init__(self, base: Base, kernels: Kernels | None, block_tokens: int) -> None:
         kernels = _check(base, kernels, block_tokens)
@@ -82,7 +84,7 @@ class NativeForward:
 
     def start(self, batch: StepBatch, cache: KvCache) -> Passage:
         self._use_cache(cache)
-        hidden = self._embeddings[batch.token_ids]
+        hidden = batch.with_virtual(self._embeddings[batch.token_ids])
         cos, sin = self._decoder.rotary_emb(hidden, batch.positions[None])
         outputs = batch.outputs.to(torch.int32)
         logits = torch.empty(len(outputs), self._model.vocabulary)
@@ -281,9 +283,10 @@ def _pack_adapters(plan: AdapterPlan) -> tuple[Adapters, Scales, object]:
     if not plan.tokens.active_slots:
         return Adapters(), Scales(), None
     lowrank, affine = plan.ops.get("lowrank"), plan.ops.get("affine")
-    if not isinstance(lowrank, NativeLowRank) or not isinstance(affine, Affine) or len(plan.ops) > _KINDS:
+    kinds = plan.ops.keys() - WITHOUT_SITES
+    if not isinstance(lowrank, NativeLowRank) or not isinstance(affine, Affine) or len(kinds) > _KINDS:
         # An op that is passed over would answer with the base.
-        kinds = ", ".join(sorted(plan.ops))
-        raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
+        names = ", ".join(sorted(kinds))
+        raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {names}")
     rows, scales = lowrank.rows_of(plan.tokens), affine.scales_of(plan.tokens)
     return rows.adapters, Scales() if scales is None else scales[0], (rows, scales)

@@ -13,8 +13,9 @@ from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
+from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 
-OP_KINDS = frozenset({"lowrank", "affine"})
+OP_KINDS = frozenset({"lowrank", "affine", "prompt", "kv_prefix"})
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -32,11 +33,21 @@ def fast_ops(
     lowrank: Op = LowRank(sites.sites, sites.num_layers, dtype, device)
     if kernels is not None:
         lowrank = NativeLowRank(sites, kernels)
-    return {"lowrank": lowrank, "affine": Affine(sites, dtype, device, weights)}
+    return {
+        "lowrank": lowrank,
+        "affine": Affine(sites, dtype, device, weights),
+        "prompt": PromptRows(dtype, device),
+        "kv_prefix": PrefixRows(dtype, device),
+    }
 
 
 def plain_ops(
     sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
 ) -> Mapping[str, Op]:
     """The same, straight from the formulas: what the fast ones are checked against."""
-    return {"lowrank": PlainLowRank(dtype, device), "affine": PlainAffine(sites, dtype, device, weights)}
+    return {
+        "lowrank": PlainLowRank(dtype, device),
+        "affine": PlainAffine(sites, dtype, device, weights),
+        "prompt": PromptRows(dtype, device),
+        "kv_prefix": PrefixRows(dtype, device),
+    }
