@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptermesh.artifact.ops import KV_PREFIX, PROMPT
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 from adaptermesh.worker.engine.sequence import Sequence as Row
@@ -45,22 +46,34 @@ class VirtualTokens:
         self._write = cache.write_apart if heads_apart else cache.write
 
     def rows(self, spans: Sequence[VirtualSpan]) -> VirtualRows | None:
-        """The embeddings of a step's virtual tokens; None if it has none."""
-        op = self._slots.ops.get(PROMPT)
-        if not spans or not isinstance(op, PromptRows):
+        """The embeddings of a step's virtual tokens; None if it has none.
+
+        Raises:
+            MeshError: INTERNAL where the slots have no op for them.
+        """
+        if not spans:
             return None
+        op = self._slots.ops.get(PROMPT)
+        if not isinstance(op, PromptRows):
+            raise _lacking(PROMPT)
         self._slots.await_arrivals(span.slot for span in spans)
         places = [span.start + place for span in spans for place in range(span.count)]
         rows = torch.cat([op.rows(span.slot, span.first, span.first + span.count) for span in spans])
         return VirtualRows(to_device(places, rows.device), rows)
 
     def fill(self, sequences: Iterable[Row]) -> None:
-        """Writes the keys and values that are given into the blocks of sequences that lack them."""
+        """Writes the keys and values that are given into the blocks of sequences that lack them.
+
+        Raises:
+            MeshError: INTERNAL where the slots have no op for them.
+        """
         op, cache = self._slots.ops.get(KV_PREFIX), self._cache
         size = cache.shape.block_tokens
         for sequence in sequences:
-            if sequence.fill_from is None or not isinstance(op, PrefixRows):
+            if sequence.fill_from is None:
                 continue
+            if not isinstance(op, PrefixRows):
+                raise _lacking(KV_PREFIX)
             start, end = sequence.fill_from, sequence.given
             self._slots.await_arrivals([sequence.slot])
             blocks = sequence.table.blocks
@@ -68,3 +81,8 @@ class VirtualTokens:
             at = to_device(places, cache.data.device)
             for layer in range(cache.shape.layers):
                 self._write(layer, at, op.rows(sequence.slot, layer, start, end))
+
+
+def _lacking(kind: str) -> MeshError:
+    """A step must not run without what an adapter puts in front of it."""
+    return MeshError(Code.INTERNAL, Reason.INTERNAL, f"these slots hold no {kind}")
