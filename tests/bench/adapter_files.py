@@ -1,4 +1,4 @@
-"""Random but seeded adapters: written once as peft does, and ingested as our store does."""
+"""Random but seeded adapters: written once as peft or `adapters` does, and ingested as our store does."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ ALPHA = 16
 CANONICAL_FILE = "canonical.safetensors"
 MANIFEST_FILE = "manifest.json"
 
-KINDS = ("lora", "dora", "ia3")
+KINDS = ("lora", "dora", "ia3", "bottleneck")
 """Kinds that are measured beside each other."""
 
 _SEED = 20260701
@@ -26,6 +26,8 @@ _UP_STD = 0.02
 _FACTOR_STD = 0.02
 # Where peft puts IA3 in a Llama, and which of these scale their input.
 _IA3_SITES, _IA3_INPUTS = ("k", "v", "down"), ("down",)
+# The library's default for seq_bn.
+_REDUCTION = 16
 _PER_KIND = 8
 
 _Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -64,19 +66,37 @@ def _write(folder: Path, kind: str, index: int, facts: BaseFacts) -> None:
     peft = part / "peft"
     peft.mkdir(parents=True)
     sites = site_map(facts).sites
-    if kind == "ia3":
+    weights_file = "adapter_model.safetensors"
+    if kind == "bottleneck":
+        weights, config = _bottlenecks(index, name, facts), _bottleneck_config(name, facts)
+        weights_file = "adapter.safetensors"
+    elif kind == "ia3":
         weights, config = _factors(index, facts.num_layers, sites), _ia3_config(sites)
     else:
         weights, config = _weights(index, facts.num_layers, sites), _config(sites)
     if kind == "dora":
         weights |= _magnitudes(index, facts.num_layers, sites)
         config |= {"use_dora": True}
-    save_file(weights, peft / "adapter_model.safetensors")
+    save_file(weights, peft / weights_file)
     (peft / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    files = {file: peft / file for file in ("adapter_config.json", "adapter_model.safetensors")}
+    files = {file: peft / file for file in ("adapter_config.json", weights_file)}
     result = ingest(SourceBundle(files, "bench", name), facts, part / CANONICAL_FILE)
     (part / MANIFEST_FILE).write_bytes(result.manifest.to_bytes())
     part.rename(folder / name)
+
+
+def _bottlenecks(index: int, name: str, facts: BaseFacts) -> dict[str, _Floats]:
+    """Behind each feed-forward part: adapter_down [width, hidden], adapter_up [hidden, width], biases."""
+    rng = np.random.default_rng([_SEED, index, 3])
+    hidden = facts.hidden_size
+    width = hidden // _REDUCTION
+    found = {}
+    for layer in range(facts.num_layers):
+        module = f"model.layers.{layer}.output_adapters.adapters.{name}"
+        for part, shape in (("adapter_down.0", (width, hidden)), ("adapter_up", (hidden, width))):
+            found[f"{module}.{part}.weight"] = rng.normal(0.0, _UP_STD, shape).astype(np.float32)
+            found[f"{module}.{part}.bias"] = rng.normal(0.0, _UP_STD, shape[:1]).astype(np.float32)
+    return found
 
 
 def _magnitudes(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Floats]:
@@ -129,6 +149,32 @@ def _config(sites: tuple[Site, ...]) -> dict[str, object]:
         "bias": "none",
         "target_modules": [site.module.rpartition(".")[2] for site in sites],
         "inference_mode": True,
+    }
+
+
+def _bottleneck_config(name: str, facts: BaseFacts) -> dict[str, object]:
+    """The library's seq_bn."""
+    return {
+        "config": {
+            "mh_adapter": False,
+            "output_adapter": True,
+            "reduction_factor": _REDUCTION,
+            "non_linearity": "relu",
+            "original_ln_before": True,
+            "original_ln_after": True,
+            "residual_before_ln": True,
+            "adapter_residual_before_ln": False,
+            "ln_before": False,
+            "ln_after": False,
+            "is_parallel": False,
+            "scaling": 1.0,
+        },
+        "hidden_size": facts.hidden_size,
+        "model_class": facts.architecture,
+        "model_name": facts.model_id,
+        "model_type": "llama",
+        "name": name,
+        "version": "adapters.1.3.0",
     }
 
 

@@ -20,12 +20,37 @@ class ModuleRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """A block site, by modules of the layer: one that reads the stream, one whose output joins it."""
+
+    reads: str
+    joins: str
+
+
+_PRE_NORM: Mapping[str, Block] = MappingProxyType(
+    {
+        "attention": Block("input_layernorm", "self_attn"),
+        "ffn": Block("post_attention_layernorm", "mlp"),
+    }
+)
+_BOTH_NORMS: Mapping[str, Block] = MappingProxyType(
+    {
+        "attention": Block("input_layernorm", "post_attention_layernorm"),
+        "ffn": Block("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    }
+)
+_GPT2_BLOCKS: Mapping[str, Block] = MappingProxyType(
+    {"attention": Block("ln_1", "attn"), "ffn": Block("ln_2", "mlp")}
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One architecture: its layers' path, their linear modules, and the config defaults of its class.
 
     `conv1d` modules hold their weight as (in, out). Without `grouped_heads` the config's head_dim and
     num_key_value_heads mean nothing. `other_modules` are modules outside of the layers that an adapter may
-    name but that are no site yet.
+    name but that are no site yet. `blocks` has the place of each block site.
     """
 
     layer_path: str
@@ -34,6 +59,7 @@ class Family:
     defaults: Mapping[str, int | None] = field(default_factory=dict)
     conv1d: bool = False
     grouped_heads: bool = True
+    blocks: Mapping[str, Block] = field(default_factory=lambda: _PRE_NORM)
 
 
 _ATTENTION = (
@@ -66,8 +92,12 @@ ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
         "MistralForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 8}),
         "Qwen2ForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 32}),
         "Qwen3ForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 32, "head_dim": 128}),
-        "Gemma2ForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 4, "head_dim": 256}),
-        "Gemma3ForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 4, "head_dim": 256}),
+        "Gemma2ForCausalLM": Family(
+            _LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 4, "head_dim": 256}, blocks=_BOTH_NORMS
+        ),
+        "Gemma3ForCausalLM": Family(
+            _LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 4, "head_dim": 256}, blocks=_BOTH_NORMS
+        ),
         "Phi3ForCausalLM": Family(_LAYERS, _FUSED_ATTENTION + _OUT + _FUSED_GATED + _DOWN, _OTHER),
         "GPT2LMHeadModel": Family(
             "transformer.h.{layer}",
@@ -76,6 +106,7 @@ ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
             {"n_inner": None},
             conv1d=True,
             grouped_heads=False,
+            blocks=_GPT2_BLOCKS,
         ),
     }
 )

@@ -81,6 +81,11 @@ class BaseFacts:
             config=dict(config),
         )
 
+    @property
+    def title(self) -> str:
+        """How a message names it."""
+        return f"base model '{self.model_id}' ({self.architecture})"
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is kept as `base_model.json` in the model cache."""
         return {

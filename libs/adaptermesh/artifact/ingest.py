@@ -6,31 +6,15 @@ from pathlib import Path
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.chunking import cut, hash_spans
-from adaptermesh.artifact.manifest import (
-    MAX_MANIFEST_BYTES,
-    Activation,
-    BaseRef,
-    Cost,
-    Manifest,
-    Source,
-    TensorEntry,
-)
-from adaptermesh.artifact.peft_config import PeftConfig, read_config
-from adaptermesh.artifact.peft_methods import VirtualConfig
-from adaptermesh.artifact.peft_plan import Plan
-from adaptermesh.artifact.peft_readers import plan_method
-from adaptermesh.artifact.peft_virtual import plan_virtual
+from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES, BaseRef, Cost, Manifest, Source, TensorEntry
+from adaptermesh.artifact.merging_recipe import MergeRecipe, check_lineage
+from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems, Rejection, shown
-from adaptermesh.artifact.safetensors_file import Header, lay_out, read_header, write_file
+from adaptermesh.artifact.safetensors_file import lay_out, write_file
 from adaptermesh.artifact.sites import site_map
-from adaptermesh.artifact.source_files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    card_is_empty,
-    check_files,
-    describe_files,
-)
-from adaptermesh.artifact.tensor_scan import scan_tensor
+from adaptermesh.artifact.source_files import card_is_empty, check_files, describe_files, layout_of
+from adaptermesh.artifact.source_formats import SourceConfig, read_source
+from adaptermesh.artifact.uploaded import Uploaded, read_tensor_files
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.refs import check_name
@@ -44,7 +28,10 @@ MAX_TAG_LENGTH = 64
 
 @dataclass(frozen=True, slots=True)
 class SourceBundle:
-    """An upload: its files by their relative path, already on disk, and what the publisher says of it."""
+    """An upload: its files by their relative path, already on disk, and what the publisher says of it.
+
+    `parents` are the digests of the versions it was made from; whether they exist is the caller's to check.
+    """
 
     files: Mapping[str, Path]
     namespace: str
@@ -54,6 +41,8 @@ class SourceBundle:
     tags: tuple[str, ...] = ()
     license: str = ""
     author: str = ""
+    parents: tuple[str, ...] = ()
+    merge_recipe: MergeRecipe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +68,15 @@ def ingest(bundle: SourceBundle, base: BaseFacts, out_file: Path) -> IngestResul
     problems = Problems()
     check_files(bundle.files, problems)
     problems.raise_if_any()
-    weights = bundle.files[WEIGHTS_FILE]
-    header = _read_weights_header(weights, problems)
-    all_zero = _scan(weights, header, problems) if header is not None else frozenset()
-    config = read_config(bundle.files[CONFIG_FILE], problems)
-    if config is None or header is None:
+    upload = read_tensor_files(bundle.files, layout_of(bundle.files), problems)
+    config = read_source(upload, base, problems)
+    if config is None or len(upload.headers) < sum(map(upload.layout.has_tensors, bundle.files)):
         raise problems.error()
     _check_base(bundle, config, base)
-    plan = _plan(config, header, base, problems)
+    plan = _plan(config, upload, base, problems)
     problems.raise_if_any()
-    manifest = _write(bundle, config, base, plan, out_file)
-    return IngestResult(manifest, _warnings(bundle, plan, all_zero))
+    manifest = _write(bundle, config, base, plan, upload, out_file)
+    return IngestResult(manifest, _warnings(bundle, plan, upload.all_zero))
 
 
 def _check_fields(bundle: SourceBundle) -> None:
@@ -105,44 +92,18 @@ def _check_fields(bundle: SourceBundle) -> None:
     for tag in bundle.tags:
         if not 0 < len(tag) <= MAX_TAG_LENGTH or not tag.isprintable():
             raise invalid_field("tags", f"{shown(tag, 80)} needs 1 to {MAX_TAG_LENGTH} printable characters")
+    check_lineage(bundle.parents, bundle.merge_recipe)
 
 
-def _read_weights_header(weights: Path, problems: Problems) -> Header | None:
-    try:
-        header = read_header(weights)
-    except Rejection as error:
-        problems.extend(f"{WEIGHTS_FILE}: {reason}" for reason in error.reasons)
-        return None
-    if not header.tensors:
-        problems.add(f"{WEIGHTS_FILE} holds no tensors")
-    return header
-
-
-def _scan(weights: Path, header: Header, problems: Problems) -> frozenset[str]:
-    """Notes every tensor with a value that is not finite; returns the names of those that are all zero."""
-    all_zero: set[str] = set()
-    with weights.open("rb") as file:
-        for entry in header.tensors.values():
-            scan = scan_tensor(file, entry)
-            if scan.not_finite_at is not None:
-                problems.add(
-                    f"tensor {shown(entry.name)} has NaN or infinity at flat index {scan.not_finite_at}, "
-                    "expected finite values: the training may have diverged"
-                )
-            if scan.all_zero:
-                all_zero.add(entry.name)
-    return frozenset(all_zero)
-
-
-def _check_base(bundle: SourceBundle, config: PeftConfig, base: BaseFacts) -> None:
+def _check_base(bundle: SourceBundle, config: SourceConfig, base: BaseFacts) -> None:
     """A config may name its base by digest instead of by a path; then it must be this one."""
-    named = config.raw.get("base_model_name_or_path")
+    named = config.named_base
     if isinstance(named, str) and is_digest(named) and named != base.digest:
         raise base_mismatch(f"{bundle.namespace}/{bundle.name}", named, base.digest)
 
 
-def _plan(config: PeftConfig, header: Header, base: BaseFacts, problems: Problems) -> Plan:
-    if config.method is None:
+def _plan(config: SourceConfig, upload: Uploaded, base: BaseFacts, problems: Problems) -> Plan:
+    if config.unservable:
         return Plan(unservable=config.unservable)
     try:
         sites = site_map(base)
@@ -150,35 +111,25 @@ def _plan(config: PeftConfig, header: Header, base: BaseFacts, problems: Problem
         if error.reason is not Reason.ADAPTER_UNSUPPORTED:
             raise
         return Plan(unservable=error.message)
-    name = f"base model '{base.model_id}' ({base.architecture})"
-    if isinstance(config.method, VirtualConfig):
-        return plan_virtual(config.method, header.tensors, base, name, problems)
-    plan = plan_method(config.method, header.tensors, sites, name, problems)
-    if plan.activation is not None:
-        _check_activation(plan.activation, base, name, problems)
-    return plan
+    return config.plan(upload, sites, base, problems)
 
 
-def _check_activation(activation: Activation, base: BaseFacts, name: str, problems: Problems) -> None:
-    for token in activation.invocation_tokens:
-        if token >= base.vocab_size:
-            problems.add(
-                f"adapter_config.json: alora_invocation_tokens has token {token}, "
-                f"but {name} has tokens 0 to {base.vocab_size - 1}"
-            )
-
-
-def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan, out_file: Path) -> Manifest:
+def _write(
+    bundle: SourceBundle,
+    config: SourceConfig,
+    base: BaseFacts,
+    plan: Plan,
+    upload: Uploaded,
+    out_file: Path,
+) -> Manifest:
     layout = lay_out([tensor.spec for tensor in plan.tensors], {"format": CANONICAL_FORMAT})
-    with bundle.files[WEIGHTS_FILE].open("rb") as source:
-        write_file(
-            out_file,
-            layout,
-            (tensor.blocks(source) for tensor in plan.tensors),
-        )
+    source = upload.layout
+    # What has no file of its own tensors has no planned ones either.
+    with bundle.files[source.weights or source.config].open("rb") as file:
+        write_file(out_file, layout, (tensor.blocks(file) for tensor in plan.tensors))
     layered = [(entry, tensor.layer) for entry, tensor in zip(layout.entries, plan.tensors, strict=True)]
     chunks = hash_spans(out_file, cut(layered, layout.file_size))
-    versions = {"peft": config.peft_version} if config.peft_version else {}
+    versions = {source.library: config.version} if config.version else {}
     manifest = Manifest(
         namespace=bundle.namespace,
         name=bundle.name,
@@ -188,7 +139,7 @@ def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan
         license=bundle.license,
         tags=tuple(sorted(bundle.tags)),
         base=BaseRef.from_facts(base),
-        source=Source("peft", versions, config.raw, describe_files(bundle.files)),
+        source=Source(source.library, versions, config.raw, describe_files(bundle.files)),
         kind=config.kind,
         servable=not plan.unservable,
         unservable_reason=plan.unservable,
@@ -199,6 +150,9 @@ def _write(bundle: SourceBundle, config: PeftConfig, base: BaseFacts, plan: Plan
         chunks=chunks,
         size_bytes=layout.file_size,
         cost=_cost(plan, layout.entries),
+        head=config.head,
+        parents=bundle.parents,
+        merge_recipe=None if bundle.merge_recipe is None else bundle.merge_recipe.to_json(),
     )
     return _readable(manifest)
 

@@ -20,7 +20,8 @@ from adaptermesh.artifact.manifest_parts import (
     TensorEntry,
     corrupt,
 )
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, KV_PREFIX, LOWRANK, OPS, PROMPT
+from adaptermesh.artifact.merging_recipe import check_kept_recipe
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, KV_PREFIX, LOWRANK, OPS, PROMPT, REFT
 from adaptermesh.artifact.sites import ATTENTION, BLOCKS, EMBED
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
@@ -49,10 +50,11 @@ def _check_identity(manifest: "Manifest") -> None:
     try:
         check_name(manifest.namespace, "namespace")
         check_name(manifest.name, "name")
+        check_kept_recipe(manifest.parents, manifest.merge_recipe)
     except MeshError as error:
         raise corrupt(error.message) from None
     base = manifest.base
-    for digest in (base.digest, base.config_digest, base.weights_digest, *manifest.parents):
+    for digest in (base.digest, base.config_digest, base.weights_digest):
         _need(is_digest(digest), "{!r} is not a digest", digest[:80])
     _need(
         min(base.hidden_size, base.num_layers, base.vocab_size) > 0,
@@ -135,11 +137,16 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _check_prompt(module, entries, manifest.base.hidden_size, what)
         elif module.op == KV_PREFIX:
             _check_prefix(module, entries, what)
+        elif module.op == REFT:
+            _check_reft(module, entries, manifest.base.hidden_size, what)
         elif module.op == AFFINE:
             _check_affine(module, entries, what)
             if "magnitude" in module.tensors:
                 _check_magnitude(module, lowrank.get((module.site, module.layer, module.expert)), what)
     _check_virtual(manifest, entries)
+    chosen = [module.options for module in manifest.modules if module.op == REFT and module.options]
+    ends = {(options["prefix"], options["suffix"]) for options in chosen}
+    _need(len(ends) <= 1, "its modules act on other ends of a prompt: {}", sorted(ends)[:4])
     _need(not unused, "tensor {!r} belongs to no module", min(unused, default="")[:120])
 
 
@@ -173,6 +180,21 @@ def _check_bottleneck(
     _need(module.rank == 0, "{} has rank {}", what, module.rank)
     for slot, shape in shapes.items():
         found = entries[module.tensors[slot]].shape
+        _need(found == shape, "{} has {} of shape {}", what, slot, found)
+
+
+def _check_reft(module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: int, what: "_Named") -> None:
+    options, given = module.options or {}, module.tensors.keys()
+    _need(module.site == "ffn", "{} is at no place for it", what)
+    _need(module.scale == 1.0 and module.rank >= 1, "{} has scale {}", what, module.scale)
+    own = {f"{slot}_suffix" for slot in ("R", "W", "b")} if "R_suffix" in given else set()
+    _need(not own or options["suffix"] != "0", "{} has tensors for a suffix of none", what)
+    shared = {"R", "W", "b"} if options["prefix"] != "0" or not own else set()
+    _need(given == shared | own, "{} has slots {}", what, list(given)[:8])
+    _need(options["prefix"] != "0" or options["suffix"] != "0", "{} acts on no token", what)
+    for slot, name in module.tensors.items():
+        shape = (module.rank,) if slot[0] == "b" else (module.rank, hidden)
+        found = entries[name].shape
         _need(found == shape, "{} has {} of shape {}", what, slot, found)
 
 

@@ -24,6 +24,7 @@ class Op:
 LOWRANK = "lowrank"
 AFFINE = "affine"
 BOTTLENECK = "bottleneck"
+REFT = "reft"
 KV_PREFIX = "kv_prefix"
 PROMPT = "prompt"
 
@@ -36,6 +37,10 @@ ACTIVATIONS = frozenset({"relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", 
 """Of a bottleneck; `gelu` is the exact one, `gelu_new` its approximation by tanh."""
 BOTTLENECK_INPUTS = frozenset({"output", "sum", "residual"})
 """What a bottleneck reads: the output of the sub-layer, that plus the stream before it, or the latter."""
+
+MAX_POSITIONS = 1024
+POSITIONS = frozenset(map(str, range(MAX_POSITIONS + 1)))
+"""How many tokens at an end of a prompt a reft may act on."""
 
 _ROWS = (
     # y += scale * B A x; A: [rank, in], B: [out, rank].
@@ -53,7 +58,21 @@ _ROWS = (
         served=True,
         options={"activation": ACTIVATIONS, "input": BOTTLENECK_INPUTS},
     ),
-    Op("reft", ("R", "W"), ("b",)),
+    # At the block site `ffn`, for the first and the last tokens of a prompt; x is the stream after the layer:
+    # stream += R^T (act(W x + b) - R x), without R x where nothing is subtracted. R, W: [rank, hidden], b:
+    # [rank]. Those of the last tokens have slots of their own, unless they are the same.
+    Op(
+        REFT,
+        (),
+        ("R", "W", "b", "R_suffix", "W_suffix", "b_suffix"),
+        served=True,
+        options={
+            "activation": ACTIVATIONS,
+            "subtract": frozenset({"yes", "no"}),
+            "prefix": POSITIONS,
+            "suffix": POSITIONS,
+        },
+    ),
     # At every layer's attention: keys, not turned to a position, and values in front of the first token's.
     # k and v: [kv_heads, length, head_dim].
     Op(KV_PREFIX, ("k", "v"), served=True, options={"positions": frozenset({AFTER})}),

@@ -3,17 +3,20 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from adaptermesh.artifact.peft_methods import METHODS, Method, MethodConfig
+from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.config_file import check_unknown_keys, validated
+from adaptermesh.artifact.manifest_parts import Activation
+from adaptermesh.artifact.peft_methods import METHODS, Method, MethodConfig, VirtualConfig
+from adaptermesh.artifact.peft_readers import plan_method
+from adaptermesh.artifact.peft_virtual import plan_virtual
+from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.strict_json import parse_object
+from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.artifact.source_files import CONFIG_FILE
+from adaptermesh.artifact.uploaded import Uploaded
 
-MAX_CONFIG_BYTES = 256 * 1024
-_MAX_DEPTH = 16
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 
 # What every config says of itself.
@@ -35,34 +38,38 @@ class PeftConfig:
     unservable: str = ""
 
     @property
-    def peft_version(self) -> str:
+    def version(self) -> str:
         """The version that wrote it; empty before peft 0.17, which did not say."""
         version = self.raw.get("peft_version")
         return version if isinstance(version, str) else ""
 
+    @property
+    def named_base(self) -> object:
+        """What the config says of the base: a path, a name or a digest."""
+        return self.raw.get("base_model_name_or_path")
 
-def read_config(path: Path, problems: Problems) -> PeftConfig | None:
+    @property
+    def head(self) -> None:
+        """There is none: peft saves a head as whole modules, which are not served."""
+
+    def plan(self, upload: Uploaded, sites: SiteMap, base: BaseFacts, problems: Problems) -> Plan:
+        """What the adapter becomes on a base; of use only if no problem was noted."""
+        if self.method is None:
+            return Plan(unservable=self.unservable)
+        tensors = upload.weights.tensors
+        if isinstance(self.method, VirtualConfig):
+            return plan_virtual(self.method, tensors, base, base.title, problems)
+        plan = plan_method(self.method, tensors, sites, base.title, problems)
+        if plan.activation is not None:
+            _check_activation(plan.activation, base, problems)
+        return plan
+
+
+def read_config(raw: Mapping[str, Any], problems: Problems) -> PeftConfig | None:
     """Reads a config; None if there are problems that leave nothing to go on with."""
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        problems.add(f"adapter_config.json has {size} bytes, more than {MAX_CONFIG_BYTES}")
-        return None
-    try:
-        raw = parse_object(path.read_bytes(), _MAX_DEPTH)
-    except ValueError as error:
-        problems.add(f"adapter_config.json is not valid: {str(error)[:200]}")
-        return None
     kind = raw.get("peft_type")
     if not isinstance(kind, str) or _KIND.fullmatch(kind) is None:
-        version = raw.get("version")
-        if isinstance(version, str) and version.startswith("adapters."):
-            problems.add(
-                "adapter_config.json was written by the 'adapters' library, whose format is not read yet"
-            )
-        else:
-            problems.add(
-                f"adapter_config.json: peft_type is {shown(str(kind))}, expected a method such as 'LORA'"
-            )
+        problems.add(f"{CONFIG_FILE}: peft_type is {shown(str(kind))}, expected a method such as 'LORA'")
         return None
     method = METHODS.get(kind)
     if method is None:
@@ -71,34 +78,25 @@ def read_config(path: Path, problems: Problems) -> PeftConfig | None:
 
 
 def _read_method(raw: Mapping[str, Any], kind: str, method: Method, problems: Problems) -> PeftConfig | None:
-    _check_unknown_keys(raw, method, problems)
+    known = _ABOUT | method.no_effect | method.defaults.keys()
+    check_unknown_keys(raw, known, CONFIG_FILE, problems)
     unservable = _other_method(raw, method, problems)
     if unservable:
         return PeftConfig(raw, kind, None, unservable)
-    try:
-        # A null stands for "not set" in keys that have a default.
-        keys = (field.alias or name for name, field in method.model.model_fields.items())
-        given = {key: raw[key] for key in keys if raw.get(key) is not None}
-        return PeftConfig(raw, kind, method.model.model_validate(given))
-    except ValidationError as error:
-        for item in error.errors(include_url=False, include_context=False):
-            where = ".".join(str(part)[:80] for part in item["loc"])
-            found = "" if item["type"] == "missing" else f", found {shown(repr(item['input']), 60)}"
-            problems.add(f"adapter_config.json: {where}: {item['msg']}{found}")
-        return None
+    # A null stands for "not set" in keys that have a default.
+    keys = (field.alias or name for name, field in method.model.model_fields.items())
+    given = {key: raw[key] for key in keys if raw.get(key) is not None}
+    values = validated(method.model, given, CONFIG_FILE, problems)
+    return None if values is None else PeftConfig(raw, kind, values)
 
 
-def _check_unknown_keys(raw: Mapping[str, Any], method: Method, problems: Problems) -> None:
-    for key, value in raw.items():
-        if key in _ABOUT or key in method.no_effect or key in method.defaults:
-            continue
-        # A key of another version of peft that is switched off changes nothing.
-        if value is None or value is False or value in ("", [], {}):
-            continue
-        problems.add(
-            f"adapter_config.json: the key {shown(key)} is unknown and set to {shown(repr(value), 60)}; "
-            "remove it if it does not change what the adapter computes"
-        )
+def _check_activation(activation: Activation, base: BaseFacts, problems: Problems) -> None:
+    for token in activation.invocation_tokens:
+        if token >= base.vocab_size:
+            problems.add(
+                f"{CONFIG_FILE}: alora_invocation_tokens has token {token}, "
+                f"but {base.title} has tokens 0 to {base.vocab_size - 1}"
+            )
 
 
 def _other_method(raw: Mapping[str, Any], method: Method, problems: Problems) -> str:

@@ -7,17 +7,10 @@ from typing_extensions import override
 from adaptermesh.artifact.manifest_parts import ModuleOp
 from adaptermesh.artifact.ops import AFFINE
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher
-from adaptermesh.artifact.peft_lora import vector, width_out
 from adaptermesh.artifact.peft_methods import Ia3Config
-from adaptermesh.artifact.peft_plan import (
-    Entries,
-    Piece,
-    PlannedTensor,
-    Reader,
-    Shape,
-    copied,
-    tensor_name,
-)
+from adaptermesh.artifact.peft_plan import Reader
+from adaptermesh.artifact.pieces import vector, width_out
+from adaptermesh.artifact.plan import Entries, Piece, PlannedTensor, Shape, copied, tensor_name
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site
@@ -54,7 +47,7 @@ class Ia3Reader(Reader):
             if not self._is_feedforward(module):
                 yield vector(site, layer, "out_scale", entry)
                 continue
-            spec = TensorSpec(tensor_name(site, layer, "in_scale"), entry.dtype, (site.in_features,))
+            spec = TensorSpec(tensor_name(site.name, layer, "in_scale"), entry.dtype, (site.in_features,))
             yield (
                 ModuleOp(site.name, layer, AFFINE, 0, 1.0, {"in_scale": spec.name}, entry.dtype),
                 (PlannedTensor(spec, layer, copied(entry.offset, spec.size)),),

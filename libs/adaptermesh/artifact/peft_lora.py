@@ -1,25 +1,14 @@
 """peft's LoRA: A and B of each module as they are, and what DoRA and a bias on B add."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from typing_extensions import override
 
-from adaptermesh.artifact.manifest_parts import ModuleOp, TensorEntry
-from adaptermesh.artifact.ops import AFFINE, LOWRANK
 from adaptermesh.artifact.peft_methods import LoraConfig
-from adaptermesh.artifact.peft_plan import (
-    PREFIX,
-    Entries,
-    Piece,
-    PlannedTensor,
-    Reader,
-    Shape,
-    copied,
-    tensor_name,
-)
+from adaptermesh.artifact.peft_plan import PREFIX, Reader
 from adaptermesh.artifact.peft_targets import Targets
-from adaptermesh.artifact.safetensors_file import TensorSpec
+from adaptermesh.artifact.pieces import lowrank, vector, width_out
+from adaptermesh.artifact.plan import Entries, Piece, Shape
 from adaptermesh.artifact.sites import Site
 
 
@@ -71,32 +60,7 @@ class LoraReader(Reader):
         """
         a, b = entries["lora_A"], entries["lora_B"]
         rank, scale = self._targets.rank(module), self._targets.scale(module)
-        row_bytes = b.size // b.shape[0]
         for site in sites:
-            names = {slot: tensor_name(site, layer, slot) for slot in ("A", "B")}
-            spec_a = TensorSpec(names["A"], a.dtype, a.shape)
-            spec_b = TensorSpec(names["B"], b.dtype, (site.out_features, rank))
-            yield (
-                ModuleOp(site.name, layer, LOWRANK, rank, scale, names, a.dtype),
-                (
-                    PlannedTensor(spec_a, layer, copied(a.offset, spec_a.size)),
-                    PlannedTensor(spec_b, layer, copied(b.offset + site.out_offset * row_bytes, spec_b.size)),
-                ),
-            )
+            yield lowrank(site, layer, scale, a, b, rank=rank, a_row=0, b_row=site.out_offset)
             for end, slot in self._vectors.items():
                 yield vector(site, layer, slot, entries[end], scale)
-
-
-def vector(site: Site, layer: int, slot: str, entry: TensorEntry, scale: float = 1.0) -> Piece:
-    """An affine op of one vector over a module's outputs, of which the site takes its own."""
-    item = entry.size // math.prod(entry.shape)
-    spec = TensorSpec(tensor_name(site, layer, slot), entry.dtype, (site.out_features,))
-    return (
-        ModuleOp(site.name, layer, AFFINE, 0, scale, {slot: spec.name}, entry.dtype),
-        (PlannedTensor(spec, layer, copied(entry.offset + site.out_offset * item, spec.size)),),
-    )
-
-
-def width_out(sites: Sequence[Site]) -> int:
-    """Outputs of a module."""
-    return sum(site.out_features for site in sites)

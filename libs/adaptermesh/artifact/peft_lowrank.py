@@ -1,29 +1,17 @@
 """Methods of peft that are exactly a LoRA: AdaLoRA, LoHa and VeRA become A and B here, in float32."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 from typing_extensions import override
 
-from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
-from adaptermesh.artifact.ops import LOWRANK
-from adaptermesh.artifact.peft_lora import width_out
+from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, TensorEntry
 from adaptermesh.artifact.peft_methods import AdaLoraConfig, VeraConfig
-from adaptermesh.artifact.peft_plan import (
-    PREFIX,
-    Entries,
-    Floats,
-    Piece,
-    PlannedTensor,
-    Reader,
-    Shape,
-    computed,
-    tensor_name,
-    values_of,
-)
+from adaptermesh.artifact.peft_plan import PREFIX, Reader
 from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.pieces import computed_lowrank, width_out
+from adaptermesh.artifact.plan import Entries, Floats, Piece, Shape, values_of
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site
 
 MAX_LOHA_RANK = 64
@@ -31,7 +19,6 @@ MAX_LOHA_RANK = 64
 VERA_SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 _ADALORA_EPSILON = 1e-5
-_Values = Callable[[BinaryIO], Floats]
 
 
 class AdaLoraReader(Reader):
@@ -78,7 +65,7 @@ class AdaLoraReader(Reader):
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         a, b, e = (values_of(entries[slot]) for slot in ("lora_A", "lora_B", "lora_E"))
         rank = entries["lora_A"].shape[0]
-        return _pieces(sites, layer, rank, self._scale, lambda file: e(file) * a(file), b)
+        return computed_lowrank(sites, layer, rank, self._scale, lambda file: e(file) * a(file), b)
 
 
 class LohaReader(Reader):
@@ -124,7 +111,7 @@ class LohaReader(Reader):
         def b(file: BinaryIO) -> Floats:
             return (w1_a(file)[:, :, None] * w2_a(file)[:, None]).reshape(-1, rank * rank)
 
-        return _pieces(sites, layer, rank * rank, self._targets.scale(module), a, b)
+        return computed_lowrank(sites, layer, rank * rank, self._targets.scale(module), a, b)
 
 
 class VeraReader(Reader):
@@ -161,7 +148,7 @@ class VeraReader(Reader):
         def b(file: BinaryIO) -> Floats:
             return lambda_b(file)[:, None] * self._b(file)[:outputs]
 
-        return _pieces(sites, layer, self._rank, 1.0, a, b)
+        return computed_lowrank(sites, layer, self._rank, 1.0, a, b)
 
 
 def check_vera_shared(
@@ -182,25 +169,3 @@ def check_vera_shared(
                 f"{what} has shape {list(shape)}, expected rank {config.r} from the config and "
                 f"at least {width} from the widest module"
             )
-
-
-def _pieces(
-    sites: Sequence[Site], layer: int, rank: int, scale: float, a: _Values, b: _Values
-) -> Iterator[Piece]:
-    """A for every part of a module, and each part's own rows of B."""
-    for site in sites:
-        names = {slot: tensor_name(site, layer, slot) for slot in ("A", "B")}
-        rows = slice(site.out_offset, site.out_offset + site.out_features)
-        yield (
-            ModuleOp(site.name, layer, LOWRANK, rank, scale, names),
-            (
-                PlannedTensor(TensorSpec(names["A"], "F32", (rank, site.in_features)), layer, computed(a)),
-                PlannedTensor(
-                    TensorSpec(names["B"], "F32", (site.out_features, rank)), layer, computed(_rows(b, rows))
-                ),
-            ),
-        )
-
-
-def _rows(values: _Values, rows: slice) -> _Values:
-    return lambda file: values(file)[rows]

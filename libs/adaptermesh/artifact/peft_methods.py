@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from adaptermesh.artifact.manifest_parts import MAX_INVOCATION_TOKENS
 
+PREFIX = "base_model.model."
+"""How the name of every module begins in a file of peft."""
 MAX_PATTERNS = 4096
-_MAX_RANK = 65536
+MAX_RANK = 65536
 
 _Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-_Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -76,7 +78,7 @@ class AdaLoraConfig(TargetConfig):
     init_r: _Rank
     lora_alpha: _Alpha
     rank_pattern: Annotated[
-        dict[_Name, Annotated[list[bool], Field(max_length=_MAX_RANK)]], Field(max_length=MAX_PATTERNS)
+        dict[_Name, Annotated[list[bool], Field(max_length=MAX_RANK)]], Field(max_length=MAX_PATTERNS)
     ] = {}
 
 

@@ -4,59 +4,15 @@ What the methods of peft share; a method's own part is a `Reader`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from adaptermesh.artifact.canonical import tensor_from_file
-from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, Activation, ModuleOp, TensorEntry
+from adaptermesh.artifact.manifest_parts import TensorEntry
+from adaptermesh.artifact.peft_methods import PREFIX as PREFIX
 from adaptermesh.artifact.peft_methods import TargetConfig
 from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.plan import Entries, Piece, Plan, Shape, check_entry, check_one_dtype
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site, SiteMap
-from adaptermesh.artifact.tensor_scan import read_blocks
-
-PREFIX = "base_model.model."
-
-Floats = npt.NDArray[np.float32]
-Blocks = Callable[[BinaryIO], Iterable[bytes]]
-"""Gives a canonical tensor's bytes from the uploaded file, block by block."""
-Entries = Mapping[str, TensorEntry]
-"""The tensors of one module by slot."""
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A canonical tensor, and where its bytes come from."""
-
-    spec: TensorSpec
-    layer: int
-    blocks: Blocks
-
-
-Piece = tuple[ModuleOp, tuple[PlannedTensor, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an adapter becomes: its ops and its tensors, in the order of the canonical file.
-
-    `deciding` names, for every module, the uploaded tensor that makes it do nothing when it is zero, and
-    `decider` is what peft calls such a tensor; none where zeros do something. `unservable` is set, and all
-    else empty, when the adapter acts where nothing is served yet.
-    """
-
-    modules: tuple[ModuleOp, ...] = ()
-    tensors: tuple[PlannedTensor, ...] = ()
-    deciding: tuple[str, ...] = ()
-    decider: str = ""
-    activation: Activation | None = None
-    unservable: str = ""
 
 
 class Reader(ABC):
@@ -89,26 +45,6 @@ class Reader(ABC):
     @abstractmethod
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
         """The ops of one module, one or more for each site in it."""
-
-
-def copied(offset: int, size: int) -> Blocks:
-    """Bytes as they stand in the uploaded file."""
-    return lambda file: read_blocks(file, offset, size)
-
-
-def computed(values: Callable[[BinaryIO], Floats]) -> Blocks:
-    """float32 values that are computed when they are written, so that one tensor at a time is in memory."""
-    return lambda file: (np.ascontiguousarray(values(file), "<f4").tobytes(),)
-
-
-def tensor_name(site: Site, layer: int, slot: str) -> str:
-    """The canonical name."""
-    return f"L{layer}.{site.name}.{slot}"
-
-
-def values_of(entry: TensorEntry) -> Callable[[BinaryIO], Floats]:
-    """Reads an uploaded tensor as float32."""
-    return lambda file: tensor_from_file(entry, file)
 
 
 def plan(
@@ -223,11 +159,5 @@ def _check(module: str, entries: Entries, reader: Reader, parts: Sequence[Site],
         if entry is None:
             problems.add(f"module {shown(module)} has {' and '.join(sorted(entries))} but no {slot}")
             continue
-        what = f"tensor {shown(entry.name)}"
-        if entry.dtype not in TENSOR_DTYPES:
-            problems.add(f"{what} is {entry.dtype}, expected one of {', '.join(TENSOR_DTYPES)}")
-        if entry.shape != shape:
-            problems.add(f"{what} has shape {list(entry.shape)}, expected {list(shape)}: {why}")
-    if len({entry.dtype for entry in entries.values()}) > 1:
-        names = " and ".join(sorted(entries))
-        problems.add(f"module {shown(module)} has {names} of different dtypes; save all in one")
+        check_entry(entry, shape, why, problems)
+    check_one_dtype(module, entries, problems)

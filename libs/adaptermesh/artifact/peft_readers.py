@@ -22,13 +22,11 @@ from adaptermesh.artifact.peft_methods import (
     TargetConfig,
     VeraConfig,
 )
-from adaptermesh.artifact.peft_plan import Plan, Reader, plan
+from adaptermesh.artifact.peft_plan import Reader, plan
 from adaptermesh.artifact.peft_targets import Targets
+from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.sites import SiteMap
-
-MAX_EXPANDED_BYTES = 2 * 2**30
-"""Of a method that becomes a LoRA: a small upload must not fill the disk."""
 
 
 def plan_method(
@@ -56,23 +54,13 @@ def plan_method(
     found = plan(config, targets, reader, tensors, sites, base_name, problems)
     if isinstance(config, LoraConfig):
         return _activated(found, config)
-    return found if isinstance(config, Ia3Config) else _bounded(found)
+    return found if isinstance(config, Ia3Config) else found.bounded("LoRA")
 
 
 def _activated(found: Plan, config: LoraConfig) -> Plan:
     if not config.invocation_tokens or found.unservable:
         return found
     return dataclasses.replace(found, activation=Activation(tuple(config.invocation_tokens)))
-
-
-def _bounded(found: Plan) -> Plan:
-    size = sum(tensor.spec.size for tensor in found.tensors)
-    if size <= MAX_EXPANDED_BYTES:
-        return found
-    return Plan(
-        unservable=f"not served: as the LoRA that it is it would have {size} bytes, "
-        f"the most is {MAX_EXPANDED_BYTES}; train it with a lower rank or on fewer modules"
-    )
 
 
 def _reader(

@@ -169,17 +169,20 @@ class Layout:
     file_size: int
 
 
-def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Layout:
-    """Lays tensors out in the order given, each at a multiple of 64 bytes.
+def lay_out(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], *, alignment: int = TENSOR_ALIGNMENT
+) -> Layout:
+    """Lays tensors out in the order given, each at a multiple of 64 bytes or of another power of 2.
 
-    The format allows no holes, so the bytes between two tensors belong to a `pad.<n>` tensor of type U8. The
-    header is padded with spaces, which the format allows.
+    The format allows no holes, so the bytes between two tensors belong to a `pad.<n>` tensor of type U8;
+    there is none where every size is a multiple of `alignment`. The header is padded with spaces, which the
+    format allows.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative: list[tuple[TensorSpec, int]] = []
     end = 0
     for spec in specs:
-        pad = -end % TENSOR_ALIGNMENT
+        pad = -end % alignment
         if pad:
             header[f"{_PAD}{len(relative)}"] = _describe("U8", (pad,), end, end + pad)
             end += pad

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptermesh.artifact.architectures import ARCHITECTURES, Family
+from adaptermesh.artifact.architectures import ARCHITECTURES, Block, Family
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 
@@ -41,6 +41,7 @@ class SiteMap:
 
     `sites` is in the order of the computation. `modules` has the sites of each module (several where it is
     fused) by the module's path with `{layer}` in it. `other_modules` are real modules that are no site.
+    `blocks` has the modules of each block site, relative to the layer.
     """
 
     sites: tuple[Site, ...]
@@ -48,6 +49,8 @@ class SiteMap:
     num_layers: int
     other_modules: tuple[str, ...]
     layer_path: str
+    blocks: Mapping[str, Block]
+    hidden_size: int
 
     def get(self, name: str) -> Site | None:
         """The site of that name, e.g. `q`."""
@@ -62,14 +65,19 @@ class SiteMap:
 
     def parts(self, module_path: str) -> tuple[tuple[Site, ...], int] | None:
         """Every site of a module and its layer, which may lie past the last one: the caller checks."""
-        head, _, tail = self.layer_path.partition("{layer}")
-        if not module_path.startswith(head):
+        place = self.within_layer(module_path)
+        sites = None if place is None else self.modules.get(f"{self.layer_path}.{place[0]}")
+        return None if place is None or sites is None else (sites, place[1])
+
+    def within_layer(self, path: str) -> tuple[str, int] | None:
+        """Where in its layer a path is, and the layer, which may lie past the last one; None outside."""
+        head, _, tail = f"{self.layer_path}.".partition("{layer}")
+        if not path.startswith(head):
             return None
-        digits, _, rest = module_path[len(head) :].partition(".")
+        digits, found, rest = path[len(head) :].partition(tail)
         if not digits.isascii() or not digits.isdigit() or len(digits) > 9 or str(int(digits)) != digits:
             return None
-        sites = self.modules.get(f"{head}{{layer}}{tail}.{rest}")
-        return None if sites is None else (sites, int(digits))
+        return (rest, int(digits)) if found else None
 
     def module_paths(self) -> tuple[str, ...]:
         """The path of every module of every layer that holds sites, layer by layer."""
@@ -106,6 +114,8 @@ def site_map(facts: BaseFacts) -> SiteMap:
         num_layers=facts.num_layers,
         other_modules=family.other_modules,
         layer_path=family.layer_path,
+        blocks=family.blocks,
+        hidden_size=facts.hidden_size,
     )
 
 

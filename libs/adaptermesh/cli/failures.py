@@ -11,6 +11,7 @@ _HINTS = {
     Reason.VERSION_NOT_FOUND: "`adaptermesh adapters show NAMESPACE/NAME` lists the versions",
     Reason.ALIAS_NOT_FOUND: "set it with `adaptermesh alias set` (a plain namespace/name means @latest)",
     Reason.BASE_NOT_FOUND: "`adaptermesh status` lists the base models that workers serve",
+    Reason.BASE_MISMATCH: "`adaptermesh adapters show REF` names the base that a version was trained on",
     Reason.INVALID_REF: "refs are namespace/name:v3, namespace/name@alias or namespace/name@sha256:...",
     Reason.ALIAS_CONFLICT: "somebody moved it meanwhile; look at `adaptermesh alias history REF`",
     Reason.ROUTE_CONFLICT: "somebody changed it meanwhile; look at `adaptermesh routes ls`",

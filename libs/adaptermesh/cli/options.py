@@ -35,3 +35,6 @@ HomeOption = Annotated[
         help="Where everything is kept. Default: ADAPTERMESH_HOME or ~/.adaptermesh.",
     ),
 ]
+TagsOption = Annotated[
+    list[str] | None, typer.Option("--tag", help="A label; give it several times for more.")
+]

@@ -5,19 +5,29 @@ import datetime
 import enum
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 from adaptermesh.cli.settings import CliSettings
 from adaptermesh.client import Progress as TransferProgress
 from adaptermesh.client import ProgressCallback
 
 _PLAIN_WIDTH = 120
+
+ShowStep = Callable[[str, int, int], None]
+"""Shows what is being done, how much of it is done, and of how much."""
 
 
 class Output:
@@ -80,6 +90,21 @@ class Output:
                 )
 
             yield on_progress
+
+    @contextmanager
+    def steps(self) -> Iterator[ShowStep]:
+        """A bar for work of several kinds, each counted in its own unit; any thread may move it."""
+        if self.as_json or not self.errors.is_terminal:
+            yield _show_nothing
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, console=self.errors, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
+
+
+def _show_nothing(what: str, done: int, of: int) -> None:
+    del what, done, of
 
 
 def jsonable(value: Any) -> Any:

@@ -1,7 +1,9 @@
 """What the store keeps, as the SDK shows it: plain frozen records, no protobuf."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +140,69 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True)
+class Lineage:
+    """What an upload was made from: digests of versions on the same base, and how it was merged if it was."""
+
+    parents: tuple[str, ...] = ()
+    merge_recipe: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UploadResult:
     """`created` is False if the same content was there before (or for a check without publishing)."""
 
     version: Version
     created: bool
     feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What to merge and how.
+
+    `members` are refs with their weights; a weight of 0 drops its member. `method` is "linear", "average",
+    "svd", "ties" or "dare" (`adaptermesh/artifact/merging.py` says what each computes). `rank` belongs to the
+    last three, `density` to the last two, `seed` to dare (0 if left out).
+    """
+
+    members: tuple[tuple[str, float], ...]
+    method: str = "linear"
+    rank: int | None = None
+    density: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergedMember:
+    """A version that took part in a merge; `ref` is its exact version."""
+
+    ref: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """The version that a merge became, and what it is made of.
+
+    `created` is False if the same merge was there before (or for a check without publishing). `kept` is the
+    share of the squared norm of all weight changes that cutting to the rank left, 1 where nothing was cut;
+    `least_kept` that of the module `least_kept_module`, which lost most.
+    """
+
+    version: Version
+    created: bool
+    feed_position: int
+    members: tuple[MergedMember, ...]
+    method: str
+    rank: int | None
+    density: float | None
+    seed: int | None
+    modules: int
+    max_rank: int
+    kept: float
+    least_kept: float
+    least_kept_module: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +223,17 @@ class RouteChange:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Where one version is on a worker. `tier` is a name: "disk", "host" or "device"."""
+    """Where one version is on a worker. `tier` is a name: "disk", "host" or "device".
+
+    `device_bytes` is what its weights take on the device; 0 until it was in the worker's memory.
+    """
 
     digest: str
     tier: str
     pinned: bool
     requests: int
     size_bytes: int
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +271,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker, as a router or the worker itself describes it. `state` is "ready" or "draining"."""
+    """One worker, as a router or the worker itself describes it. `state` is "ready" or "draining".
+
+    `base_bytes` is what the base model's weights take there; 0 if it does not tell.
+    """
 
     worker_id: str
     address: str
@@ -220,6 +286,7 @@ class Worker:
     load: Load
     residencies: tuple[Residency, ...] = field(default=())
     booked_requests: int = 0
+    base_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,18 @@
 """The adapter store's client: upload, download, find, point aliases, set routes."""
 
 import functools
-from collections.abc import AsyncIterator, Sequence
+import json
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.client import wire
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Connection, Deadlines, all_pages
 from adaptermesh.client.records import (
@@ -16,6 +20,9 @@ from adaptermesh.client.records import (
     Alias,
     AliasMove,
     BaseModel,
+    Lineage,
+    Merge,
+    MergeResult,
     Publication,
     ResolvedRef,
     Route,
@@ -34,7 +41,7 @@ from adaptermesh.client.transfer import (
     upload_header,
     upload_messages,
 )
-from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName, Ref, parse_ref
 
 EVERY_TENANT = "*"
@@ -65,18 +72,26 @@ class StoreClient(Connection):
         adapter: str,
         publication: Publication,
         *,
+        parents: Sequence[str] = (),
+        merge_recipe: Mapping[str, Any] | None = None,
         validate_only: bool = False,
         progress: ProgressCallback | None = None,
     ) -> UploadResult:
-        """Uploads the folder that peft's `save_pretrained` wrote as the next version of `namespace/name`.
+        """Uploads a folder that peft or the adapters library saved as the next version of `namespace/name`.
 
         The same content again is the same version: then `created` is False. With `validate_only` the store
-        runs every check and publishes nothing.
+        runs every check and publishes nothing. Weights that the adapters library has pickled are converted
+        to safetensors first, which needs torch. `parents` are the digests of the versions it was made from,
+        which the store must have on the same base; `merge_recipe` is how it was merged, which `merge` does.
+        Both become part of the manifest, and so of the digest.
         """
         name = AdapterName.parse(adapter)
-        files = await read_folder(Path(folder))
-        header = upload_header(name, publication, files, validate_only=validate_only)
-        response = await self._send(header, files, progress)
+        with tempfile.TemporaryDirectory(prefix="adaptermesh-") as room:
+            files = await read_folder(Path(folder), Path(room))
+            header = upload_header(
+                name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
+            )
+            response = await self._send(header, files, progress)
         return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
 
     async def download(
@@ -110,6 +125,52 @@ class StoreClient(Connection):
                 await fetch_file(file, place, stream, on_bytes)
             done += file.size_bytes
         return version
+
+    async def merge(
+        self,
+        adapter: str,
+        merge: Merge,
+        publication: Publication | None = None,
+        *,
+        validate_only: bool = False,
+        progress: ProgressCallback | None = None,
+        on_module: Callable[[int, int], None] | None = None,
+    ) -> MergeResult:
+        """Merges versions into the next version of `namespace/name`; needs numpy.
+
+        The members' tensors are fetched and merged here, in a temporary folder, and the result is uploaded
+        with its parents and recipe. Task and licence, if left out of the `publication`, are those of the
+        members where these agree; its `base_model` may be left empty.
+
+        Args:
+            adapter: what to call it.
+            merge: what to merge and how.
+            publication: what to say of it.
+            validate_only: everything but publishing.
+            progress: hears of bytes, on their way here and back.
+            on_module: hears how many modules are merged, and of how many, from another thread.
+        """
+        # Only here: the client itself does without numpy.
+        from adaptermesh.client.merging import Merger
+
+        merger = Merger(self, progress, on_module)
+        return await merger.merge(adapter, merge, publication or Publication(""), validate_only=validate_only)
+
+    async def fetch(
+        self, digest: str, place: Path | str, *, progress: ProgressCallback | None = None
+    ) -> bytes:
+        """Brings the canonical tensor file of a version to `place`, verified chunk by chunk; needs numpy.
+
+        Returns its manifest: canonical JSON, whose sha256 is the digest.
+        """
+        from adaptermesh.client.canonical_form import receive_canonical
+
+        request = store_pb2.FetchAdapterRequest(digest=digest)
+        try:
+            stream = self._stub.FetchAdapter(request, timeout=self.deadlines.transfer_seconds)
+            return await receive_canonical(stream, digest, Path(place), progress)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
 
     async def resolve(self, ref: str) -> ResolvedRef:
         """The version that a ref means now, its aliases and its manifest."""
@@ -260,11 +321,24 @@ class StoreClient(Connection):
 
     async def list_base_models(self) -> list[BaseModel]:
         """The base models that the store knows, by name."""
+        return [wire.base_model_of(base) for base in await self._base_models()]
 
-        async def page(token: str) -> tuple[list[BaseModel], str]:
+    async def base_facts(self, digest: str) -> BaseFacts:
+        """A base model with its config, from which the places where adapters act follow.
+
+        Raises:
+            MeshError: NOT_FOUND (BASE_NOT_FOUND).
+        """
+        for base in await self._base_models():
+            if base.digest == digest:
+                return BaseFacts.from_config(base.model_id, json.loads(base.config_json), base.weights_digest)
+        raise not_found(Reason.BASE_NOT_FOUND, "base model", digest)
+
+    async def _base_models(self) -> list[adapter_pb2.BaseModel]:
+        async def page(token: str) -> tuple[Sequence[adapter_pb2.BaseModel], str]:
             request = store_pb2.ListBaseModelsRequest(page_size=PAGE_SIZE, page_token=token)
             response = await self._call(self._stub.ListBaseModels, request)
-            return [wire.base_model_of(base) for base in response.base_models], response.next_page_token
+            return response.base_models, response.next_page_token
 
         return await all_pages(page)
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
-from adaptermesh.client.records import Publication, SourceFile
+from adaptermesh.client.records import Lineage, Publication, SourceFile
 from adaptermesh.client.source_folder import FolderFile, digest_file
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.refs import AdapterName
@@ -32,7 +33,12 @@ FileStream = Callable[[int], AsyncIterator[bytes]]
 
 
 def upload_header(
-    adapter: AdapterName, publication: Publication, files: Sequence[FolderFile], *, validate_only: bool
+    adapter: AdapterName,
+    publication: Publication,
+    files: Sequence[FolderFile],
+    lineage: Lineage,
+    *,
+    validate_only: bool,
 ) -> store_pb2.UploadHeader:
     """What is sent before the bytes."""
     return store_pb2.UploadHeader(
@@ -49,6 +55,8 @@ def upload_header(
             for f in files
         ],
         validate_only=validate_only,
+        parents=lineage.parents,
+        merge_recipe_json="" if lineage.merge_recipe is None else json.dumps(lineage.merge_recipe),
     )
 
 

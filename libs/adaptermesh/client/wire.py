@@ -112,6 +112,7 @@ def residency_of(message: worker_pb2.Residency) -> Residency:
         pinned=message.pinned,
         requests=message.requests,
         size_bytes=message.size_bytes,
+        device_bytes=message.device_bytes,
     )
 
 
@@ -153,6 +154,7 @@ def worker_of(message: router_pb2.WorkerView | worker_pb2.GetStatusResponse) -> 
         load=_load_of(message.load),
         residencies=tuple(residency_of(residency) for residency in message.residencies),
         booked_requests=message.booked_requests if isinstance(message, router_pb2.WorkerView) else 0,
+        base_bytes=message.info.base_bytes,
     )
 
 

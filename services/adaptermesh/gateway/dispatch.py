@@ -6,10 +6,20 @@ from typing import TypeVar
 
 import grpc.aio
 
+from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.router.v1 import router_pb2, router_pb2_grpc
+from adaptermesh.core.composition import (
+    Composition,
+    composition_digest,
+    is_composition,
+    leaves,
+    parse_composition,
+    parse_resolved,
+    renamed,
+)
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
-from adaptermesh.core.refs import BASE, parse_ref
+from adaptermesh.core.refs import BASE, Ref, parse_ref
 from adaptermesh.gateway.deadline import Deadline
 from adaptermesh.gateway.request import GenerateCall, Target
 from adaptermesh.rpc.status import mesh_error_from
@@ -22,9 +32,9 @@ class Decision:
     """Which version on which worker."""
 
     adapter_version: str
-    """`namespace/name:v3`, or "base"."""
+    """`namespace/name:v3`, or "base", or a composition over versions."""
     adapter_digest: str
-    """Empty for the bare base model."""
+    """Of a version or a composition; empty for the bare base model."""
     base_digest: str
     ref: str
     cohort: str
@@ -33,6 +43,8 @@ class Decision:
     worker_address: str
     op_kinds: tuple[str, ...] = ()
     size_bytes: int = 0
+    composition: str = ""
+    """Over digests, where adapter_digest is a composition's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +121,26 @@ class Router:
 
 
 def _read_decision(response: router_pb2.DispatchResponse, target: Target) -> Decision:
-    version = response.version if response.HasField("version") else None
+    version, composed = response.version, response.composition
+    found: adapter_pb2.Version | router_pb2.Composition = version
+    if response.HasField("composition"):
+        name, digest, found = composed.expression, composed.digest, composed
+    elif response.HasField("version"):
+        name, digest = f"{version.namespace}/{version.name}:v{version.number}", version.digest
+    else:
+        name, digest = BASE, ""
     decision = Decision(
-        adapter_version=f"{version.namespace}/{version.name}:v{version.number}" if version else BASE,
-        adapter_digest=version.digest if version else "",
+        adapter_version=name,
+        adapter_digest=digest,
         base_digest=response.base_digest,
         ref=response.ref,
         cohort=response.cohort,
         route_generation=response.route_generation,
         worker_id=response.worker_id,
         worker_address=response.worker_address,
-        op_kinds=tuple(version.op_kinds) if version else (),
-        size_bytes=version.size_bytes if version else 0,
+        op_kinds=tuple(found.op_kinds),
+        size_bytes=found.size_bytes,
+        composition=composed.resolved,
     )
     if not _answers(decision, target):
         raise MeshError(
@@ -142,7 +162,30 @@ def _answers(decision: Decision, target: Target) -> bool:
         return True
     if target.asked == BASE:
         return is_base
-    ref = parse_ref(target.ref)
+    if is_composition(target.ref):
+        return _composes(decision, target.ref)
+    return not decision.composition and _is_version_of(decision, parse_ref(target.ref))
+
+
+def _composes(decision: Decision, asked: str) -> bool:
+    """Whether it has the asked tree and weights over versions of the asked adapters."""
+    wanted, found = parse_composition(asked), parse_composition(decision.adapter_version)
+    resolved = parse_resolved(decision.composition)
+
+    def shape(tree: Composition) -> Composition:
+        return renamed(tree, lambda _: "")
+
+    return (
+        shape(wanted) == shape(found) == shape(resolved)
+        and composition_digest(resolved) == decision.adapter_digest
+        and all(
+            parse_ref(one.name).adapter == parse_ref(other.name).adapter
+            for one, other in zip(leaves(wanted), leaves(found), strict=True)
+        )
+    )
+
+
+def _is_version_of(decision: Decision, ref: Ref) -> bool:
     name, _, number = decision.adapter_version.rpartition(":v")
     return (
         name == str(ref.adapter)

@@ -159,6 +159,7 @@ def to_worker_request(call: GenerateCall, decision: Decision) -> worker_pb2.Gene
         sampling=sampling_message(call.sampling),
         priority=call.priority,
         n=call.n,
+        composition=decision.composition,
     )
     if prompt.chat is not None:
         request.chat.messages.extend(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from adaptermesh.api.inference.v1 import inference_pb2
 from adaptermesh.core.choices import check_choices
+from adaptermesh.core.composition import is_composition, parse_composition
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 from adaptermesh.core.priority import check_priority
 from adaptermesh.core.refs import BASE, NAME_PATTERN, parse_ref
@@ -99,7 +100,10 @@ def _check_name(field: str, name: str) -> None:
 
 def _check_ref(ref: str) -> None:
     try:
-        parse_ref(ref)
+        if is_composition(ref):
+            parse_composition(ref)
+        else:
+            parse_ref(ref)
     except MeshError as error:
         about = {**error.metadata, "field": names.ADAPTER}
         message = f"{names.ADAPTER}: {error.message}"

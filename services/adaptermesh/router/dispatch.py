@@ -13,7 +13,7 @@ from adaptermesh.router.booking import Bookings
 from adaptermesh.router.catalogue import Catalogue, CatalogueImage, Version
 from adaptermesh.router.catch_up import CatchUp
 from adaptermesh.router.picking import Pick, Wanted, pick
-from adaptermesh.router.resolution import Question, Resolution, resolve
+from adaptermesh.router.resolution import ComposedVersion, Question, Resolution, resolve
 from adaptermesh.router.settings import RouterSettings
 from adaptermesh.router.workers import WorkerRegistry
 from adaptermesh.telemetry.tracing import Tracing
@@ -161,7 +161,7 @@ def _describe_resolution(span: Span, request: Request, resolution: Resolution, p
         _describe_version(span, resolution.version)
 
 
-def _describe_version(span: Span, version: Version) -> None:
+def _describe_version(span: Span, version: Version | ComposedVersion) -> None:
     span.set_attribute("adaptermesh.adapter.version", str(version))
     span.set_attribute("adaptermesh.adapter.digest", version.digest)
     span.set_attribute("adaptermesh.adapter.op_kinds", version.op_kinds)

@@ -11,6 +11,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from adaptermesh.core.composition import (
+    Composition,
+    composition_digest,
+    is_composition,
+    leaves,
+    parse_composition,
+    renamed,
+)
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field, not_found
 from adaptermesh.core.refs import BASE, LATEST, AdapterName, Ref, parse_ref
 from adaptermesh.router.catalogue import CatalogueImage, Route, RouteTarget, Version
@@ -30,6 +38,35 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class ComposedVersion:
+    """Several versions that act together, seen as one. `resolved` is the composition over digests."""
+
+    composition: Composition
+    resolved: Composition
+    digest: str
+    members: tuple[Version, ...]
+
+    @property
+    def base_digest(self) -> str:
+        return self.members[0].base_digest
+
+    @property
+    def base_model_id(self) -> str:
+        return self.members[0].base_model_id
+
+    @property
+    def op_kinds(self) -> tuple[str, ...]:
+        return tuple(sorted({op for member in self.members for op in member.op_kinds}))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(member.size_bytes for member in self.members)
+
+    def __str__(self) -> str:
+        return str(self.composition)
+
+
+@dataclass(frozen=True, slots=True)
 class Resolution:
     """What answers it.
 
@@ -37,7 +74,7 @@ class Resolution:
     """
 
     ref: str
-    version: Version | None
+    version: Version | ComposedVersion | None
     base_digests: frozenset[str] | None
     route: Route | None = None
     cohort: str = ""
@@ -60,11 +97,9 @@ def resolve(image: CatalogueImage, question: Question) -> Resolution:
     asked = _asked_bases(image, question.base_model)
     if ref == BASE:
         return Resolution(ref, None, asked, route, cohort)
-    version = find_version(image, ref)
+    version = find_composition(image, ref) if is_composition(ref) else _servable(image, ref)
     if asked is not None and version.base_digest not in asked:
         raise base_mismatch(ref, version.base_digest, ", ".join(sorted(asked)))
-    if not version.servable:
-        raise _unsupported(ref, version)
     return Resolution(ref, version, frozenset((version.base_digest,)), route, cohort)
 
 
@@ -106,6 +141,35 @@ def find_version(image: CatalogueImage, text: str) -> Version:
     if found is None or found.adapter != ref.adapter:
         raise not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
     return found
+
+
+def find_composition(image: CatalogueImage, text: str) -> ComposedVersion:
+    """The versions that a composition of refs means now.
+
+    Raises:
+        MeshError: as `resolve` does for each of its refs; FAILED_PRECONDITION (BASE_MISMATCH) for members of
+            different bases.
+    """
+    asked = parse_composition(text)
+    found = {leaf.name: _servable(image, leaf.name) for leaf in leaves(asked)}
+    first = found[next(leaves(asked)).name]
+    for name, version in found.items():
+        if version.base_digest != first.base_digest:
+            raise base_mismatch(name, version.base_digest, first.base_digest)
+    resolved = renamed(asked, lambda name: found[name].digest)
+    return ComposedVersion(
+        composition=renamed(asked, lambda name: str(found[name])),
+        resolved=resolved,
+        digest=composition_digest(resolved),
+        members=tuple({version.digest: version for version in found.values()}.values()),
+    )
+
+
+def _servable(image: CatalogueImage, ref: str) -> Version:
+    version = find_version(image, ref)
+    if not version.servable:
+        raise _unsupported(ref, version)
+    return version
 
 
 def _aliased(image: CatalogueImage, ref: Ref, text: str) -> Version | None:

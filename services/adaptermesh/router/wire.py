@@ -20,7 +20,7 @@ from adaptermesh.router.catalogue import (
 )
 from adaptermesh.router.dispatch import Decision, Request
 from adaptermesh.router.feed import FeedMessage, SnapshotPart
-from adaptermesh.router.resolution import Question
+from adaptermesh.router.resolution import ComposedVersion, Question
 from adaptermesh.router.workers import (
     Delta,
     Load,
@@ -130,9 +130,22 @@ def dispatch_response(decision: Decision) -> router_pb2.DispatchResponse:
         tier=adapter_pb2.Tier.ValueType(int(decision.pick.tier)),
         feed_position=decision.feed_position,
     )
-    if resolution.version is not None:
-        response.version.ParseFromString(resolution.version.published)
-        response.base_model_id = resolution.version.base_model_id
+    version = resolution.version
+    if version is None:
+        return response
+    response.base_model_id = version.base_model_id
+    if isinstance(version, ComposedVersion):
+        response.composition.CopyFrom(
+            router_pb2.Composition(
+                expression=str(version),
+                resolved=str(version.resolved),
+                digest=version.digest,
+                op_kinds=version.op_kinds,
+                size_bytes=version.size_bytes,
+            )
+        )
+    else:
+        response.version.ParseFromString(version.published)
     return response
 
 
@@ -176,6 +189,7 @@ def worker_view(worker: Worker, booked_requests: int) -> router_pb2.WorkerView:
                 pinned=residency.pinned,
                 requests=residency.requests,
                 size_bytes=residency.size_bytes,
+                device_bytes=residency.device_bytes,
             )
             for residency in sorted(worker.residencies.values(), key=lambda residency: residency.digest)
         ],
@@ -224,4 +238,6 @@ def _load(message: worker_pb2.Load) -> Load:
 
 def _residency(message: worker_pb2.Residency) -> Residency:
     tier = Tier(message.tier) if message.tier in Tier._value2member_map_ else Tier.STORE
-    return Residency(message.digest, tier, message.pinned, message.requests, message.size_bytes)
+    return Residency(
+        message.digest, tier, message.pinned, message.requests, message.size_bytes, message.device_bytes
+    )

@@ -61,6 +61,7 @@ class Residency:
     pinned: bool = False
     requests: int = 0
     size_bytes: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from adaptermesh.artifact.merging_recipe import MergeRecipe, check_lineage
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 from adaptermesh.core.refs import AdapterName, check_name
@@ -30,6 +31,14 @@ class UploadHeader:
     author: str
     files: tuple[SourceFile, ...]
     validate_only: bool
+    parents: tuple[str, ...] = ()
+    """Digests of the versions it was made from."""
+    merge_recipe_json: str = ""
+
+    @property
+    def merge_recipe(self) -> MergeRecipe | None:
+        """How it was merged, if it was; raises MeshError INVALID_ARGUMENT."""
+        return MergeRecipe.from_json(self.merge_recipe_json) if self.merge_recipe_json else None
 
     @property
     def size_bytes(self) -> int:
@@ -51,6 +60,7 @@ def check_header(header: UploadHeader, max_files: int, max_bytes: int) -> None:
         raise invalid_field("tags", f"are {len(header.tags)}, at most {MAX_TAGS} are allowed")
     for tag in header.tags:
         check_line("tags", tag, MAX_TAG, required=True)
+    check_lineage(header.parents, header.merge_recipe)
     _check_files(header.files, max_files, max_bytes)
 
 

@@ -7,8 +7,9 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
+from adaptermesh.core.composition import is_composition, leaves, parse_composition
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
-from adaptermesh.core.refs import BASE, check_name, parse_ref
+from adaptermesh.core.refs import BASE, Ref, check_name, parse_ref
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_generation, check_line
@@ -52,8 +53,8 @@ class Routes:
             live, generation = await _generation(connection, route.tenant, route.task)
             _compare(route, expected_generation, generation if live else 0)
             for target in route.targets:
-                if target.ref != BASE:
-                    await find_version(connection, parse_ref(target.ref))
+                for ref in _refs(target):
+                    await find_version(connection, ref)
             changed = dataclasses.replace(route, generation=generation + 1, update_time_us=now_us)
             await _save(connection, changed, deleted=False, known=generation > 0)
             return changed, await append_change(connection, ChangeKind.ROUTE_SET, changed, now_us)
@@ -129,12 +130,20 @@ def _check_key(tenant: str, task: str) -> None:
     check_name(task, "task")
 
 
+def _refs(target: RouteTarget) -> list[Ref]:
+    """The refs that a target names, or its composition does; raises MeshError INVALID_ARGUMENT."""
+    if target.ref == BASE:
+        return []
+    if is_composition(target.ref):
+        return [parse_ref(leaf.name) for leaf in leaves(parse_composition(target.ref))]
+    return [parse_ref(target.ref)]
+
+
 def _check_targets(targets: tuple[RouteTarget, ...]) -> None:
     if not 1 <= len(targets) <= MAX_TARGETS:
         raise invalid_field("targets", f"must be 1 to {MAX_TARGETS}")
     for index, target in enumerate(targets):
-        if target.ref != BASE:
-            parse_ref(target.ref)
+        _refs(target)
         if not 0 <= target.weight <= MAX_WEIGHT:
             raise invalid_field(f"targets[{index}].weight", f"must be in [0, {MAX_WEIGHT}]")
         check_line(f"targets[{index}].cohort", target.cohort, MAX_COHORT)

@@ -13,7 +13,7 @@ from typing import TypeVar
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.core.digests import digest_bytes
-from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
+from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, unavailable
 from adaptermesh.store.blobs import BlobStore, file_digest
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.headers import UploadHeader, check_header
@@ -125,12 +125,20 @@ class Uploads:
         try:
             check_header(header, self._config.max_files, self._config.max_bytes)
             base = await self._catalogue.find_base_model(header.base_model)
+            await self._check_parents(header, base)
             sources = await receive_files(place, header.files, pieces, self._config.idle_seconds)
         except BaseException as error:
             await self._work.finish(self._leave(place))
             _raise_if_full(error)
             raise
         return await self._work.finish(self._complete(header, base, sources, place))
+
+    async def _check_parents(self, header: UploadHeader, base: BaseModelRecord) -> None:
+        """What an adapter was made from must be here and of the same base; versions never go away."""
+        for digest in header.parents:
+            parent = (await self._catalogue.get_digest(digest)).record
+            if parent.base_digest != base.digest:
+                raise base_mismatch(f"{parent.adapter}:v{parent.number}", parent.base_digest, base.digest)
 
     def _admit(self) -> None:
         if self._draining:
@@ -224,6 +232,8 @@ def _ingest(
         tags=header.tags,
         license=header.license,
         author=header.author,
+        parents=header.parents,
+        merge_recipe=header.merge_recipe,
     )
     tensors = folder / "canonical.safetensors"
     result = ingest(bundle, facts, tensors)

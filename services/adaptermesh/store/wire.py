@@ -32,6 +32,8 @@ def header_from(message: store_pb2.UploadHeader) -> UploadHeader:
         author=message.author,
         files=tuple(SourceFile(file.path, file.size_bytes, file.digest) for file in message.files),
         validate_only=message.validate_only,
+        parents=tuple(message.parents),
+        merge_recipe_json=message.merge_recipe_json,
     )
 
 

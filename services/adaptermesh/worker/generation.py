@@ -3,13 +3,14 @@
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from opentelemetry.context import Context
 
 from adaptermesh.core.choices import check_choices
 from adaptermesh.core.clock import Clock
+from adaptermesh.core.composition import Composition, composition_digest, parse_resolved
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
 from adaptermesh.core.priority import check_priority
@@ -39,6 +40,8 @@ class GenerationRequest:
     priority: int = 0
     n: int = 1
     """Answers to the same prompt."""
+    composition: str = ""
+    """Over digests, where adapter_digest is a composition's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +127,11 @@ class Generations:
         spans: RequestSpans,
         base_digest: str,
         clock: Clock,
+        compose: Callable[[str, Composition], None],
     ) -> None:
+        """`compose` is told what a composition's digest stands for, before it is asked for."""
         self._backend = backend
+        self._compose = compose
         self._encoder = encoder
         self._board = board
         self._spans = spans
@@ -150,6 +156,8 @@ class Generations:
         """
         self._refuse_if_draining()
         _check(request)
+        if request.composition:
+            self._compose(request.adapter_digest, _read_composition(request))
         # Counted from here: encoding the prompt takes its share of the time.
         deadline_ns = 0 if remaining is None else int((self._clock.wall() + remaining) * 1e9)
         if request.base_digest != self._base_digest:
@@ -249,6 +257,13 @@ def _for_answer(sampling: SamplingParams, index: int) -> SamplingParams:
     """Answer `index` draws with its own seed or a fresh one; answer 0 tells of the prompt for all."""
     seed = None if sampling.seed is None else (sampling.seed + index) % 2**63
     return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None)
+
+
+def _read_composition(request: GenerationRequest) -> Composition:
+    found = parse_resolved(request.composition)
+    if composition_digest(found) != request.adapter_digest:
+        raise invalid_field("composition", f"its digest is not {request.adapter_digest[:80]}")
+    return found
 
 
 def _check(request: GenerationRequest) -> None:

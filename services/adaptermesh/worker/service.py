@@ -16,6 +16,7 @@ from adaptermesh.rpc.channel import open_channel
 from adaptermesh.rpc.server import MeshServer
 from adaptermesh.rpc.service import ServiceContext
 from adaptermesh.worker.backend import Backend
+from adaptermesh.worker.composing_source import ComposingSource
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.source import AdapterSource
 from adaptermesh.worker.generation import Generations
@@ -48,6 +49,7 @@ class LoadedBackend:
     base: BaseFacts
     tokenizer: Tokenizer
     max_context_tokens: int
+    base_bytes: int = 0
 
 
 BackendLoader = Callable[[Path, EngineConfig, AdapterSource, Clock], LoadedBackend]
@@ -60,8 +62,10 @@ def load_native(folder: Path, config: EngineConfig, source: AdapterSource, clock
     from adaptermesh.worker.engine.engine import Engine
 
     base = load_base(folder, config)
+    # Before the engine packs them in its own way.
+    size = base.weight_bytes
     engine = Engine(config, base, source, clock)
-    return LoadedBackend(engine, base.facts, base.tokenizer, engine.max_context_tokens)
+    return LoadedBackend(engine, base.facts, base.tokenizer, engine.max_context_tokens, size)
 
 
 class WorkerService:
@@ -74,6 +78,7 @@ class WorkerService:
         self._servicer = WorkerServicer()
         self._channel: grpc.aio.Channel | None = None
         self._source: GrpcAdapterSource | None = None
+        self._composing: ComposingSource | None = None
         self._serving: Serving | None = None
         self._background: asyncio.Task[None] | None = None
         self._encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="prompt")
@@ -91,19 +96,26 @@ class WorkerService:
         self._channel = open_channel(settings.store)
         self._source = GrpcAdapterSource(self._channel, settings.source_config(), tracer)
         config = settings.engine_config(self._context.port)
-        loaded = await asyncio.to_thread(self._load, self._folder, config, self._source, self._context.clock)
+        source = self._composing = ComposingSource(self._source, tracer)
+        loaded = await asyncio.to_thread(self._load, self._folder, config, source, self._context.clock)
         info = self._info(loaded, config)
         board = StatusBoard(loaded.backend.status)
         encoder = PromptEncoder(
             loaded.tokenizer, loaded.base.vocab_size, loaded.max_context_tokens, self._encoders
         )
-        spans = RequestSpans(tracer, info.worker_id, self._source.span_of)
+        spans = RequestSpans(tracer, info.worker_id, source.span_of)
         self._serving = Serving(
             info=info,
             backend=loaded.backend,
             board=board,
             generations=Generations(
-                loaded.backend, encoder, board, spans, loaded.base.digest, self._context.clock
+                loaded.backend,
+                encoder,
+                board,
+                spans,
+                loaded.base.digest,
+                self._context.clock,
+                source.learn,
             ),
             load_seconds=settings.fetch_timeout_seconds,
         )
@@ -135,6 +147,8 @@ class WorkerService:
             await asyncio.gather(self._background, return_exceptions=True)
         if self._serving is not None:
             await asyncio.to_thread(self._serving.backend.stop)
+        if self._composing is not None:
+            self._composing.stop()
         if self._source is not None:
             await self._source.stop()
         if self._channel is not None:
@@ -176,6 +190,7 @@ class WorkerService:
             max_batch_rows=config.max_batch_rows,
             max_context_tokens=loaded.max_context_tokens,
             max_waiting=config.max_waiting,
+            base_bytes=loaded.base_bytes,
         )
 
 

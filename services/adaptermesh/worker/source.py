@@ -61,6 +61,10 @@ class GrpcAdapterSource:
             # The loop is closed: the process is on its way out.
             sink.fail(unavailable(Reason.DRAINING, "the worker has stopped", 1.0, digest=digest))
 
+    def fetch_member(self, digest: str, sink: AdapterSink, context: object | None) -> None:
+        """The same for a part of something else: `cancel` does not reach it."""
+        self._loop.call_soon_threadsafe(self._start, digest, sink, context, True)
+
     def cancel(self, digest: str) -> None:
         """Gives a fetch up; its sink gets CANCELLED when no thread touches it any more."""
         with contextlib.suppress(RuntimeError):
@@ -77,7 +81,7 @@ class GrpcAdapterSource:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._executor.shutdown(wait=False)
 
-    def _start(self, digest: str, sink: AdapterSink, context: object | None) -> None:
+    def _start(self, digest: str, sink: AdapterSink, context: object | None, member: bool = False) -> None:
         span = self._tracer.start_span(
             "adapter.fetch",
             context=context if isinstance(context, Context) else Context(),
@@ -85,7 +89,8 @@ class GrpcAdapterSource:
         )
         self._remember(digest, span.get_span_context())
         task = self._loop.create_task(self._run(digest, sink, span), name=f"fetch {digest}")
-        self._current[digest] = task
+        if not member:
+            self._current[digest] = task
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._forget(digest, done, span))
 

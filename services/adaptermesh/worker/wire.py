@@ -69,6 +69,7 @@ def generation_request(message: worker_pb2.GenerateRequest) -> GenerationRequest
         sampling=read_sampling(message.sampling),
         priority=message.priority,
         n=message.n or 1,
+        composition=message.composition,
     )
 
 
@@ -215,6 +216,7 @@ def residency_message(view: ResidencyView) -> worker_pb2.Residency:
         pinned=view.pinned,
         requests=view.requests,
         size_bytes=view.size_bytes,
+        device_bytes=view.device_bytes,
     )
 
 

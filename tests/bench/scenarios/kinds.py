@@ -8,12 +8,12 @@ from tests.bench.result import Lane, Result, compare
 from tests.bench.workload import Workload
 
 # Of eight adapters that come again and again, one after the other.
-_MIX = ("lora", "lora", "lora", "lora", "dora", "dora", "ia3", "ia3")
+_MIX = ("lora", "lora", "lora", "lora", "bottleneck", "bottleneck", "ia3", "ia3")
 
 
 def run(bench: Bench) -> Result:
     scale = bench.scale
-    base, mixed = "base", "4 LoRA, 2 DoRA, 2 IA3"
+    base, mixed = "base", "4 LoRA, 2 bottleneck, 2 IA3"
     names: dict[str, list[str | None]] = {
         base: [None] * scale.rows,
         mixed: _cycled(_MIX, scale.rows),

@@ -52,7 +52,8 @@ SCENARIOS = {
     ),
     "kinds": Scenario(
         "Adapters of several kinds in one batch",
-        "As above, in one engine; IA3 at k, v and down, DoRA at all seven projections. peft can't mix kinds: "
+        "As above, in one engine; IA3 at k, v and down, DoRA at all seven projections, bottlenecks behind "
+        "each feed-forward part (seq_bn, a sixteenth as wide as the stream). peft can't mix kinds: "
         "the rows are compared with themselves alone, and each kind with peft by the parity tests.",
         kinds.run,
     ),

@@ -127,6 +127,18 @@ async def test_one_digest_is_published_once(with_base: Stores) -> None:
     assert len({each.version.record for each in done}) == 1
 
 
+async def test_a_digest_finds_its_version_and_no_other(with_base: Stores) -> None:
+    published = await with_base.catalogue.publish(VERSION, TENSORS)
+    await with_base.catalogue.publish(version(1), TENSORS)
+    assert await with_base.catalogue.get_digest(VERSION.digest) == published.version
+    unknown = digest_bytes(b"nobody")
+    assert await with_base.catalogue.find_digest(unknown) is None
+    for digest, reason in ((unknown, Reason.VERSION_NOT_FOUND), ("v1", Reason.INVALID_FIELD)):
+        with pytest.raises(MeshError) as caught:
+            await with_base.catalogue.get_digest(digest)
+        assert caught.value.reason is reason
+
+
 async def test_a_mutation_that_is_refused_leaves_no_change(with_base: Stores) -> None:
     route = RouteRecord("*", "ner", (RouteTarget("acme/ner:v1", 1, ""),), 0, 0)
     for refused in (

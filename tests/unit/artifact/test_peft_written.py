@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedModel
 
-from adaptermesh.artifact import peft_readers
+from adaptermesh.artifact import plan
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32
 from adaptermesh.artifact.ingest import IngestResult, SourceBundle, ingest
@@ -264,7 +264,7 @@ def test_ia3_written_by_peft_keeps_its_factors(tmp_path: Path, config: Any, meth
 def test_what_would_become_too_much_is_stored_with_the_reason(
     tmp_path: Path, method: peft.PeftConfig, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peft_readers, "MAX_EXPANDED_BYTES", 20_000)
+    monkeypatch.setattr(plan, "MAX_EXPANDED_BYTES", 20_000)
     facts, _ = write(LlamaConfig(**SMALL), method, tmp_path / "a")
     manifest = ingested(tmp_path / "a", facts).manifest
     assert not manifest.servable

@@ -27,6 +27,13 @@ def test_status_shows_what_each_budget_holds(fakes: FakeMesh, invoke: Invoke) ->
     assert document(invoke("status", "--json"))["workers"][0]["load"]["budgets"] is None
 
 
+def test_status_lists_adapters_with_what_they_take_beside_the_base(fakes: FakeMesh, invoke: Invoke) -> None:
+    rows = [" ".join(line.split()) for line in invoke("status", "--adapters").stdout.splitlines()]
+    first = rows.index("worker adapter tier requests memory of the base")
+    assert rows[first + 1] == "w-0 aaaaaaaaaaaa device, pinned 0 250 B 2.50%"
+    assert "of the base" not in invoke("status").stdout
+
+
 def test_status_as_json_is_one_document(fakes: FakeMesh, invoke: Invoke) -> None:
     printed = document(invoke("status", "--json"))
     assert [service["serving"] for service in printed["services"]] == [True] * 4

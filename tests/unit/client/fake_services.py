@@ -401,12 +401,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
 def worker_info(worker_id: str, address: str) -> worker_pb2.WorkerInfo:
     return worker_pb2.WorkerInfo(
-        worker_id=worker_id, address=address, device="cpu", base_model=BASE, device_slots=4
+        worker_id=worker_id, address=address, device="cpu", base_model=BASE, device_slots=4, base_bytes=10_000
     )
 
 
 def residency(digest: str, tier: Any, pinned: bool = False) -> worker_pb2.Residency:
-    return worker_pb2.Residency(digest=digest, tier=tier, pinned=pinned, size_bytes=100)
+    return worker_pb2.Residency(digest=digest, tier=tier, pinned=pinned, size_bytes=100, device_bytes=250)
 
 
 _REGISTRATIONS: dict[type, tuple[str, Any]] = {

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ async def test_a_repeated_upload_is_the_same_version(store: StoreClient, adapter
     second = await store.upload(adapter_folder, "acme/ner", PUBLICATION)
     assert second.version == first.version
     assert not second.created
+
+
+async def test_an_upload_says_what_it_was_made_from(
+    store: StoreClient, fake_store: FakeStore, adapter_folder: Path
+) -> None:
+    digest = digest_bytes(b"parent")
+    recipe = {"method": "linear", "members": [{"digest": digest, "weight": 1.0}]}
+    await store.upload(adapter_folder, "acme/a", PUBLICATION, parents=[digest], merge_recipe=recipe)
+    await store.upload(adapter_folder, "acme/b", PUBLICATION)
+    made, trained = fake_store.headers
+    assert (list(made.parents), json.loads(made.merge_recipe_json)) == ([digest], recipe)
+    assert (list(trained.parents), trained.merge_recipe_json) == ([], "")
 
 
 async def test_validate_only_publishes_nothing(

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from adaptermesh.api.inference.v1 import inference_pb2
+from adaptermesh.api.router.v1 import router_pb2
+from adaptermesh.core.composition import composition_digest, parse_composition, parse_resolved, renamed
+from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.rpc.sampling import read_sampling, sampling_message
 
 if TYPE_CHECKING:
-    from tests.unit.gateway.conftest import Fakes, Mesh
+    from collections.abc import Callable
+
+    from tests.unit.gateway.conftest import Fakes, FakeWorker, Mesh
 
 
 async def test_a_stream_starts_with_identities_and_ends_with_the_finish_reason(mesh: Mesh) -> None:
@@ -223,3 +228,61 @@ async def test_many_requests_at_once_keep_their_answers_apart(mesh: Mesh) -> Non
     answers = await asyncio.gather(*(mesh.generate(x_request_id=request_id) for request_id in ids))
     assert [seen.started.request_id for seen in answers if seen.started] == ids
     assert all(seen.order[-1] == "finished" for seen in answers)
+
+
+def composed(asked: str, **changes: str) -> Callable[[router_pb2.DispatchResponse], None]:
+    """What the router answers with for a composition, and what of it is changed."""
+
+    def change(response: router_pb2.DispatchResponse) -> None:
+        resolved = renamed(parse_composition(asked), lambda name: digest_bytes(name.encode()))
+        fields: dict[str, Any] = {
+            "expression": str(renamed(parse_composition(asked), lambda name: name.replace("@prod", ":v3"))),
+            "resolved": str(resolved),
+            "digest": composition_digest(resolved),
+        }
+        response.ClearField("version")
+        response.composition.CopyFrom(router_pb2.Composition(**(fields | changes)))
+
+    return change
+
+
+async def compose(mesh: Mesh, asked: str, **changes: str) -> tuple[Any, FakeWorker]:
+    worker = await mesh.add_worker("w1")
+    change = composed(asked, **changes)
+
+    def decide(request: router_pb2.DispatchRequest) -> router_pb2.DispatchResponse:
+        response = mesh.router.first_worker(request)
+        change(response)
+        return response
+
+    mesh.router.decide = decide
+    return await mesh.generate(x_adapter_id=asked), worker
+
+
+ASKED = "average(acme/ner@prod,0.5*acme/tone:v1)"
+
+
+async def test_a_composition_is_handed_to_the_worker_over_digests(mesh: Mesh) -> None:
+    seen, worker = await compose(mesh, ASKED)
+    [request] = worker.requests
+    assert seen.error is None
+    assert seen.initial["x-adapter-version"] == "average(acme/ner:v3,0.5*acme/tone:v1)"
+    assert seen.initial["x-adapter-digest"] == request.adapter_digest
+    assert composition_digest(parse_resolved(request.composition)) == request.adapter_digest
+    assert mesh.router.requests[0].ref == ASKED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expression": "stack(acme/ner:v3,0.5*acme/tone:v1)"},
+        {"expression": "average(acme/ner:v3,acme/tone:v1)"},
+        {"expression": "average(acme/ner:v3,0.5*acme/other:v1)"},
+        {"digest": digest_bytes(b"other")},
+    ],
+)
+async def test_a_router_that_answers_with_another_composition_is_not_believed(
+    mesh: Mesh, changes: dict[str, str]
+) -> None:
+    seen, _ = await compose(mesh, ASKED, **changes)
+    assert seen.failure.code is Code.INTERNAL

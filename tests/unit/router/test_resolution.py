@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptermesh.core.composition import composition_digest
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.router.catalogue import Event, RouteTarget
-from adaptermesh.router.resolution import Question, Resolution, choose_target, resolve
+from adaptermesh.router.resolution import ComposedVersion, Question, Resolution, choose_target, resolve
 from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, version
 
 V1, V2 = version(number=1), version(number=2)
@@ -222,3 +223,36 @@ def test_a_route_without_an_open_share_is_not_found() -> None:
 def test_a_target_says_what_it_is() -> None:
     rule = route("ner", ("acme/ner:v1", 1, "stable"))
     assert choose_target(rule, "default", "") == RouteTarget("acme/ner:v1", 1, "stable")
+
+
+def test_a_composition_is_resolved_ref_by_ref() -> None:
+    found = ask(ref="stack(acme/ner@prod, 0.5*acme/ner:v2)").version
+    assert isinstance(found, ComposedVersion)
+    assert str(found) == "stack(acme/ner:v1,0.5*acme/ner:v2)"
+    assert str(found.resolved) == f"stack({V1.digest},0.5*{V2.digest})"
+    assert found.digest == composition_digest(found.resolved)
+    assert (found.base_digest, found.members) == (V1.base_digest, (V1, V2))
+    moved = ask(ref="stack(acme/ner@prod, 0.5*acme/ner:v2)", entries=(*KNOWN, alias(V2))).version
+    assert moved is not None
+    assert moved.digest != found.digest
+
+
+def test_a_route_may_lead_to_a_composition() -> None:
+    entries = (*KNOWN, route("both", ("average(acme/ner:v1,acme/ner:v2)", 1, "both")))
+    assert str(ask(task="both", entries=entries).version) == "average(acme/ner:v1,acme/ner:v2)"
+
+
+@pytest.mark.parametrize(
+    ("ref", "reason"),
+    [
+        ("stack(acme/ner:v1, acme/none:v1)", Reason.ADAPTER_NOT_FOUND),
+        ("stack(acme/ner:v1, acme/ner:v9)", Reason.VERSION_NOT_FOUND),
+        ("2*acme/ner@nobody", Reason.ALIAS_NOT_FOUND),
+        ("stack(acme/ner:v1, acme/sql:v1)", Reason.BASE_MISMATCH),
+        ("stack(acme/ner:v1, acme/odd:v1)", Reason.ADAPTER_UNSUPPORTED),
+        ("stack(acme/ner:v1", Reason.INVALID_REF),
+        ("stack(acme/ner:v1, base)", Reason.INVALID_REF),
+    ],
+)
+def test_a_composition_fails_with_what_is_wrong_in_it(ref: str, reason: Reason) -> None:
+    assert refusal(ref=ref).reason is reason

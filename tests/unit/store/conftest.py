@@ -128,6 +128,7 @@ class RunningStore:
     stores: Stores
     config: StoreConfig
     stub: "store_pb2_grpc.StoreServiceAsyncStub"
+    target: str
 
     async def upload(self, files: Files, piece: int = 1000, **fields: Any) -> store_pb2.UploadAdapterResponse:
         return await self.send(make_requests(make_header(files, **fields), files, piece))
@@ -168,7 +169,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     await stores.open()
     channel = open_channel(f"127.0.0.1:{port}")
     try:
-        yield RunningStore(stores, config, store_pb2_grpc.StoreServiceStub(channel))
+        yield RunningStore(stores, config, store_pb2_grpc.StoreServiceStub(channel), f"127.0.0.1:{port}")
     finally:
         await channel.close()
         stores.drain()

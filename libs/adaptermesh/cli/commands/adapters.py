@@ -1,29 +1,29 @@
-"""`adaptermesh adapters`: upload, download, search, ls, show."""
+"""`adaptermesh adapters`: upload, download, search, ls, show; merge is beside it."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.execute import execute
-from adaptermesh.cli.options import JsonOption, StoreOption
+from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import facts, moment, short_digest, size, table
-from adaptermesh.client import Adapter, Publication, ResolvedRef, StoreClient, UploadResult, Version
+from adaptermesh.cli.uploads import upload_report, with_rank
+from adaptermesh.client import Adapter, Publication, ResolvedRef, StoreClient, Version
 from adaptermesh.core.refs import AdapterName
 
-app = typer.Typer(no_args_is_help=True, help="Upload, find and fetch adapters.")
-
-TagsOption = Annotated[
-    list[str] | None, typer.Option("--tag", help="A label; give it several times for more.")
-]
+app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
 
 
 @app.command()
 def upload(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that save_pretrained wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that peft or adapters saved.")],
     adapter: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="What to call it.")],
     base: Annotated[str, typer.Option(help="Name or digest of the base model it was trained on.")],
     task: Annotated[str, typer.Option(help="What it is for, e.g. financial-ner.")] = "",
@@ -35,7 +35,7 @@ def upload(
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Uploads a peft folder as the next version of an adapter.
+    """Uploads a folder that peft or the adapters library saved as the next version of an adapter.
 
     The same content under the same name is the same version: uploading it again changes nothing.
 
@@ -50,7 +50,7 @@ def upload(
                 result = await client.upload(
                     folder, adapter, publication, validate_only=check, progress=progress
                 )
-        output.result(result, *_upload_report(result, adapter, check=check))
+        output.result(result, *upload_report(result, adapter, check=check))
 
     execute(as_json, work)
 
@@ -154,22 +154,7 @@ def show(
     execute(as_json, work)
 
 
-def _upload_report(result: UploadResult, adapter: str, *, check: bool) -> list[Text]:
-    version = result.version
-    if check:
-        lines = [Text(f"{adapter}: every check passed, nothing was published", style="green")]
-    elif result.created:
-        lines = [Text(f"{version.ref} published", style="green")]
-    else:
-        lines = [Text(f"{version.ref} was there already: same content, same version")]
-    lines.append(Text(f"  {version.digest}  {_with_rank(version, version.kind)}, {size(version.size_bytes)}"))
-    if not version.servable:
-        lines.append(Text(f"  stored, but can't be served: {version.unservable_reason}", style="yellow"))
-    lines += [Text(f"  warning: {warning}", style="yellow") for warning in version.warnings]
-    if result.created and not check:
-        alias = f"adaptermesh alias set {version.adapter}@prod v{version.number}"
-        lines.append(Text(f"  next: {alias}", style="dim"))
-    return lines
+app.command()(merge)
 
 
 def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
@@ -218,13 +203,21 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
     output.result({"versions": versions, "aliases": aliases}, rows)
 
 
-def _with_rank(version: Version, kind: str) -> str:
-    """What has no low-rank part has no rank."""
-    return f"{kind}, rank {version.max_rank}" if version.max_rank else kind
+def _recipe(manifest: Mapping[str, Any]) -> str:
+    """How a version was merged, in a line; "" for one that was not."""
+    recipe = manifest.get("merge_recipe")
+    if not recipe:
+        return ""
+    members = " + ".join(f"{one['weight']:g} * {short_digest(one['digest'])}" for one in recipe["members"])
+    numbers = [
+        f", {name} {recipe[name]:g}" for name in ("rank", "density", "seed") if recipe[name] is not None
+    ]
+    return f"{recipe['method']} of {members}{''.join(numbers)}"
 
 
 def _version_report(resolved: ResolvedRef) -> list[RenderableType]:
     version = resolved.version
+    manifest = json.loads(resolved.manifest)
     files = table("file", "size", "sha256", right=("size",))
     for file in version.source_files:
         files.add_row(file.path, size(file.size_bytes), short_digest(file.digest))
@@ -238,10 +231,12 @@ def _version_report(resolved: ResolvedRef) -> list[RenderableType]:
             tags=", ".join(version.tags),
             license=version.license,
             base=f"{version.base_model_id} ({version.base_digest})",
-            kind=_with_rank(version, f"{version.kind} ({', '.join(version.op_kinds)})"),
+            kind=with_rank(version, f"{version.kind} ({', '.join(version.op_kinds)})"),
             size=size(version.size_bytes),
             servable="yes" if version.servable else f"no: {version.unservable_reason}",
             warnings="; ".join(version.warnings),
+            parents="\n".join(manifest.get("parents", ())),
+            merged=_recipe(manifest),
             published=moment(version.create_time),
         ),
         "",

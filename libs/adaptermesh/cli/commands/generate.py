@@ -37,7 +37,11 @@ def generate(
     text: Annotated[str, typer.Argument(help="What to say; '-' reads standard input.")],
     task: Annotated[str, typer.Option(help="The task, which selects a route.")] = "",
     adapter: Annotated[
-        str, typer.Option(metavar="REF", help="An adapter, or 'base'; overrides the task.")
+        str,
+        typer.Option(
+            metavar="REF",
+            help="An adapter, 'base', or several: 'stack(a/b:v1, 0.5*a/c@prod)'; overrides the task.",
+        ),
     ] = "",
     chat: Annotated[bool, typer.Option("--chat/--raw", help="With the chat template, or as it is.")] = True,
     system: Annotated[str, typer.Option(help="A system message before the text.")] = "",
@@ -88,6 +92,8 @@ def generate(
     adaptermesh generate --task financial-ner 'ACME buys Initech for $2bn.'
 
     adaptermesh generate --adapter acme/ner:v2 -v 'ACME buys Initech.'
+
+    adaptermesh generate --adapter 'average(acme/ner:v2, 0.5*acme/ner:v1)' 'ACME buys Initech.'
     """
     if system and not chat:
         raise typer.BadParameter("--system needs --chat")

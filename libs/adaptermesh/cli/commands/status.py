@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 from rich.console import RenderableType
@@ -10,7 +11,7 @@ from rich.text import Text
 from adaptermesh.cli.execute import FAILED, execute
 from adaptermesh.cli.options import GatewayOption, JsonOption, RouterOption, StoreOption
 from adaptermesh.cli.output import Output
-from adaptermesh.cli.tables import size, table
+from adaptermesh.cli.tables import short_digest, size, table
 from adaptermesh.client import (
     GATEWAY_SERVICE,
     ROUTER_SERVICE,
@@ -20,6 +21,7 @@ from adaptermesh.client import (
     MeshError,
     RouterClient,
     RouterStatus,
+    StoreClient,
     Worker,
 )
 
@@ -38,11 +40,17 @@ def status(
     gateway: GatewayOption = "",
     router: RouterOption = "",
     store: StoreOption = "",
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="List the adapters that each worker holds, and what they take.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Shows which services answer, and what each worker holds. Exit code 1 if one of them does not serve.
 
-    Example: adaptermesh status
+    Examples:
+    adaptermesh status
+
+    adaptermesh status --adapters
     """
 
     async def work(output: Output) -> None:
@@ -60,7 +68,10 @@ def status(
             *(health_of("worker", worker.address, WORKER_SERVICE) for worker in workers)
         )
         document = {"services": healths, "router": router_status, "workers": workers}
-        output.result(document, *_report(healths, router_status, workers))
+        parts = _report(healths, router_status, workers)
+        if adapters and workers:
+            parts += [Text(""), _adapters(workers, await _names(store or settings.store))]
+        output.result(document, *parts)
         if not workers or not all(health.serving for health in healths):
             raise typer.Exit(FAILED)
 
@@ -75,6 +86,16 @@ async def health_of(service: str, address: str, name: str) -> ServiceHealth:
     except MeshError as error:
         return ServiceHealth(service, address, serving=False, problem=error.message)
     return ServiceHealth(service, address, serving, "" if serving else "answers, but does not serve")
+
+
+async def _names(address: str) -> dict[str, str]:
+    """Versions by their digests, as far as the store answers."""
+    try:
+        async with StoreClient(address) as client:
+            found = [await client.list_versions(adapter.name) for adapter in await client.list_adapters()]
+    except MeshError:
+        return {}
+    return {version.digest: version.ref for versions in found for version in versions}
 
 
 async def _router_view(address: str) -> tuple[RouterStatus | None, list[Worker]]:
@@ -131,6 +152,27 @@ def _workers(workers: list[Worker]) -> RenderableType:
             f"{load.kv_used_tokens}/{load.kv_total_tokens}",
             f"{'/'.join(map(str, counts))} of {worker.device_slots} slots, {size(held)}{pins}",
         )
+    return rows
+
+
+def _adapters(workers: list[Worker], names: dict[str, str]) -> RenderableType:
+    """A line for each adapter that a worker holds: what its weights take, beside the base's."""
+    rows = table(
+        *("worker", "adapter", "tier", "requests", "memory", "of the base"),
+        right=("requests", "memory", "of the base"),
+    )
+    for worker in workers:
+        held = sorted(worker.residencies, key=lambda one: (-one.device_bytes, one.digest))
+        for index, one in enumerate(held):
+            known = one.device_bytes and worker.base_bytes
+            rows.add_row(
+                worker.worker_id if index == 0 else "",
+                names.get(one.digest, short_digest(one.digest)),
+                f"{one.tier}, pinned" if one.pinned else one.tier,
+                str(one.requests),
+                size(one.device_bytes or one.size_bytes),
+                f"{one.device_bytes / worker.base_bytes:.2%}" if known else "",
+            )
     return rows
 
 

@@ -40,6 +40,11 @@ class Base:
     kv_heads: int
     head_dim: int
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights, those that are tied once."""
+        return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens, special ones left out; nothing is tidied, so that pieces add up."""
         return str(

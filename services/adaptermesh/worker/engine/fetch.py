@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from adaptermesh.artifact.composing import identity_of
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason
@@ -60,9 +61,9 @@ class FetchSink:
     def begin(self, manifest: bytes) -> None:
         self._check_current()
         try:
-            if digest_bytes(manifest) != self._transfer.digest:
-                raise corrupt(self._transfer.digest, "the manifest has another digest")
             parsed = Manifest.from_bytes(manifest)
+            if identity_of(parsed, digest_bytes(manifest)) != self._transfer.digest:
+                raise corrupt(self._transfer.digest, "the manifest has another digest")
             self._transfer.manifest = manifest
             landing = self._transfer.landing = self._landings.open_landing(self._transfer, parsed)
         except MeshError as error:

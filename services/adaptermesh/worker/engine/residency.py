@@ -378,7 +378,9 @@ class Residency:
 
 def _view(entry: Entry) -> ResidencyView:
     pinned = entry.pinned is not Tier.NONE
-    return ResidencyView(entry.digest, entry.tier, pinned, len(entry.holders), entry.size_bytes)
+    return ResidencyView(
+        entry.digest, entry.tier, pinned, len(entry.holders), entry.size_bytes, entry.device_bytes
+    )
 
 
 def _tell(holder: Holder, error: MeshError | None) -> None:

@@ -14,7 +14,7 @@ from adaptermesh.worker.engine.forward.forward import Forward
 from adaptermesh.worker.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.logprobs import score, token_logprobs
-from adaptermesh.worker.engine.ops.op import Segment, StepTokens
+from adaptermesh.worker.engine.ops.op import RowTokens, Segment, StepTokens
 from adaptermesh.worker.engine.postprocess import Drawn, Scored, StepResult
 from adaptermesh.worker.engine.sampling import Draw, sample
 from adaptermesh.worker.engine.slots import DeviceSlots
@@ -85,7 +85,7 @@ class Runner:
             if early.passage is None:
                 early.passage = self._forward.start(self._upload(_host_step(plan)), self._cache)
             # Anew each time: the slots' memory may have moved since the last layers.
-            adapters = self._slots.plan(StepTokens(_segments(plan)))
+            adapters = self._slots.plan(StepTokens(_segments(plan), _row_tokens(plan.rows)))
             early.passage.advance(advance.until, adapters)
             return StepResult(_drawn(early.rows, early.passage.logits()) if advance.finishes else ())
 
@@ -155,8 +155,22 @@ def _host_step(plan: StepPlan) -> HostStep:
         spans=tuple(spans),
         slots=tuple(row.parts[-1][0] for row in rows),
         decodes=len(plan.decodes),
-        tokens=StepTokens(_segments(plan)),
+        tokens=StepTokens(_segments(plan), _row_tokens(rows)),
         virtual=tuple(virtual),
+    )
+
+
+def _row_tokens(rows: Sequence[Row]) -> tuple[RowTokens, ...]:
+    """Where in their sequences, without virtual tokens, the packed tokens are."""
+    ends = itertools.accumulate(row.count for row in rows)
+    return tuple(
+        RowTokens(
+            start=end - row.count + len(row.virtual),
+            end=end,
+            past=max(0, row.sequence.computed - row.sequence.virtual),
+            prompt=row.sequence.prompt_tokens,
+        )
+        for row, end in zip(rows, ends, strict=True)
     )
 
 

@@ -11,6 +11,8 @@ from adaptermesh.artifact.manifest import Manifest, ModuleOp
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.arrivals import DTYPES, Arrival, Copies, LayerWaits
 from adaptermesh.worker.engine.ops.op import (
+    BlockOp,
+    BlockPlan,
     CapturableOp,
     CapturedOp,
     InputOp,
@@ -24,7 +26,7 @@ from adaptermesh.worker.engine.ops.virtual import WITHOUT_SITES
 
 BASE_SLOT = -1
 
-_Plan = TypeVar("_Plan", SitePlan, InputPlan)
+_Plan = TypeVar("_Plan", SitePlan, InputPlan, BlockPlan)
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class AdapterPlan:
     waits: LayerWaits | None = None
     _sites: Mapping[str, tuple[SitePlan, ...]] | None = None
     _inputs: Mapping[str, tuple[InputPlan, ...]] | None = None
+    _blocks: Mapping[str, tuple[BlockPlan, ...]] | None = None
 
     @property
     def sites(self) -> Mapping[str, tuple[SitePlan, ...]]:
@@ -57,6 +60,15 @@ class AdapterPlan:
             self._inputs = _by_site(op.plan_inputs(self.tokens) for op in active)
         return self._inputs
 
+    @property
+    def blocks(self) -> Mapping[str, tuple[BlockPlan, ...]]:
+        """By block site."""
+        if self._blocks is None:
+            found = [op for op in self.ops.values() if isinstance(op, BlockOp)]
+            active = found if self.tokens.active_slots else ()
+            self._blocks = _by_site(op.plan_blocks(self.tokens) for op in active)
+        return self._blocks
+
     def input_of(self, site: str, layer: int, x: torch.Tensor) -> torch.Tensor:
         """What goes into one site of one layer instead of x. x: [tokens, in], which stays as it is."""
         plans = self.inputs.get(site, ())
@@ -73,6 +85,16 @@ class AdapterPlan:
         for plan in self.sites.get(site, ()):
             plan.apply(layer, x, y)
 
+    def term(
+        self, block: str, layer: int, residual: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What joins the stream beside `output`, or None. All: [tokens, hidden]; what is given stays."""
+        plans = self.blocks.get(block, ())
+        if plans and self.waits is not None:
+            self.waits.before(layer)
+        terms = [plan.term(layer, residual, output) for plan in plans]
+        return sum(terms[1:], terms[0]) if terms else None
+
 
 @dataclass(frozen=True, slots=True)
 class CapturedSlots:
@@ -82,7 +104,7 @@ class CapturedSlots:
 
     def plan(self, rows: int) -> AdapterPlan:
         """The part of the first `rows` rows."""
-        return AdapterPlan(_sites=_by_site(op.plan(rows) for op in self.ops), _inputs={})
+        return AdapterPlan(_sites=_by_site(op.plan(rows) for op in self.ops), _inputs={}, _blocks={})
 
     def fill(self, slots: Sequence[int], rows: int) -> None:
         """Writes a step: the slot of each row; the rows from there to `rows` have none."""

@@ -7,13 +7,17 @@ from adaptermesh.core.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class ResidencyView:
-    """One adapter version that is here. `requests` wait for it or run with it."""
+    """One adapter version that is here. `requests` wait for it or run with it.
+
+    `device_bytes`: what its weights take in the computing dtype; 0 until it was in memory.
+    """
 
     digest: str
     tier: Tier
     pinned: bool
     requests: int
     size_bytes: int
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

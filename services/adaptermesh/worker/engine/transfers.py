@@ -155,7 +155,9 @@ class Transfers:
             self._on_landed(digest)
             self.resume()
             late = None
-            if transfer.from_store and self._table.fits_disk(landing.manifest.size_bytes):
+            # A composition is made anew: on disk nothing would vouch for it.
+            stored = transfer.from_store and landing.manifest.composition is None
+            if stored and self._table.fits_disk(landing.manifest.size_bytes):
                 late = self._writes.start(digest, transfer.manifest, landing.finish())
             self._lock.notify_all()
         if late is not None:

@@ -381,9 +381,9 @@ class GenerateStarted(_message.Message):
     request_id: _builtins.str
     """The request's id, also in x-request-id."""
     adapter_version: _builtins.str
-    """"namespace/name:v3", or "base"."""
+    """"namespace/name:v3", or "base", or a composition over versions."""
     adapter_digest: _builtins.str
-    """The adapter's digest. Empty for the base model."""
+    """The digest of the adapter or of the composition. Empty for the base model."""
     base_digest: _builtins.str
     """The base model's digest."""
     ref: _builtins.str

@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base").
-    Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
+    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
+    composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
+    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
     x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
@@ -52,8 +53,9 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base").
-    Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
+    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
+    composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
+    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
     x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
@@ -97,8 +99,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base").
-    Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
+    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
+    composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
+    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
     x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.

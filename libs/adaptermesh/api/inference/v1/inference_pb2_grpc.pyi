@@ -27,8 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base").
-    Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
+    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
+    composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
+    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
     x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
@@ -48,8 +49,9 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base").
-    Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
+    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
+    composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
+    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
     x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
@@ -65,8 +67,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Lists the base models that live workers serve and the adapters that can be named."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base").
-    Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
+    """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
+    composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
+    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
     x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.

@@ -42,7 +42,7 @@ class DispatchRequest(_message.Message):
     task: _builtins.str
     """A task; with the tenant it selects a route."""
     ref: _builtins.str
-    """A ref, or "base"."""
+    """A ref, "base", or a composition, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)"."""
     base_model: _builtins.str
     """Name or digest of the base the caller relies on. Empty means any."""
     cohort_key: _builtins.str
@@ -94,6 +94,7 @@ class DispatchResponse(_message.Message):
     WORKER_ADDRESS_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     FEED_POSITION_FIELD_NUMBER: _builtins.int
+    COMPOSITION_FIELD_NUMBER: _builtins.int
     base_digest: _builtins.str
     """The base model's digest."""
     base_model_id: _builtins.str
@@ -116,6 +117,10 @@ class DispatchResponse(_message.Message):
     def version(self) -> _adapter_pb2.Version:
         """The version. Absent for the bare base model."""
 
+    @_builtins.property
+    def composition(self) -> Global___Composition:
+        """What a composition was resolved to, instead of `version`. Absent for anything else."""
+
     def __init__(
         self,
         *,
@@ -129,14 +134,55 @@ class DispatchResponse(_message.Message):
         worker_address: _builtins.str = ...,
         tier: _adapter_pb2.Tier.ValueType = ...,
         feed_position: _builtins.int = ...,
+        composition: Global___Composition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "cohort", b"cohort", "feed_position", b"feed_position", "ref", b"ref", "route_generation", b"route_generation", "tier", b"tier", "version", b"version", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "cohort", b"cohort", "composition", b"composition", "feed_position", b"feed_position", "ref", b"ref", "route_generation", b"route_generation", "tier", b"tier", "version", b"version", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DispatchResponse: _TypeAlias = DispatchResponse  # noqa: Y015
+
+@_typing.final
+class Composition(_message.Message):
+    """Several versions that act together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPRESSION_FIELD_NUMBER: _builtins.int
+    RESOLVED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    OP_KINDS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    expression: _builtins.str
+    """The expression over versions, e.g. "stack(acme/law:v2,0.5*acme/tone:v1)"."""
+    resolved: _builtins.str
+    """The same over digests, for the worker."""
+    digest: _builtins.str
+    """Its identity: it covers the tree, the weights and the members' digests."""
+    size_bytes: _builtins.int
+    """The sum of the members' canonical tensor files, in bytes."""
+    @_builtins.property
+    def op_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The canonical ops that the members use."""
+
+    def __init__(
+        self,
+        *,
+        expression: _builtins.str = ...,
+        resolved: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        op_kinds: _abc.Iterable[_builtins.str] | None = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "expression", b"expression", "op_kinds", b"op_kinds", "resolved", b"resolved", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Composition: _TypeAlias = Composition  # noqa: Y015
 
 @_typing.final
 class ReportWorkerRequest(_message.Message):

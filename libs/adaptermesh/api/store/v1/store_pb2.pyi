@@ -68,6 +68,8 @@ class UploadHeader(_message.Message):
     AUTHOR_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    PARENTS_FIELD_NUMBER: _builtins.int
+    MERGE_RECIPE_JSON_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     name: _builtins.str
@@ -84,6 +86,11 @@ class UploadHeader(_message.Message):
     """Who made it. May be empty."""
     validate_only: _builtins.bool
     """Check everything and publish nothing."""
+    merge_recipe_json: _builtins.str
+    """How it was merged from its parents, as JSON of at most 16 KiB: {"method": "linear" | "average" | "svd" | "ties" |
+    "dare", "members": [{"digest", "weight"}], "rank", "density", "seed"}; what a method does not take is null or
+    absent. Every member is one of the parents. Empty for what was not merged.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Free labels, at most 32, each of at most 64 characters."""
@@ -91,6 +98,12 @@ class UploadHeader(_message.Message):
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.SourceFile]:
         """The files, at most 64, together at most the store's size limit."""
+
+    @_builtins.property
+    def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the versions it was made from, at most 32, none twice: versions of this store on the same base. They
+        become part of the manifest. Empty for an adapter that was trained from nothing.
+        """
 
     def __init__(
         self,
@@ -105,10 +118,12 @@ class UploadHeader(_message.Message):
         author: _builtins.str = ...,
         files: _abc.Iterable[_adapter_pb2.SourceFile] | None = ...,
         validate_only: _builtins.bool = ...,
+        parents: _abc.Iterable[_builtins.str] | None = ...,
+        merge_recipe_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_model", b"base_model", "description", b"description", "files", b"files", "license", b"license", "name", b"name", "namespace", b"namespace", "tags", b"tags", "task", b"task", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_model", b"base_model", "description", b"description", "files", b"files", "license", b"license", "merge_recipe_json", b"merge_recipe_json", "name", b"name", "namespace", b"namespace", "parents", b"parents", "tags", b"tags", "task", b"task", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

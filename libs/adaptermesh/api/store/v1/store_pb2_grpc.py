@@ -125,7 +125,8 @@ class StoreServiceServicer:
         """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
         Nothing is visible before every check has passed. The same content under the same name is the same version:
         a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-        base. FAILED_PRECONDITION: the files name another base than the header (both digests).
+        base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
+        another (both digests).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,8 @@ class StoreServiceStub:
     """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
     Nothing is visible before every check has passed. The same content under the same name is the same version:
     a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-    base. FAILED_PRECONDITION: the files name another base than the header (both digests).
+    base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
+    another (both digests).
     """
     DownloadFile: _grpc.UnaryStreamMultiCallable[_store_pb2.DownloadFileRequest, _store_pb2.DownloadFileResponse]
     """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end."""
@@ -86,7 +87,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
     Nothing is visible before every check has passed. The same content under the same name is the same version:
     a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-    base. FAILED_PRECONDITION: the files name another base than the header (both digests).
+    base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
+    another (both digests).
     """
     DownloadFile: _aio.UnaryStreamMultiCallable[_store_pb2.DownloadFileRequest, _store_pb2.DownloadFileResponse]  # type: ignore[assignment]
     """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end."""
@@ -138,7 +140,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
         Nothing is visible before every check has passed. The same content under the same name is the same version:
         a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-        base. FAILED_PRECONDITION: the files name another base than the header (both digests).
+        base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
+        another (both digests).
         """
 
     @_abc_1.abstractmethod

@@ -26,45 +26,45 @@ from adaptermesh.api.adapter.v1 import adapter_pb2 as adaptermesh_dot_api_dot_ad
 from adaptermesh.api.inference.v1 import inference_pb2 as adaptermesh_dot_api_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&adaptermesh/api/worker/v1/worker.proto\x12\x19\x61\x64\x61ptermesh.api.worker.v1\x1a(adaptermesh/api/adapter/v1/adapter.proto\x1a,adaptermesh/api/inference/v1/inference.proto\"\xe2\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x05 \x01(\t\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x07 \x01(\x0b\x32\".adaptermesh.api.inference.v1.ChatH\x00\x12;\n\ttoken_ids\x18\x08 \x01(\x0b\x32&.adaptermesh.api.inference.v1.TokenIdsH\x00\x12>\n\x08sampling\x18\t \x01(\x0b\x32,.adaptermesh.api.inference.v1.SamplingParams\x12\x10\n\x08priority\x18\n \x01(\x05\x12\t\n\x01n\x18\x0b \x01(\x05\x42\x07\n\x05input\"\xee\x02\n\x10GenerateResponse\x12=\n\x07started\x18\x01 \x01(\x0b\x32*.adaptermesh.api.worker.v1.GenerateStartedH\x00\x12<\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32+.adaptermesh.api.inference.v1.GenerateDeltaH\x00\x12\x42\n\x08\x66inished\x18\x03 \x01(\x0b\x32..adaptermesh.api.inference.v1.GenerateFinishedH\x00\x12G\n\x0f\x63hoice_finished\x18\x04 \x01(\x0b\x32,.adaptermesh.api.inference.v1.ChoiceFinishedH\x00\x12G\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32,.adaptermesh.api.inference.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xa8\x01\n\x0fGenerateStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12.\n\x04tier\x18\x02 \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12;\n\x0bswitch_kind\x18\x03 \x01(\x0e\x32&.adaptermesh.api.adapter.v1.SwitchKind\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\"\x12\n\x10GetStatusRequest\"\xe9\x01\n\x11GetStatusResponse\x12\x33\n\x04info\x18\x01 \x01(\x0b\x32%.adaptermesh.api.worker.v1.WorkerInfo\x12\x35\n\x05state\x18\x02 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x03 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x04 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\"\xda\x01\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x39\n\nbase_model\x18\x04 \x01(\x0b\x32%.adaptermesh.api.adapter.v1.BaseModel\x12\x14\n\x0c\x64\x65vice_slots\x18\x05 \x01(\x05\x12\x16\n\x0emax_batch_rows\x18\x06 \x01(\x05\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\x05\x12\x13\n\x0bmax_waiting\x18\x08 \x01(\x05\"\xb8\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x02 \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x03\x12\x16\n\x0ekv_used_tokens\x18\x04 \x01(\x03\x12\x17\n\x0fkv_total_tokens\x18\x05 \x01(\x03\x12\x33\n\x07\x62udgets\x18\x06 \x01(\x0b\x32\".adaptermesh.api.worker.v1.Budgets\"\x8c\x02\n\x07\x42udgets\x12\x19\n\x11\x64\x65vice_used_bytes\x18\x01 \x01(\x03\x12\x19\n\x11\x64\x65vice_used_slots\x18\x02 \x01(\x05\x12\x17\n\x0fhost_used_bytes\x18\x03 \x01(\x03\x12\x19\n\x11host_budget_bytes\x18\x04 \x01(\x03\x12\x17\n\x0f\x64isk_used_bytes\x18\x05 \x01(\x03\x12\x19\n\x11\x64isk_budget_bytes\x18\x06 \x01(\x03\x12\x15\n\rkv_used_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fkv_cached_bytes\x18\x08 \x01(\x03\x12\x16\n\x0ekv_total_bytes\x18\t \x01(\x03\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\n \x01(\x03\"\x81\x01\n\tResidency\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12.\n\x04tier\x18\x02 \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x10\n\x08requests\x18\x04 \x01(\x05\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"a\n\x12LoadAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12.\n\x04tier\x18\x02 \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12\x0b\n\x03pin\x18\x03 \x01(\x08\"N\n\x13LoadAdapterResponse\x12\x37\n\tresidency\x18\x01 \x01(\x0b\x32$.adaptermesh.api.worker.v1.Residency\"%\n\x13UnpinAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"O\n\x14UnpinAdapterResponse\x12\x37\n\tresidency\x18\x01 \x01(\x0b\x32$.adaptermesh.api.worker.v1.Residency\"%\n\x13\x45victAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x16\n\x14\x45victAdapterResponse*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x32\xae\x04\n\rWorkerService\x12\x65\n\x08Generate\x12*.adaptermesh.api.worker.v1.GenerateRequest\x1a+.adaptermesh.api.worker.v1.GenerateResponse0\x01\x12\x66\n\tGetStatus\x12+.adaptermesh.api.worker.v1.GetStatusRequest\x1a,.adaptermesh.api.worker.v1.GetStatusResponse\x12l\n\x0bLoadAdapter\x12-.adaptermesh.api.worker.v1.LoadAdapterRequest\x1a..adaptermesh.api.worker.v1.LoadAdapterResponse\x12o\n\x0cUnpinAdapter\x12..adaptermesh.api.worker.v1.UnpinAdapterRequest\x1a/.adaptermesh.api.worker.v1.UnpinAdapterResponse\x12o\n\x0c\x45victAdapter\x12..adaptermesh.api.worker.v1.EvictAdapterRequest\x1a/.adaptermesh.api.worker.v1.EvictAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&adaptermesh/api/worker/v1/worker.proto\x12\x19\x61\x64\x61ptermesh.api.worker.v1\x1a(adaptermesh/api/adapter/v1/adapter.proto\x1a,adaptermesh/api/inference/v1/inference.proto\"\xf7\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x05 \x01(\t\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x07 \x01(\x0b\x32\".adaptermesh.api.inference.v1.ChatH\x00\x12;\n\ttoken_ids\x18\x08 \x01(\x0b\x32&.adaptermesh.api.inference.v1.TokenIdsH\x00\x12>\n\x08sampling\x18\t \x01(\x0b\x32,.adaptermesh.api.inference.v1.SamplingParams\x12\x10\n\x08priority\x18\n \x01(\x05\x12\t\n\x01n\x18\x0b \x01(\x05\x12\x13\n\x0b\x63omposition\x18\x0c \x01(\tB\x07\n\x05input\"\xee\x02\n\x10GenerateResponse\x12=\n\x07started\x18\x01 \x01(\x0b\x32*.adaptermesh.api.worker.v1.GenerateStartedH\x00\x12<\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32+.adaptermesh.api.inference.v1.GenerateDeltaH\x00\x12\x42\n\x08\x66inished\x18\x03 \x01(\x0b\x32..adaptermesh.api.inference.v1.GenerateFinishedH\x00\x12G\n\x0f\x63hoice_finished\x18\x04 \x01(\x0b\x32,.adaptermesh.api.inference.v1.ChoiceFinishedH\x00\x12G\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32,.adaptermesh.api.inference.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xa8\x01\n\x0fGenerateStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12.\n\x04tier\x18\x02 \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12;\n\x0bswitch_kind\x18\x03 \x01(\x0e\x32&.adaptermesh.api.adapter.v1.SwitchKind\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\"\x12\n\x10GetStatusRequest\"\xe9\x01\n\x11GetStatusResponse\x12\x33\n\x04info\x18\x01 \x01(\x0b\x32%.adaptermesh.api.worker.v1.WorkerInfo\x12\x35\n\x05state\x18\x02 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x03 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x04 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\"\xee\x01\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x39\n\nbase_model\x18\x04 \x01(\x0b\x32%.adaptermesh.api.adapter.v1.BaseModel\x12\x14\n\x0c\x64\x65vice_slots\x18\x05 \x01(\x05\x12\x16\n\x0emax_batch_rows\x18\x06 \x01(\x05\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\x05\x12\x13\n\x0bmax_waiting\x18\x08 \x01(\x05\x12\x12\n\nbase_bytes\x18\t \x01(\x03\"\xb8\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x02 \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x03\x12\x16\n\x0ekv_used_tokens\x18\x04 \x01(\x03\x12\x17\n\x0fkv_total_tokens\x18\x05 \x01(\x03\x12\x33\n\x07\x62udgets\x18\x06 \x01(\x0b\x32\".adaptermesh.api.worker.v1.Budgets\"\x8c\x02\n\x07\x42udgets\x12\x19\n\x11\x64\x65vice_used_bytes\x18\x01 \x01(\x03\x12\x19\n\x11\x64\x65vice_used_slots\x18\x02 \x01(\x05\x12\x17\n\x0fhost_used_bytes\x18\x03 \x01(\x03\x12\x19\n\x11host_budget_bytes\x18\x04 \x01(\x03\x12\x17\n\x0f\x64isk_used_bytes\x18\x05 \x01(\x03\x12\x19\n\x11\x64isk_budget_bytes\x18\x06 \x01(\x03\x12\x15\n\rkv_used_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fkv_cached_bytes\x18\x08 \x01(\x03\x12\x16\n\x0ekv_total_bytes\x18\t \x01(\x03\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\n \x01(\x03\"\x97\x01\n\tResidency\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12.\n\x04tier\x18\x02 \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x10\n\x08requests\x18\x04 \x01(\x05\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x14\n\x0c\x64\x65vice_bytes\x18\x06 \x01(\x03\"a\n\x12LoadAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12.\n\x04tier\x18\x02 \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12\x0b\n\x03pin\x18\x03 \x01(\x08\"N\n\x13LoadAdapterResponse\x12\x37\n\tresidency\x18\x01 \x01(\x0b\x32$.adaptermesh.api.worker.v1.Residency\"%\n\x13UnpinAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"O\n\x14UnpinAdapterResponse\x12\x37\n\tresidency\x18\x01 \x01(\x0b\x32$.adaptermesh.api.worker.v1.Residency\"%\n\x13\x45victAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x16\n\x14\x45victAdapterResponse*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x32\xae\x04\n\rWorkerService\x12\x65\n\x08Generate\x12*.adaptermesh.api.worker.v1.GenerateRequest\x1a+.adaptermesh.api.worker.v1.GenerateResponse0\x01\x12\x66\n\tGetStatus\x12+.adaptermesh.api.worker.v1.GetStatusRequest\x1a,.adaptermesh.api.worker.v1.GetStatusResponse\x12l\n\x0bLoadAdapter\x12-.adaptermesh.api.worker.v1.LoadAdapterRequest\x1a..adaptermesh.api.worker.v1.LoadAdapterResponse\x12o\n\x0cUnpinAdapter\x12..adaptermesh.api.worker.v1.UnpinAdapterRequest\x1a/.adaptermesh.api.worker.v1.UnpinAdapterResponse\x12o\n\x0c\x45victAdapter\x12..adaptermesh.api.worker.v1.EvictAdapterRequest\x1a/.adaptermesh.api.worker.v1.EvictAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adaptermesh.api.worker.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=2483
-  _globals['_WORKERSTATE']._serialized_end=2577
+  _globals['_WORKERSTATE']._serialized_start=2546
+  _globals['_WORKERSTATE']._serialized_end=2640
   _globals['_GENERATEREQUEST']._serialized_start=158
-  _globals['_GENERATEREQUEST']._serialized_end=512
-  _globals['_GENERATERESPONSE']._serialized_start=515
-  _globals['_GENERATERESPONSE']._serialized_end=881
-  _globals['_GENERATESTARTED']._serialized_start=884
-  _globals['_GENERATESTARTED']._serialized_end=1052
-  _globals['_GETSTATUSREQUEST']._serialized_start=1054
-  _globals['_GETSTATUSREQUEST']._serialized_end=1072
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1075
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1308
-  _globals['_WORKERINFO']._serialized_start=1311
-  _globals['_WORKERINFO']._serialized_end=1529
-  _globals['_LOAD']._serialized_start=1532
-  _globals['_LOAD']._serialized_end=1716
-  _globals['_BUDGETS']._serialized_start=1719
-  _globals['_BUDGETS']._serialized_end=1987
-  _globals['_RESIDENCY']._serialized_start=1990
-  _globals['_RESIDENCY']._serialized_end=2119
-  _globals['_LOADADAPTERREQUEST']._serialized_start=2121
-  _globals['_LOADADAPTERREQUEST']._serialized_end=2218
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=2220
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=2298
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=2300
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=2337
-  _globals['_UNPINADAPTERRESPONSE']._serialized_start=2339
-  _globals['_UNPINADAPTERRESPONSE']._serialized_end=2418
-  _globals['_EVICTADAPTERREQUEST']._serialized_start=2420
-  _globals['_EVICTADAPTERREQUEST']._serialized_end=2457
-  _globals['_EVICTADAPTERRESPONSE']._serialized_start=2459
-  _globals['_EVICTADAPTERRESPONSE']._serialized_end=2481
-  _globals['_WORKERSERVICE']._serialized_start=2580
-  _globals['_WORKERSERVICE']._serialized_end=3138
+  _globals['_GENERATEREQUEST']._serialized_end=533
+  _globals['_GENERATERESPONSE']._serialized_start=536
+  _globals['_GENERATERESPONSE']._serialized_end=902
+  _globals['_GENERATESTARTED']._serialized_start=905
+  _globals['_GENERATESTARTED']._serialized_end=1073
+  _globals['_GETSTATUSREQUEST']._serialized_start=1075
+  _globals['_GETSTATUSREQUEST']._serialized_end=1093
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1096
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1329
+  _globals['_WORKERINFO']._serialized_start=1332
+  _globals['_WORKERINFO']._serialized_end=1570
+  _globals['_LOAD']._serialized_start=1573
+  _globals['_LOAD']._serialized_end=1757
+  _globals['_BUDGETS']._serialized_start=1760
+  _globals['_BUDGETS']._serialized_end=2028
+  _globals['_RESIDENCY']._serialized_start=2031
+  _globals['_RESIDENCY']._serialized_end=2182
+  _globals['_LOADADAPTERREQUEST']._serialized_start=2184
+  _globals['_LOADADAPTERREQUEST']._serialized_end=2281
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=2283
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=2361
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=2363
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=2400
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=2402
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=2481
+  _globals['_EVICTADAPTERREQUEST']._serialized_start=2483
+  _globals['_EVICTADAPTERREQUEST']._serialized_end=2520
+  _globals['_EVICTADAPTERRESPONSE']._serialized_start=2522
+  _globals['_EVICTADAPTERRESPONSE']._serialized_end=2544
+  _globals['_WORKERSERVICE']._serialized_start=2643
+  _globals['_WORKERSERVICE']._serialized_end=3201
 # @@protoc_insertion_point(module_scope)

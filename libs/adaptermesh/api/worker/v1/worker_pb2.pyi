@@ -62,6 +62,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    COMPOSITION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     tenant: _builtins.str
@@ -80,6 +81,8 @@ class GenerateRequest(_message.Message):
     """Answers to the same prompt, [1, 8]. Zero means 1. With a seed, answer i draws with seed + i: answer 0 is the one
     that n = 1 gives. All answers run at once, each as a request of its own.
     """
+    composition: _builtins.str
+    """The composition over digests whose digest adapter_digest is. Empty where that is a version's."""
     @_builtins.property
     def chat(self) -> _inference_pb2.Chat:
         """A conversation for the chat template."""
@@ -106,10 +109,11 @@ class GenerateRequest(_message.Message):
         sampling: _inference_pb2.SamplingParams | None = ...,
         priority: _builtins.int = ...,
         n: _builtins.int = ...,
+        composition: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "chat", b"chat", "input", b"input", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "chat", b"chat", "composition", b"composition", "input", b"input", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -272,6 +276,7 @@ class WorkerInfo(_message.Message):
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_WAITING_FIELD_NUMBER: _builtins.int
+    BASE_BYTES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique over the life of the mesh: a restarted worker has a new id."""
     address: _builtins.str
@@ -286,6 +291,8 @@ class WorkerInfo(_message.Message):
     """Longest prompt and output together, in tokens."""
     max_waiting: _builtins.int
     """Requests that may wait."""
+    base_bytes: _builtins.int
+    """Bytes of the base model's weights in the dtype that the worker computes in. Zero: not told."""
     @_builtins.property
     def base_model(self) -> _adapter_pb2.BaseModel:
         """The base model it serves."""
@@ -301,10 +308,11 @@ class WorkerInfo(_message.Message):
         max_batch_rows: _builtins.int = ...,
         max_context_tokens: _builtins.int = ...,
         max_waiting: _builtins.int = ...,
+        base_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base_model", b"base_model", "device", b"device", "device_slots", b"device_slots", "max_batch_rows", b"max_batch_rows", "max_context_tokens", b"max_context_tokens", "max_waiting", b"max_waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base_bytes", b"base_bytes", "base_model", b"base_model", "device", b"device", "device_slots", b"device_slots", "max_batch_rows", b"max_batch_rows", "max_context_tokens", b"max_context_tokens", "max_waiting", b"max_waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,6 +431,7 @@ class Residency(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """The version's digest."""
     tier: _adapter_pb2.Tier.ValueType
@@ -433,6 +442,8 @@ class Residency(_message.Message):
     """Requests that use it now."""
     size_bytes: _builtins.int
     """Bytes in the canonical form."""
+    device_bytes: _builtins.int
+    """Bytes that its weights take on the device, in the dtype that the worker computes in. Zero until it was in memory."""
     def __init__(
         self,
         *,
@@ -441,10 +452,11 @@ class Residency(_message.Message):
         pinned: _builtins.bool = ...,
         requests: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
+        device_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "pinned", b"pinned", "requests", b"requests", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_bytes", b"device_bytes", "digest", b"digest", "pinned", b"pinned", "requests", b"requests", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

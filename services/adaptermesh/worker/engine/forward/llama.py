@@ -92,9 +92,11 @@ class LlamaForward:
         for index in part:
             layer = self._layers[index]
             x = rms_norm(hidden, self._hidden, layer.norm_in, self._eps)
-            hidden = hidden + self._attention(index, layer, x, cos, sin, batch, cache)
+            out = self._attention(index, layer, x, cos, sin, batch, cache)
+            hidden = _join(batch.adapters, "attention", index, hidden, out)
             x = rms_norm(hidden, self._hidden, layer.norm_mid, self._eps)
-            hidden += _feed_forward(index, layer, x, batch.adapters)
+            out = _feed_forward(index, layer, x, batch.adapters)
+            hidden = _join(batch.adapters, "ffn", index, hidden, out)
         return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -178,6 +180,15 @@ def _joint(
             y[:, columns] = linear(own)[:, columns]
         adapters.apply(site, index, own, y[:, columns])
     return y
+
+
+def _join(
+    adapters: AdapterPlan, block: str, index: int, residual: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    """The stream after a sub-layer; `output` may be changed. All: [tokens, hidden]."""
+    term = adapters.term(block, index, residual, output) if adapters.blocks else None
+    stream = output.add_(residual)
+    return stream if term is None else stream.add_(term)
 
 
 def _feed_forward(index: int, layer: _Layer, x: torch.Tensor, adapters: AdapterPlan) -> torch.Tensor:

@@ -17,12 +17,15 @@ from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.panels import Panels, Weight
 from adaptermesh.worker.engine.forward.passage import Passage
+from adaptermesh.worker.engine.forward.stages import StagedLayers
 from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import (
     SITES,
+    STAGES,
     Adapters,
+    Bottlenecks,
     Kernels,
     Layer,
     Matrix,
@@ -31,8 +34,8 @@ from adaptermesh.worker.engine.native.library import (
     Step,
 )
 from adaptermesh.worker.engine.ops.affine import Affine
+from adaptermesh.worker.engine.ops.bottleneck_native import NativeBottleneck
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
-from adaptermesh.worker.engine.ops.virtual import WITHOUT_SITES
 from adaptermesh.worker.engine.slots import AdapterPlan
 
 NATIVE_ARCHITECTURES = frozenset(
@@ -43,8 +46,8 @@ NATIVE_ARCHITECTURES = frozenset(
 _MAX_HEAD_DIM = 256
 _REACH = 512
 _WIDTH = 8
-# Of ops, all of which the kernels know.
-_KINDS = 2
+# The ops that the kernels know.
+_KINDS = ("lowrank", "affine", "bottleneck")
 _Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
 
@@ -102,14 +105,26 @@ class NativeForward:
             output_count=len(outputs),
             threads=self._threads,
         )
-        return _NativePassage(self, step, logits, (hidden, cos, sin, spans, tables, outputs))
+        return _NativePassage(self, step, hidden, logits, (cos, sin, spans, tables, outputs))
 
-    def compute(self, step: Step, until: int, adapters: AdapterPlan) -> None:
+    def compute(self, step: Step, hidden: torch.Tensor, until: int, adapters: AdapterPlan) -> None:
         """The layers of a step from its last one up to `until`, and the head after all of them."""
-        step.first_layer, step.last_layer = step.last_layer, until
-        step.scratch = self._scratch_for(step.tokens).data_ptr()
-        step.adapters, step.scales, held = _pack_adapters(adapters)
-        self._kernels.run(self._model, step)
+        scratch = self._scratch_for(step.tokens)
+        step.scratch = scratch.data_ptr()
+        held = _pack_adapters(adapters, step)
+        others = _others(adapters)
+        if others is None:
+            step.first_layer, step.last_layer = step.last_layer, until
+            step.first_stage, step.last_stage, step.moved, step.apart = 0, len(STAGES), 0, 0
+            step.head = until == len(self._layers)
+            self._kernels.run(self._model, step)
+        else:
+            layers = range(step.last_layer, until)
+            StagedLayers(self._kernels, self._model, step, hidden, scratch, others).run(layers)
+            if until == len(self._layers):
+                step.first_layer = step.last_layer
+                step.head = True
+                self._kernels.run(self._model, step)
         # What the step points to must outlive it.
         del held
 
@@ -193,15 +208,18 @@ def _place(site: Site, layer: int) -> int:
 class _NativePassage:
     """A step between two layers. `held` is what it points to."""
 
-    def __init__(self, forward: NativeForward, step: Step, logits: torch.Tensor, held: object) -> None:
+    def __init__(
+        self, forward: NativeForward, step: Step, hidden: torch.Tensor, logits: torch.Tensor, held: object
+    ) -> None:
         self._forward = forward
         self._step = step
+        self._hidden = hidden
         self._logits = logits
         self._held = held
 
     def advance(self, until: int, adapters: AdapterPlan) -> None:
         if until > self._step.last_layer:
-            self._forward.compute(self._step, until, adapters)
+            self._forward.compute(self._step, self._hidden, until, adapters)
 
     def logits(self) -> torch.Tensor:
         return self._logits
@@ -278,15 +296,33 @@ def _pack_spans(batch: StepBatch) -> tuple[_Ints, _Ints]:
     return np.array(rows, np.int32).reshape(-1, 4), np.array(tables, np.int32)
 
 
-def _pack_adapters(plan: AdapterPlan) -> tuple[Adapters, Scales, object]:
-    """The adapters' part of the step, and what it points to."""
+def _pack_adapters(plan: AdapterPlan, step: Step) -> object:
+    """Writes the adapters' part of the step that the kernels know; returns what it points to."""
+    step.adapters, step.scales, step.bottlenecks = Adapters(), Scales(), Bottlenecks()
     if not plan.tokens.active_slots:
-        return Adapters(), Scales(), None
-    lowrank, affine = plan.ops.get("lowrank"), plan.ops.get("affine")
-    kinds = plan.ops.keys() - WITHOUT_SITES
-    if not isinstance(lowrank, NativeLowRank) or not isinstance(affine, Affine) or len(kinds) > _KINDS:
+        return None
+    lowrank, affine, bottleneck = (plan.ops.get(kind) for kind in _KINDS)
+    if (
+        not isinstance(lowrank, NativeLowRank)
+        or not isinstance(affine, Affine)
+        or not isinstance(bottleneck, NativeBottleneck)
+    ):
         # An op that is passed over would answer with the base.
-        names = ", ".join(sorted(kinds))
-        raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {names}")
-    rows, scales = lowrank.rows_of(plan.tokens), affine.scales_of(plan.tokens)
-    return rows.adapters, Scales() if scales is None else scales[0], (rows, scales)
+        kinds = ", ".join(sorted(kind for kind in plan.ops if kind in _KINDS))
+        raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
+    rows, scales, beside = (
+        lowrank.rows_of(plan.tokens),
+        affine.scales_of(plan.tokens),
+        bottleneck.rows_of(plan.tokens),
+    )
+    step.adapters, step.bottlenecks = rows.adapters, beside.bottlenecks
+    if scales is not None:
+        step.scales = scales[0]
+    return rows, scales, beside
+
+
+def _others(plan: AdapterPlan) -> AdapterPlan | None:
+    """The part that the kernels don't know; None if they know it all."""
+    others = {kind: op for kind, op in plan.ops.items() if kind not in _KINDS}
+    found = AdapterPlan(plan.tokens, others, plan.waits)
+    return found if others and (found.sites or found.inputs or found.blocks) else None

@@ -57,6 +57,12 @@ class PlainForward:
                 module = base.model.get_submodule(pattern.replace("{layer}", str(layer)))
                 module.register_forward_pre_hook(_input_hook(self._step, sites[0], layer))
                 module.register_forward_hook(_site_hook(self._step, sites, layer))
+        for layer in range(base.sites.num_layers):
+            path = base.sites.layer_path.replace("{layer}", str(layer))
+            for name, block in base.sites.blocks.items():
+                site = _BlockSite(self._step, name, layer)
+                base.model.get_submodule(f"{path}.{block.reads}").register_forward_pre_hook(site.reads)
+                base.model.get_submodule(f"{path}.{block.joins}").register_forward_hook(site.joins)
         self._try()
 
     @property
@@ -168,6 +174,31 @@ def _site_hook(step: _Step, sites: Sequence[Site], layer: int) -> Any:
         return output
 
     return hook
+
+
+@dataclass(slots=True)
+class _BlockSite:
+    """The hooks of a block site of one layer; `residual` is the stream while its sub-layer computes."""
+
+    step: _Step
+    name: str
+    layer: int
+    residual: torch.Tensor | None = None
+
+    def reads(self, _module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        batch = self.step.batch
+        self.residual = args[0][0] if batch is not None and self.name in batch.adapters.blocks else None
+
+    def joins(self, _module: Any, _args: Any, output: Any) -> Any:
+        batch, residual = self.step.batch, self.residual
+        self.residual = None
+        if batch is None or residual is None:
+            return output
+        # Attention returns its weights too, or nothing in their place.
+        out, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        term = batch.adapters.term(self.name, self.layer, residual, out[0])
+        out = out if term is None else out + term
+        return out if rest is None else (out, *rest)
 
 
 def _unsupported(name: str, problem: str) -> MeshError:

@@ -1,14 +1,34 @@
 // One step of a decoder of the Llama family on a CPU: all layers in one call, adapters and paged attention in place.
 //
+// A call may also be some stages of one layer: what an adapter wants that is not known here, the caller does to the
+// scratch memory between two calls.
+//
 // The structures are mirrored in library.py. All arrays belong to the caller; nothing is kept between calls.
 
 #include "attention.h"
+#include "bottleneck.h"
 #include "lowrank.h"
 #include "product.h"
 #include "scales.h"
 #include "team.h"
 
 enum SiteIndex { kQ, kK, kV, kO, kGate, kUp, kDown, kSites };
+enum BlockIndex { kAttention, kFeedForward, kBlocks };
+
+// What a layer consists of, in this order. Before a product its sites' inputs lie in Scratch, after it their outputs.
+enum Stage {
+  kTakeQkv,
+  kProductQkv,
+  kAttend,
+  kProductO,
+  kJoinAttention,
+  kTakeGated,
+  kProductGated,
+  kActivate,
+  kProductDown,
+  kJoinFeedForward,
+  kStages
+};
 
 struct Layer {
   const float* norm_in;
@@ -64,29 +84,37 @@ struct Step {
   float* scratch;          // scratch_floats(model, tokens)
   Adapters adapters;
   Scales scales;
+  Bottlenecks bottlenecks;
   int32_t tokens;
   int32_t span_count;
   int32_t output_count;
   int32_t first_layer;
-  int32_t last_layer;  // exclusive; the head is computed if this is the number of layers
+  int32_t last_layer;  // exclusive
   int32_t threads;
+  int32_t first_stage;  // of each layer; all but 0 and kStages stand for one layer
+  int32_t last_stage;   // exclusive
+  int32_t moved;        // bit n: the caller changes what goes into site n, between two stages
+  int32_t apart;        // bit n: the caller changes what comes out of site n
+  int32_t head;         // whether the logits are computed after that
+};
+
+// Where a step's intermediate values lie in its scratch memory.
+struct Scratch {
+  float* x;      // [tokens, hidden]: what a sub-layer reads; later what it puts out, where that is wanted apart
+  float* own;    // [kOwn][tokens, hidden]: x as the adapters want it for one site
+  float* qkv;    // [tokens, (heads + 2 * kv_heads) * dim]
+  float* mixed;  // [tokens, heads * dim]
+  float* inner;  // [tokens, inner]
+  float* upper;  // [tokens, inner]: of `up`, where that is wanted apart
 };
 
 namespace {
 
-constexpr int kPhasesOfLayer = 10;
+constexpr int kPhasesOfLayer = 20;
 constexpr int kPhasesOfHead = 2;
 constexpr int kExpected = 24;     // cache lines of B that are asked for after each tile of the base's product
 constexpr int kOwn = 3;           // sites that may read one x, each with factors of its own
 constexpr int kQueryTokens = 16;  // tokens of a prompt that one task attends for
-
-struct Scratch {
-  float* x;      // [tokens, hidden]
-  float* own;    // [kOwn][tokens, hidden]: x as the factors of one site want it
-  float* qkv;    // [tokens, (heads + 2 * kv_heads) * dim]
-  float* mixed;  // [tokens, heads * dim]
-  float* inner;  // [tokens, inner]
-};
 
 int64_t qkv_width(const Model& model) { return static_cast<int64_t>(model.heads + 2 * model.kv_heads) * model.dim; }
 
@@ -97,6 +125,7 @@ Scratch lay_out(const Model& model, int64_t tokens, float* memory) {
   found.qkv = found.own + kOwn * tokens * model.hidden;
   found.mixed = found.qkv + tokens * qkv_width(model);
   found.inner = found.mixed + tokens * model.heads * model.dim;
+  found.upper = found.inner + tokens * model.inner;
   return found;
 }
 
@@ -156,23 +185,58 @@ class Pass : public Job {
 
  protected:
   void run(Team::Member& member) override {
-    for (int index = step_.first_layer; index < step_.last_layer; ++index) {
-      const Layer& layer = layers_[index];
-      attention_part(member, layer, index);
-      feed_forward(member, layer, index);
-    }
-    if (step_.last_layer == model_.layer_count) head(member);
+    for (int index = step_.first_layer; index < step_.last_layer; ++index)
+      for (int stage = step_.first_stage; stage < step_.last_stage; ++stage) run_stage(member, index, stage);
+    if (step_.head) head(member);
   }
 
  private:
-  void attention_part(Team::Member& member, const Layer& layer, int index) const {
+  void run_stage(Team::Member& member, int index, int stage) const {
+    const Layer& layer = layers_[index];
+    switch (stage) {
+      case kTakeQkv: return take(member, index, layer.norm_in, kAttention, {kQ, kK, kV});
+      case kProductQkv: return qkv_product(member, layer, index);
+      case kAttend: return attend(member, layer, index);
+      case kProductO: return add_product(member, layer.o, kO, index, scratch_.mixed, model_.heads * model_.dim);
+      case kJoinAttention: return join(member, kO, index);
+      case kTakeGated: return take(member, index, layer.norm_mid, kFeedForward, {kGate, kUp});
+      case kProductGated: return gated_product(member, layer, index);
+      case kActivate: return activate_apart(member, index);
+      case kProductDown: return add_product(member, layer.down, kDown, index, scratch_.inner, model_.inner);
+      case kJoinFeedForward: return join(member, kDown, index);
+    }
+  }
+
+  // A sub-layer's x, and what its sites and its block make of it before their products.
+  void take(Team::Member& member, int index, const float* norm, BlockIndex block,
+            std::initializer_list<SiteIndex> sites) const {
+    const BlockSite beside = block_at(block, index);
+    member.phase(step_.tokens, [&](int token) {
+      const float* stream = step_.hidden + static_cast<int64_t>(token) * model_.hidden;
+      float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
+      if (const Bottleneck* found = bottleneck(beside, block, token); found && found->input == kResidual)
+        narrow(beside, token, *found, stream);
+      normalise(stream, norm, model_.hidden, model_.epsilon, x);
+      for (SiteIndex site : sites) take_in(site, index, token, x);
+    });
+  }
+
+  // The A of sites whose inputs the caller has changed.
+  void shrink_moved(Team::Member& member, int index, std::initializer_list<SiteIndex> sites) const {
+    bool any = false;
+    for (SiteIndex site : sites) any = any || (is(step_.moved, site) && used(site));
+    if (!any) return;
+    member.phase(step_.tokens, [&](int token) {
+      for (SiteIndex site : sites)
+        if (is(step_.moved, site) && used(site))
+          shrink(at(site, index, model_.hidden), token, input_of(site) + static_cast<int64_t>(token) * model_.hidden);
+    });
+  }
+
+  void qkv_product(Team::Member& member, const Layer& layer, int index) const {
     const int q_width = model_.heads * model_.dim, kv_width = model_.kv_heads * model_.dim;
     const int64_t width = qkv_width(model_);
-    member.phase(step_.tokens, [&](int token) {
-      float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
-      normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_in, model_.hidden, model_.epsilon, x);
-      for (SiteIndex site : {kQ, kK, kV}) take_in(site, index, token, x);
-    });
+    shrink_moved(member, index, {kQ, kK, kV});
     const Part parts[] = {part(layer.q, kQ, index, q_width, 0),
                           part(layer.k, kK, index, kv_width, q_width),
                           part(layer.v, kV, index, kv_width, q_width + kv_width)};
@@ -180,24 +244,40 @@ class Pass : public Job {
                [&](int token, int offset, int count, const float* y) {
                  std::memcpy(scratch_.qkv + token * width + offset, y, count * sizeof(float));
                });
+  }
+
+  void attend(Team::Member& member, const Layer& layer, int index) const {
     const Cache cache{layer.cache, model_.block, model_.kv_heads, model_.dim};
     member.phase(static_cast<int>(attention_.size()), [&](int task) { remember(attention_[task], layer, cache); });
     member.phase(static_cast<int>(attention_.size()) * model_.kv_heads, [&](int task) {
       attend_task(attention_[task / model_.kv_heads], task % model_.kv_heads, cache);
     });
-    take_in_place(member, kO, index, scratch_.mixed, q_width);
-    add_product(member, layer.o, kO, index, scratch_.mixed, q_width);
+    scale_moved(member, kO, index, scratch_.mixed, model_.heads * model_.dim);
   }
 
-  void feed_forward(Team::Member& member, const Layer& layer, int index) const {
+  // What a sub-layer put out joins the stream, if it has not yet, and its block's bottlenecks come to it.
+  void join(Team::Member& member, SiteIndex site, int index) const {
+    const BlockIndex block = site == kO ? kAttention : kFeedForward;
+    const bool apart = is(step_.apart, site), adapted = step_.bottlenecks.used >> block & 1;
+    if (!apart && !adapted) return;
+    const BlockSite beside = block_at(block, index);
     member.phase(step_.tokens, [&](int token) {
-      float* x = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
-      normalise(step_.hidden + static_cast<int64_t>(token) * model_.hidden, layer.norm_mid, model_.hidden, model_.epsilon, x);
-      for (SiteIndex site : {kGate, kUp}) take_in(site, index, token, x);
+      float* stream = step_.hidden + static_cast<int64_t>(token) * model_.hidden;
+      const float* output = scratch_.x + static_cast<int64_t>(token) * model_.hidden;
+      if (apart) add(output, model_.hidden, stream);
+      const Bottleneck* found = bottleneck(beside, block, token);
+      if (found && found->input != kResidual) narrow(beside, token, *found, found->input == kSum ? stream : output);
     });
-    gated_product(member, layer, index);
-    take_in_place(member, kDown, index, scratch_.inner, model_.inner);
-    add_product(member, layer.down, kDown, index, scratch_.inner, model_.inner);
+    if (!adapted) return;
+    const int panels = (model_.hidden + kPanel - 1) / kPanel, size = group_of(panels, step_.threads);
+    member.phase((panels + size - 1) / size, [&](int task) {
+      const int first = task * size, last = first + size < panels ? first + size : panels;
+      for (int begin = 0; begin < step_.tokens; begin += kTokens) {
+        const int end = begin + kTokens < step_.tokens ? begin + kTokens : step_.tokens;
+        for (int panel = first; panel < last; ++panel)
+          widen(beside, begin, end, panel, model_.hidden, step_.hidden, model_.hidden);
+      }
+    });
   }
 
   void head(Team::Member& member) const {
@@ -256,7 +336,19 @@ class Pass : public Job {
     }
   }
 
+  static bool is(int32_t bits, SiteIndex site) { return bits >> site & 1; }
+
   bool used(SiteIndex site) const { return step_.adapters.used >> model_.sites[site] & 1; }
+
+  BlockSite block_at(BlockIndex block, int layer) const {
+    const Bottlenecks& held = step_.bottlenecks;
+    const int64_t before = static_cast<int64_t>(block) * step_.tokens * held.max_width;
+    return {&held, block * model_.layer_count + layer, model_.hidden, held.inner + before};
+  }
+
+  const Bottleneck* bottleneck(const BlockSite& beside, BlockIndex block, int token) const {
+    return step_.bottlenecks.used >> block & 1 ? beside.of(token) : nullptr;
+  }
 
   Site at(SiteIndex site, int layer, int inputs) const {
     const int place = model_.sites[site];
@@ -276,7 +368,8 @@ class Pass : public Job {
   // What a site reads of the x that it shares: q, k and v one, gate and up one.
   float* input_of(SiteIndex site) const {
     const int64_t place = site < kGate ? site - kQ : site - kGate, size = static_cast<int64_t>(step_.tokens) * model_.hidden;
-    return step_.scales.inputs[site].values ? scratch_.own + place * size : scratch_.x;
+    const bool shared = !step_.scales.inputs[site].values && !is(step_.moved, site);
+    return shared ? scratch_.x : scratch_.own + place * size;
   }
 
   Part part(const Matrix& matrix, SiteIndex site, int layer, int columns, int offset) const {
@@ -293,17 +386,27 @@ class Pass : public Job {
       else
         std::memcpy(own, x, sizeof(float) * model_.hidden);
     }
-    if (used(site)) shrink(at(site, layer, model_.hidden), token, own);
+    if (used(site) && !is(step_.moved, site)) shrink(at(site, layer, model_.hidden), token, own);
   }
 
   // The same for a site that has its input to itself.
   void take_in_place(Team::Member& member, SiteIndex site, int layer, float* x, int size) const {
-    const LayerFactors factors = inputs(site, layer);
+    const LayerFactors factors = is(step_.moved, site) ? LayerFactors() : inputs(site, layer);
     if (!used(site) && !factors.values) return;
     member.phase(step_.tokens, [&](int token) {
       float* row = x + static_cast<int64_t>(token) * size;
       if (const float* found = factors.of(token)) multiply(row, found, size, row);
       if (used(site)) shrink(at(site, layer, size), token, row);
+    });
+  }
+
+  // The factors alone, before the caller changes such an input.
+  void scale_moved(Team::Member& member, SiteIndex site, int layer, float* x, int size) const {
+    const LayerFactors factors = inputs(site, layer);
+    if (!is(step_.moved, site) || !factors.values) return;
+    member.phase(step_.tokens, [&](int token) {
+      float* row = x + static_cast<int64_t>(token) * size;
+      if (const float* found = factors.of(token)) multiply(row, found, size, row);
     });
   }
 
@@ -340,19 +443,50 @@ class Pass : public Job {
     });
   }
 
-  // hidden += x W^T and the adapters' part.
-  void add_product(Team::Member& member, const Matrix& matrix, SiteIndex site, int layer, const float* x,
-                   int64_t stride) const {
+  // hidden += x W^T and the adapters' part; or Scratch::x takes that, for all tokens or those whose bottleneck reads it.
+  void add_product(Team::Member& member, const Matrix& matrix, SiteIndex site, int layer, float* x, int stride) const {
+    take_in_place(member, site, layer, x, stride);
     const Part parts[] = {
         {&matrix, x, used(site), at(site, layer, matrix.inputs), finish(site, layer), model_.hidden, 0}};
+    const BlockIndex block = site == kO ? kAttention : kFeedForward;
+    const BlockSite beside = block_at(block, layer);
+    const bool apart = is(step_.apart, site);
     product<1>(member, parts, stride, step_.tokens, [&](int token, int offset, int count, const float* y) {
-      float* to = step_.hidden + static_cast<int64_t>(token) * model_.hidden + offset;
+      const int64_t start = static_cast<int64_t>(token) * model_.hidden + offset;
+      const Bottleneck* found = bottleneck(beside, block, token);
+      if (apart || (found && found->input == kOutput)) std::memcpy(scratch_.x + start, y, count * sizeof(float));
+      if (apart) return;
+      float* to = step_.hidden + start;
       for (int i = 0; i < count; ++i) to[i] += y[i];
     });
   }
 
-  // inner = silu(gate) * up, a panel of both at a time.
+  bool gates_apart() const { return is(step_.apart, kGate) || is(step_.apart, kUp); }
+
+  // inner = silu(gate) * up, where these two were wanted apart.
+  void activate_apart(Team::Member& member, int index) const {
+    if (gates_apart())
+      member.phase(step_.tokens, [&](int token) {
+        const int64_t start = static_cast<int64_t>(token) * model_.inner;
+        gate_row(scratch_.inner + start, scratch_.upper + start, model_.inner);
+      });
+    scale_moved(member, kDown, index, scratch_.inner, model_.inner);
+  }
+
+  // gate = silu(gate) * up.
+  static void gate_row(float* gate, const float* up, int count) {
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vec value = load(gate + i);
+      store(gate + i, value / (exponential(-value) + 1.0f) * load(up + i));
+    }
+    for (; i < count; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  }
+
+  // inner = silu(gate) * up, a panel of both at a time; apart: inner = gate, upper = up.
   void gated_product(Team::Member& member, const Layer& layer, int index) const {
+    shrink_moved(member, index, {kGate, kUp});
+    const bool apart = gates_apart();
     const Site gate = at(kGate, index, model_.hidden), up = at(kUp, index, model_.hidden);
     const Finish finish_gate = finish(kGate, index), finish_up = finish(kUp, index);
     const int panels = layer.gate.panel_count, size = group_of(panels, step_.threads);
@@ -377,11 +511,12 @@ class Pass : public Job {
           finish_up.panel(begin, end, panel, columns, right);
           for (int token = begin; token < end; ++token) {
             float *g = left + (token - begin) * kPanel, *u = right + (token - begin) * kPanel;
-            for (int i = 0; i < kPanel; i += kLanes) {
-              const Vec value = load(g + i);
-              store(g + i, value / (exponential(-value) + 1.0f) * load(u + i));
-            }
-            std::memcpy(scratch_.inner + static_cast<int64_t>(token) * model_.inner + panel * kPanel, g, count * sizeof(float));
+            const int64_t start = static_cast<int64_t>(token) * model_.inner + panel * kPanel;
+            if (apart)
+              std::memcpy(scratch_.upper + start, u, count * sizeof(float));
+            else
+              gate_row(g, u, kPanel);
+            std::memcpy(scratch_.inner + start, g, count * sizeof(float));
           }
         }
       }
@@ -403,7 +538,13 @@ extern "C" {
 int32_t adaptermesh_panel() { return kPanel; }
 
 int64_t adaptermesh_scratch_floats(const Model* model, int64_t tokens) {
-  return tokens * ((1 + kOwn) * model->hidden + qkv_width(*model) + static_cast<int64_t>(model->heads) * model->dim + model->inner);
+  return tokens * ((1 + kOwn) * model->hidden + qkv_width(*model) + static_cast<int64_t>(model->heads) * model->dim +
+                   2 * static_cast<int64_t>(model->inner));
+}
+
+// Where the parts of such memory are.
+void adaptermesh_lay_out(const Model* model, int64_t tokens, float* memory, Scratch* found) {
+  *found = lay_out(*model, tokens, memory);
 }
 
 // from: [outputs, inputs] float32. to: [panels, inputs, kPanel] of the kind, the last panel filled up with zeros.
@@ -464,6 +605,20 @@ void adaptermesh_add_lowrank(const Adapters* adapters, int32_t index, const floa
         for (int i = 0; i < count; ++i) y[token * y_stride + first + i] += part[(token - begin) * kPanel + i];
       }
     }
+  });
+}
+
+// y += s (up act(down v + b) + c) at one block outside of a step; rows of tokens without one are left alone. `index` is
+// that of the block and layer in the tables, `v` holds what each token's bottleneck reads. v, y: [tokens, hidden].
+void adaptermesh_add_bottleneck(const Bottlenecks* bottlenecks, int32_t index, const float* v, float* y, int32_t hidden,
+                                int32_t tokens, int32_t threads) {
+  constexpr int kBlock = 4;
+  const BlockSite site{bottlenecks, index, hidden, bottlenecks->inner};
+  for_each((tokens + kBlock - 1) / kBlock, threads, [=](int block) {
+    const int begin = block * kBlock, end = begin + kBlock < tokens ? begin + kBlock : tokens;
+    for (int token = begin; token < end; ++token)
+      if (const Bottleneck* found = site.of(token)) narrow(site, token, *found, v + static_cast<int64_t>(token) * hidden);
+    for (int first = 0; first < hidden; first += kPanel) widen(site, begin, end, first / kPanel, hidden, y, hidden);
   });
 }
 

@@ -12,6 +12,16 @@ from adaptermesh.worker.engine.native.build import NoKernels, find_library
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 """The sites in the order of the kernels' arrays."""
 
+STAGES = (
+    *("take_qkv", "qkv", "attend", "o", "join_attention"),
+    *("take_gated", "gated", "activate", "down", "join_ffn"),
+)
+"""What a layer consists of, in the order of the kernels' `Stage`."""
+
+ACTIVATIONS = ("linear", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu")
+INPUTS = ("output", "sum", "residual")
+"""Of a bottleneck, in the order of the kernels' `Activation` and `BottleneckInput`."""
+
 FLOAT32, BFLOAT16 = 0, 1
 """How a matrix may be stored; it is computed in float32 in either case."""
 
@@ -83,6 +93,15 @@ class Scales(Structure):
     )
 
 
+class Bottlenecks(Structure):
+    _fields_ = (
+        ("tables", c_void_p),
+        ("inner", c_void_p),
+        ("max_width", c_int32),
+        ("used", c_int32),
+    )
+
+
 class Step(Structure):
     _fields_ = (
         ("hidden", c_void_p),
@@ -95,13 +114,25 @@ class Step(Structure):
         ("scratch", c_void_p),
         ("adapters", Adapters),
         ("scales", Scales),
+        ("bottlenecks", Bottlenecks),
         ("tokens", c_int32),
         ("span_count", c_int32),
         ("output_count", c_int32),
         ("first_layer", c_int32),
         ("last_layer", c_int32),
         ("threads", c_int32),
+        ("first_stage", c_int32),
+        ("last_stage", c_int32),
+        ("moved", c_int32),
+        ("apart", c_int32),
+        ("head", c_int32),
     )
+
+
+class Scratch(Structure):
+    """Where a step's intermediate values are; see decoder.cpp for what each holds and when."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("x", "own", "qkv", "mixed", "inner", "upper"))
 
 
 LOAD = np.dtype(
@@ -113,6 +144,15 @@ LOAD = np.dtype(
 )
 """`Load`: one module to copy. The first five are addresses."""
 Loads = np.ndarray[tuple[int], np.dtype[np.void]]
+
+BOTTLENECK = np.dtype(
+    [
+        *((name, np.int64) for name in ("a", "b", "scales", "rank", "down_bias", "up_bias")),
+        ("scale", np.float32),
+        *((name, np.int32) for name in ("activation", "input", "unused")),
+    ]
+)
+"""`Bottleneck`: its first four are `Rows`."""
 
 
 class Kernels:
@@ -134,6 +174,13 @@ class Kernels:
             c_void_p,
             c_int32,
             c_int32,
+        )
+        self._library.adaptermesh_lay_out.restype = None
+        self._library.adaptermesh_lay_out.argtypes = (POINTER(Model), c_int64, c_void_p, POINTER(Scratch))
+        self._library.adaptermesh_add_bottleneck.restype = None
+        self._library.adaptermesh_add_bottleneck.argtypes = (
+            *(POINTER(Bottlenecks), c_int32, c_void_p, c_void_p),
+            *(c_int32, c_int32, c_int32),
         )
         self._library.adaptermesh_load.restype = None
         self._library.adaptermesh_load.argtypes = (c_void_p, c_int32)
@@ -160,8 +207,14 @@ class Kernels:
         """Floats of scratch memory that a step needs."""
         return int(self._library.adaptermesh_scratch_floats(model, tokens))
 
+    def lay_out(self, model: Model, tokens: int, memory: torch.Tensor) -> Scratch:
+        """Where the parts of a step's scratch memory are."""
+        found = Scratch()
+        self._library.adaptermesh_lay_out(model, tokens, memory.data_ptr(), found)
+        return found
+
     def run(self, model: Model, step: Step) -> None:
-        """Runs layers [first_layer, last_layer) of a step, and the head after the last one."""
+        """Runs some stages of some layers of a step, and the head if it is asked for."""
         self._library.adaptermesh_run(model, step)
 
     def project(self, matrix: Matrix, x: torch.Tensor, outputs: int, threads: int) -> torch.Tensor:
@@ -187,6 +240,20 @@ class Kernels:
         y_part = (y.data_ptr(), outputs, y.stride(0))
         self._library.adaptermesh_add_lowrank(
             adapters, index, *x_part, *y_part, tokens, torch.get_num_threads()
+        )
+
+    def add_bottleneck(
+        self, bottlenecks: Bottlenecks, index: int, v: torch.Tensor, y: torch.Tensor, threads: int
+    ) -> None:
+        """Adds s (up act(down v + b) + c) to y for each token that has one. v, y: [tokens, hidden].
+
+        `index` is that of the block and layer in the tables.
+        """
+        if not (v.is_contiguous() and y.is_contiguous()):
+            raise ValueError("v and y must be contiguous")
+        tokens, hidden = y.shape
+        self._library.adaptermesh_add_bottleneck(
+            bottlenecks, index, v.data_ptr(), y.data_ptr(), hidden, tokens, threads
         )
 
 

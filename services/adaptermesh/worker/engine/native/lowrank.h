@@ -35,6 +35,7 @@ struct Site {
     return table && table[index].rank ? table + index : nullptr;
   }
   float* inner_of(int token) const { return inner + static_cast<ptrdiff_t>(token) * adapters->max_rank; }
+  int stride() const { return adapters->max_rank; }
 };
 
 template <int R>
@@ -59,7 +60,8 @@ static inline void dots(const float* x, const float* a, int inputs, const float*
 }
 
 // Computes `inner` of one token. x: [inputs].
-static inline void shrink(const Site& site, int token, const float* x) {
+template <class At>
+static inline void shrink(const At& site, int token, const float* x) {
   const Rows* rows = site.rows(token);
   if (!rows) return;
   const int rank = static_cast<int>(rows->rank);
@@ -95,14 +97,15 @@ static inline void expand_tile(const float* b, int rank, const float* inner, int
 }
 
 // Adds a panel's outputs of tokens [begin, end) to y, [tokens][kPanel].
-static inline void expand(const Site& site, int begin, int end, int panel, float* y) {
+template <class At>
+static inline void expand(const At& site, int begin, int end, int panel, float* y) {
   for (int token = begin; token < end;) {
     const Rows* rows = site.rows(token);
     int count = 1;
     // Tokens of one adapter stand together and share its rows.
     while (count < 4 && token + count < end && site.rows(token + count) == rows) ++count;
     if (rows) {
-      const int rank = static_cast<int>(rows->rank), stride = site.adapters->max_rank;
+      const int rank = static_cast<int>(rows->rank), stride = site.stride();
       const float* b = rows->b + static_cast<ptrdiff_t>(panel) * rank * kPanel;
       const float* inner = site.inner_of(token);
       float* to = y + static_cast<ptrdiff_t>(token - begin) * kPanel;

@@ -22,14 +22,29 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class RowTokens:
+    """Consecutive tokens [start, end) of one sequence; the first is its token number `past`.
+
+    `prompt`: tokens of its prompt. An adapter's virtual tokens are among none of these.
+    """
+
+    start: int
+    end: int
+    past: int
+    prompt: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepTokens:
     """The adapters of a step's packed tokens. Built once a step, shared by all sites and layers.
 
     `segments` cover all tokens, in order. A slot may have several: one of decodes, one of prefills, and one
-    of each prefill whose first tokens are the base's.
+    of each prefill whose first tokens are the base's. `rows` are for ops that ask where in its sequence a
+    token is.
     """
 
     segments: tuple[Segment, ...]
+    rows: tuple[RowTokens, ...] = ()
 
     @property
     def active_slots(self) -> frozenset[int]:
@@ -49,6 +64,14 @@ class InputPlan(Protocol):
 
     def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in] -> what the site gets instead; x itself stays as it is."""
+        ...
+
+
+class BlockPlan(Protocol):
+    """What adapters add in one step where one sub-layer's output joins the residual stream."""
+
+    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] to add to `residual + output`, which stay as they are; all of that shape."""
         ...
 
 
@@ -83,6 +106,15 @@ class InputOp(Op, Protocol):
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
         """By site; one whose input no active adapter changes is absent."""
+        ...
+
+
+@runtime_checkable
+class BlockOp(Op, Protocol):
+    """An op that acts beside sub-layers."""
+
+    def plan_blocks(self, tokens: StepTokens) -> Mapping[str, BlockPlan]:
+        """By block site; one that no active adapter touches is absent."""
         ...
 
 

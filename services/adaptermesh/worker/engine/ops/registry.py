@@ -9,13 +9,16 @@ from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
+from adaptermesh.worker.engine.ops.bottleneck import Bottleneck
+from adaptermesh.worker.engine.ops.bottleneck_native import NativeBottleneck
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
 from adaptermesh.worker.engine.ops.op import Op
+from adaptermesh.worker.engine.ops.reft import Reft
 from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 
-OP_KINDS = frozenset({"lowrank", "affine", "prompt", "kv_prefix"})
+OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft", "prompt", "kv_prefix"})
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -31,11 +34,15 @@ def fast_ops(
     `kernels`: of a CPU that computes float32. `weights`: the base's, for adapters that depend on them.
     """
     lowrank: Op = LowRank(sites.sites, sites.num_layers, dtype, device)
+    bottleneck: Op = Bottleneck(dtype, device)
     if kernels is not None:
         lowrank = NativeLowRank(sites, kernels)
+        bottleneck = NativeBottleneck(sites, kernels)
     return {
         "lowrank": lowrank,
         "affine": Affine(sites, dtype, device, weights),
+        "bottleneck": bottleneck,
+        "reft": Reft(dtype, device),
         "prompt": PromptRows(dtype, device),
         "kv_prefix": PrefixRows(dtype, device),
     }
@@ -48,6 +55,8 @@ def plain_ops(
     return {
         "lowrank": PlainLowRank(dtype, device),
         "affine": PlainAffine(sites, dtype, device, weights),
+        "bottleneck": Bottleneck(dtype, device),
+        "reft": Reft(dtype, device),
         "prompt": PromptRows(dtype, device),
         "kv_prefix": PrefixRows(dtype, device),
     }

@@ -1,5 +1,6 @@
 """The native forward against the lean and the plain one, and each row against itself alone."""
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from transformers import (
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest import ModuleOp
-from adaptermesh.artifact.sites import Site
+from adaptermesh.artifact.sites import BLOCKS, Site
 from adaptermesh.core.errors import Code, MeshError
 from adaptermesh.worker.engine.attention import Span, plan_attention
 from adaptermesh.worker.engine.base import make_base
@@ -35,7 +36,7 @@ from adaptermesh.worker.engine.forward.native import NativeForward
 from adaptermesh.worker.engine.forward.plain import PlainForward
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.native.build import NoKernels
-from adaptermesh.worker.engine.native.library import Kernels
+from adaptermesh.worker.engine.native.library import ACTIVATIONS, INPUTS, Kernels
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.ops.registry import fast_ops, plain_ops
 from adaptermesh.worker.engine.slots import AdapterPlan
@@ -43,8 +44,10 @@ from tests.unit.worker.engine.ops.loading import load
 
 VOCAB = 260
 CONTEXT = 1024
-SLOTS = 4
+SLOTS = 6
 FACTORS_ONLY = 3
+BESIDE = 4
+EVERYTHING = 5
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -107,6 +110,58 @@ def bfloat16_model(config: Any) -> Any:
     return make_model(config).bfloat16().float()
 
 
+class Foreign:
+    """An op that the kernels don't know: it turns the inputs of one slot, changes outputs and the stream."""
+
+    size_bytes = 0
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = [site.name for site in sites]
+
+    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None: ...
+
+    def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: Any) -> None: ...
+
+    def unload(self, slot: int) -> None: ...
+
+    def plan(self, tokens: StepTokens) -> dict[str, Any]:
+        return self._plans(self._sites, tokens)
+
+    def plan_inputs(self, tokens: StepTokens) -> dict[str, Any]:
+        return self._plans(self._sites, tokens)
+
+    def plan_blocks(self, tokens: StepTokens) -> dict[str, Any]:
+        return self._plans(["attention", "ffn"], tokens)
+
+    def _plans(self, sites: Sequence[str], tokens: StepTokens) -> dict[str, Any]:
+        rows = [
+            slice(segment.start, segment.end) for segment in tokens.segments if segment.slot == EVERYTHING
+        ]
+        return {site: ForeignPlan(site, rows) for site in sites} if rows else {}
+
+
+@dataclass
+class ForeignPlan:
+    site: str
+    rows: Sequence[slice]
+
+    def apply(self, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        for rows in self.rows:
+            y[rows] = 0.9 * y[rows] + 0.1 * (layer + 1) * x[rows].mean(-1, keepdim=True)
+
+    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        found = x.clone()
+        for rows in self.rows:
+            found[rows] = 0.7 * x[rows] + 0.3 * x[rows].roll(len(self.site) + layer, -1)
+        return found
+
+    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros_like(output)
+        for rows in self.rows:
+            found[rows] = 0.1 * torch.tanh(residual[rows]) + 0.05 * (layer + 1) * output[rows]
+        return found
+
+
 @dataclass
 class Row:
     """Tokens of one sequence, and the logits of those that were computed."""
@@ -137,6 +192,7 @@ class Way:
             if config.forward == "plain"
             else fast_ops(base.sites, base.dtype, base.device, native, weights)
         )
+        self.ops = {**self.ops, "foreign": Foreign(base.sites.sites)}
         for slot in range(SLOTS):
             self._load(slot)
         self.blocks = 4096 // self.size
@@ -148,7 +204,8 @@ class Way:
 
     def _load(self, slot: int) -> None:
         """Slot 0: low-rank at every site, with magnitudes in layer 1. 1: at some, of many ranks, with factors
-        and shifts beside some. 2: at one site of one layer. 3: factors and shifts at every site.
+        and shifts beside some. 2: at one site of one layer. 3: factors and shifts at every site. 4:
+        bottlenecks of every input, of all but one block. 5: all of that, and an op that is not the kernels'.
         """
         generator = torch.Generator().manual_seed(slot)
         modules: list[ModuleOp] = []
@@ -162,7 +219,7 @@ class Way:
 
         for place, site in enumerate(self.base.sites.sites):
             for layer in range(self.base.sites.num_layers):
-                rank = (4, 1 + (5 * place + layer) % 13, 33, 0)[slot]
+                rank = (4, 1 + (5 * place + layer) % 13, 33, 0, 0, 3)[slot]
                 left_out = (slot == 1 and (place + layer) % 3 == 0) or (
                     slot == 2 and (place, layer) != (6, 1)
                 )
@@ -178,8 +235,23 @@ class Way:
                 if slot == 0 and layer == 1:
                     add(site, layer, "affine", 0, magnitude=1 + vectors["out_scale"].abs())
                 chosen = list(vectors)[place % 3 :] if slot == 1 and layer == 1 else list(vectors)
-                if slot == FACTORS_ONLY or (slot == 1 and layer == 1):
+                if slot in (FACTORS_ONLY, EVERYTHING) or (slot == 1 and layer == 1):
                     add(site, layer, "affine", 0, **{name: vectors[name] for name in chosen})
+        for place, (block, layer) in enumerate(itertools.product(BLOCKS, range(2))):
+            if slot not in (BESIDE, EVERYTHING) or (slot == BESIDE and place == 0):
+                continue
+            hidden, width = self.base.facts.hidden_size, 3 + 7 * place
+            shapes = {
+                "down": (width, hidden),
+                "down_bias": (width,),
+                "up": (hidden, width),
+                "up_bias": (hidden,),
+            }
+            names = {name: f"L{layer}.{block}.{name}" for name in shapes}
+            for name, shape in shapes.items():
+                tensors[names[name]] = 0.2 * torch.randn(shape, generator=generator)
+            options = {"activation": ACTIVATIONS[(place + slot) % 8], "input": INPUTS[(place + slot) % 3]}
+            modules.append(ModuleOp(block, layer, "bottleneck", 0, 0.5 + place, names, options=options))
         for kind, op in self.ops.items():
             own = [module for module in modules if module.op == kind]
             load(op, slot, own, tensors.__getitem__, self.base.sites.num_layers)
@@ -242,7 +314,7 @@ def test_mixed_rows_equal_the_other_forwards_and_transformers(
     native = Way(make_model(CONFIGS[name]()), kernels, forward="native", block_tokens=block)
     rows = [
         Row(make_tokens(count, count), slot)
-        for count, slot in ((50, 0), (1, -1), (37, 1), (9, 2), (20, -1), (23, 3))
+        for count, slot in ((50, 0), (1, -1), (37, 1), (9, 2), (20, -1), (23, 3), (31, 4), (26, 5))
     ]
     if block == 16:
         rows.append(Row(make_tokens(570), 0))
@@ -275,7 +347,19 @@ def test_without_its_window_a_model_would_answer_otherwise(kernels: Kernels, nam
 class Alone:
     """Rows to mix, and what each of them gives alone, token by token, on one thread."""
 
-    ROWS = ((1, -1), (5, 0), (40, -1), (33, 1), (17, 2), (23, 0), (600, -1), (530, 1), (29, 3))
+    ROWS = (
+        (1, -1),
+        (5, 0),
+        (40, -1),
+        (33, 1),
+        (17, 2),
+        (23, 0),
+        (600, -1),
+        (530, 1),
+        (29, 3),
+        (27, 4),
+        (22, 5),
+    )
 
     def __init__(self, name: str, make: Callable[[Any], Any], kernels: Kernels) -> None:
         self.ways = {
@@ -482,7 +566,7 @@ def test_a_rotation_that_follows_the_longest_row_is_refused_by_every_forward(
 def test_an_op_that_the_kernels_do_not_know_is_not_passed_over(kernels: Kernels) -> None:
     way = Way(make_model(CONFIGS["llama"]()), kernels, forward="native")
     way.ops = plain_ops(way.base.sites, torch.float32, torch.device("cpu"))
-    with pytest.raises(MeshError, match="does not compute affine, lowrank"):
+    with pytest.raises(MeshError, match="does not compute affine, bottleneck, lowrank"):
         way.whole([1, 2, 3], 0)
 
 

@@ -42,7 +42,7 @@ class Pair:
     """The op and its twin, loaded alike."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self.fast = NativeLowRank(SiteMap(SITES, {}, LAYERS, (), "l.{layer}"), kernels)
+        self.fast = NativeLowRank(SiteMap(SITES, {}, LAYERS, (), "l.{layer}", {}, 0), kernels)
         self.plain = PlainLowRank(torch.float32, torch.device("cpu"))
 
     def load(self, slot: int, modules: Modules, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:

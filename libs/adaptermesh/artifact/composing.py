@@ -1,0 +1,229 @@
+"""A composition of adapters as one adapter: what a worker serves in its place.
+
+Composed where it is served, from members that were verified; it is never published. Its identity is the
+composition's over the members' digests, not the digest of the manifest made here.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptermesh.artifact.canonical import Buffer, tensor_view, to_float32
+from adaptermesh.artifact.chunking import cut
+from adaptermesh.artifact.effects import (
+    Effect,
+    Floats,
+    averaged,
+    effect_of,
+    scaled,
+    stacked,
+)
+from adaptermesh.artifact.manifest import Chunk, Cost, Manifest, ModuleOp, Source
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK
+from adaptermesh.artifact.safetensors_file import TensorSpec, lay_out
+from adaptermesh.core.composition import (
+    AVERAGE,
+    Composition,
+    Leaf,
+    composition_digest,
+    leaves,
+    parse_resolved,
+)
+from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch
+
+COMPOSED_FORMAT = "adaptermesh.composition.v1"
+MAX_COMPOSED_BYTES = 2 * 2**30
+_EXPRESSION = "expression"
+
+_Place = tuple[int, str]
+"""Layer and site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An adapter that was verified: its manifest and its canonical tensor file."""
+
+    manifest: Manifest
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """An adapter that stands for a composition. data: [size_bytes] uint8."""
+
+    manifest: Manifest
+    data: npt.NDArray[np.uint8]
+
+
+def compose(composition: Composition, members: Mapping[str, Member]) -> Composed:
+    """Composes members, by their digests, on one base; in as much memory as their values take in float32.
+
+    Raises:
+        MeshError: FAILED_PRECONDITION (BASE_MISMATCH) for members of different bases, (ADAPTER_UNSUPPORTED)
+            for what can't be composed, in words; RESOURCE_EXHAUSTED if the result would be too large.
+    """
+    digests = list(dict.fromkeys(leaf.name for leaf in leaves(composition)))
+    first = members[digests[0]].manifest
+    for digest in digests:
+        _check_member(digest, members[digest].manifest, first)
+    places = {digest: _by_place(members[digest].manifest) for digest in digests}
+    order = _places([place for found in places.values() for place in found])
+
+    def effect(node: Composition, place: _Place) -> Effect | None:
+        if isinstance(node, Leaf):
+            modules = places[node.name].get(place)
+            if not modules:
+                return None
+            return scaled(effect_of(modules, _reader(members[node.name])), node.weight)
+        if node.kind == AVERAGE:
+            total = sum(member.weight for member in node.members)
+            shares = [
+                (effect(replace(member, weight=1.0), place), member.weight / total) for member in node.members
+            ]
+            present = [(one, share) for one, share in shares if one is not None]
+            return scaled(averaged(present), node.weight) if present else None
+        found = [one for member in node.members if (one := effect(member, place)) is not None]
+        return scaled(stacked(found), node.weight) if found else None
+
+    modules: list[ModuleOp] = []
+    tensors: dict[str, tuple[int, Floats]] = {}
+    for layer, site in order:
+        found = effect(composition, (layer, site))
+        for module, values in _modules(layer, site, found) if found is not None else ():
+            modules.append(module)
+            tensors.update({module.tensors[slot]: (layer, value) for slot, value in values.items()})
+    if sum(value.nbytes for _, value in tensors.values()) > MAX_COMPOSED_BYTES:
+        raise MeshError(
+            Code.RESOURCE_EXHAUSTED,
+            Reason.OVERLOADED,
+            f"the composition would have more than {MAX_COMPOSED_BYTES} bytes",
+        )
+    if not modules:
+        raise _unsupported("it changes nothing")
+    return _write(composition, first, digests, modules, tensors)
+
+
+def identity_of(manifest: Manifest, digest: str) -> str:
+    """The digest by which an adapter is asked for: its composition's, if it stands for one.
+
+    `digest` is that of the manifest's bytes.
+    """
+    if manifest.source.format != COMPOSED_FORMAT or not manifest.composition:
+        return digest
+    try:
+        return composition_digest(parse_resolved(str(manifest.composition.get(_EXPRESSION))))
+    except MeshError:
+        return digest
+
+
+def _check_member(digest: str, manifest: Manifest, first: Manifest) -> None:
+    name = f"{manifest.namespace}/{manifest.name}"
+    if manifest.base.digest != first.base.digest:
+        raise base_mismatch(name, manifest.base.digest, first.base.digest)
+    if not manifest.servable:
+        raise _unsupported(f"'{name}' ({digest}) can't be served itself: {manifest.unservable_reason}")
+    if manifest.activation:
+        raise _unsupported(f"'{name}' acts on a part of the tokens only, and is served alone")
+
+
+def _by_place(manifest: Manifest) -> dict[_Place, list[ModuleOp]]:
+    found: dict[_Place, list[ModuleOp]] = {}
+    for module in manifest.modules:
+        found.setdefault((module.layer, module.site), []).append(module)
+    return found
+
+
+def _places(places: Sequence[_Place]) -> list[_Place]:
+    """Layer by layer; within one in the order in which the members name them."""
+    known = {place: number for number, place in reversed(list(enumerate(places)))}
+    return sorted(known, key=lambda place: (place[0], known[place]))
+
+
+def _reader(member: Member) -> Any:
+    entries = {entry.name: entry for entry in member.manifest.tensors}
+    return lambda name: to_float32(entries[name], tensor_view(entries[name], member.buffer))
+
+
+def _modules(layer: int, site: str, effect: Effect) -> Iterator[tuple[ModuleOp, Mapping[str, Floats]]]:
+    """An effect as modules and their tensors."""
+
+    def named(op: str, values: Mapping[str, Floats], rank: int = 0, **more: Any) -> ModuleOp:
+        names = {slot: f"L{layer}.{site}.{slot}" for slot in values}
+        return ModuleOp(site, layer, op, rank, more.pop("scale", 1.0), names, "F32", **more)
+
+    for module, given in effect.whole:
+        yield replace(module, dtype="F32"), given
+    if effect.lowrank:
+        values = {
+            "A": np.concatenate([part.a for part in effect.lowrank]),
+            "B": np.concatenate([np.float32(part.scale) * part.b for part in effect.lowrank], axis=1),
+        }
+        yield named(LOWRANK, values, len(values["A"])), values
+    vectors = {"in_scale": effect.in_scale, "out_scale": effect.out_scale, "bias_delta": effect.shift}
+    values = {slot: vector for slot, vector in vectors.items() if vector is not None}
+    if values:
+        yield named(AFFINE, values), values
+    if effect.bottlenecks:
+        parts = effect.bottlenecks
+        biases = [np.float32(part.scale) * part.up_bias for part in parts]
+        values = {
+            "down": np.concatenate([part.down for part in parts]),
+            "down_bias": np.concatenate([part.down_bias for part in parts]),
+            "up": np.concatenate([np.float32(part.scale) * part.up for part in parts], axis=1),
+            "up_bias": sum(biases[1:], biases[0]),
+        }
+        yield named(BOTTLENECK, values, options=parts[0].options), values
+
+
+def _write(
+    composition: Composition,
+    first: Manifest,
+    digests: Sequence[str],
+    modules: Sequence[ModuleOp],
+    tensors: Mapping[str, tuple[int, Floats]],
+) -> Composed:
+    specs = [TensorSpec(name, "F32", value.shape) for name, (_, value) in tensors.items()]
+    layout = lay_out(specs, {"format": COMPOSED_FORMAT})
+    data = np.zeros(layout.file_size, np.uint8)
+    data[: len(layout.head)] = np.frombuffer(layout.head, np.uint8)
+    for entry in layout.entries:
+        value = np.ascontiguousarray(tensors[entry.name][1], "<f4")
+        data[entry.offset : entry.offset + entry.size] = value.reshape(-1).view(np.uint8)
+    spans = cut([(entry, tensors[entry.name][0]) for entry in layout.entries], layout.file_size)
+    chunks = tuple(
+        Chunk(span.offset, span.size, _digest(data[span.offset : span.offset + span.size]), span.layer)
+        for span in spans
+    )
+    digest = composition_digest(composition)
+    manifest = Manifest(
+        namespace="composition",
+        name=digest.removeprefix("sha256:")[:32],
+        base=first.base,
+        source=Source(COMPOSED_FORMAT, {}, {}, ()),
+        kind="composition",
+        op_kinds=tuple(sorted({module.op for module in modules})),
+        modules=tuple(modules),
+        tensors=layout.entries,
+        chunks=chunks,
+        size_bytes=layout.file_size,
+        cost=Cost(
+            sum(entry.size for entry in layout.entries), max((module.rank for module in modules), default=0)
+        ),
+        composition={_EXPRESSION: str(composition)},
+        parents=tuple(digests),
+    )
+    return Composed(manifest, data)
+
+
+def _digest(data: npt.NDArray[np.uint8]) -> str:
+    return "sha256:" + hashlib.sha256(data.data).hexdigest()
+
+
+def _unsupported(why: str) -> MeshError:
+    return MeshError(
+        Code.FAILED_PRECONDITION, Reason.ADAPTER_UNSUPPORTED, f"this composition can't be served: {why}"
+    )

@@ -1,0 +1,173 @@
+"""The canonical form, applied by hand to the plain base, computes what the `adapters` library computes.
+
+No engine here: hooks on a transformers model do what FORMATS says of each op, so that this proves the ingest
+alone. The library's own numbers are in `goldens/`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32
+from adaptermesh.artifact.manifest import Manifest, ModuleOp
+from adaptermesh.artifact.sites import BLOCKS, Site, SiteMap, site_map
+from tests.parity.adapters.goldens import (
+    BASES,
+    TOLERANCE,
+    Goldens,
+    ingest_folder,
+    load_goldens,
+    served_methods,
+)
+
+Tensors = dict[str, torch.Tensor]
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "leaky_relu": functional.leaky_relu,
+}
+# The modules of a layer where a block begins, by their norms, and where its output joins the stream.
+BLOCK_MODULES = {
+    "llama": {
+        "attention": ("input_layernorm", "self_attn.o_proj"),
+        "ffn": ("post_attention_layernorm", "mlp.down_proj"),
+    },
+    "gpt2": {"attention": ("ln_1", "attn.c_proj"), "ffn": ("ln_2", "mlp.c_proj")},
+}
+
+
+def read_tensors(manifest: Manifest, path: Path) -> Tensors:
+    with open_buffer(path) as buffer:
+        return {
+            entry.name: torch.from_numpy(to_float32(entry, tensor_view(entry, buffer)).copy())
+            for entry in manifest.tensors
+        }
+
+
+def weight_of(module: Any, site: Site) -> torch.Tensor:
+    """[out, in] of the site alone."""
+    weight = module.weight.T if site.transposed else module.weight
+    rows: torch.Tensor = weight[site.out_offset : site.out_offset + site.out_features]
+    return rows
+
+
+def site_hook(
+    module: Any, site: Site, ops: list[ModuleOp], tensors: Tensors
+) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    """y = out_scale * (W x + b + s B A x), the site's rows of it; of a DoRA b stays out of the product."""
+
+    def hook(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        rows = slice(site.out_offset, site.out_offset + site.out_features)
+        y = output[..., rows]
+        bias = module.bias[rows] if module.bias is not None else torch.zeros(())
+        weight = weight_of(module, site)
+        for op in ops:
+            slots = {slot: tensors[name] for slot, name in op.tensors.items()}
+            if op.op == "lowrank":
+                delta = op.scale * slots["B"] @ slots["A"]
+                y, weight = y + inputs[0] @ delta.T, weight + delta
+            elif "out_scale" in slots:
+                y = y * slots["out_scale"]
+            else:
+                y = (y - bias) * slots["magnitude"] / weight.norm(dim=1) + bias
+        return torch.cat([output[..., : rows.start], y, output[..., rows.stop :]], dim=-1)
+
+    return hook
+
+
+def block_hooks(
+    op: ModuleOp, tensors: Tensors
+) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, torch.Tensor], torch.Tensor]]:
+    """r + h + scale * (up act(down v + down_bias) + up_bias): r is what the block's norm reads."""
+    slots = {slot: tensors[name] for slot, name in op.tensors.items()}
+    options = dict(op.options or {})
+    stream: list[torch.Tensor] = []
+
+    def before(_: Any, inputs: Any) -> None:
+        stream[:] = [inputs[0]]
+
+    def after(_: Any, inputs: Any, h: torch.Tensor) -> torch.Tensor:
+        (r,) = stream
+        v = {"output": h, "sum": r + h, "residual": r}[options["input"]]
+        inner = ACTIVATIONS[options["activation"]](v @ slots["down"].T + slots["down_bias"])
+        return h + op.scale * (inner @ slots["up"].T + slots["up_bias"])
+
+    return before, after
+
+
+@contextmanager
+def applied(model: Any, kind: str, manifest: Manifest, sites: SiteMap, tensors: Tensors) -> Iterator[None]:
+    """Hooks every op of a manifest in."""
+    hooks = []
+    at_sites: dict[tuple[str, int], list[ModuleOp]] = {}
+    for op in manifest.modules:
+        if op.site not in BLOCKS:
+            at_sites.setdefault((op.site, op.layer), []).append(op)
+            continue
+        layer = model.get_submodule(sites.layer_path.replace("{layer}", str(op.layer)))
+        norm, last = BLOCK_MODULES[kind][op.site]
+        before, after = block_hooks(op, tensors)
+        hooks.append(layer.get_submodule(norm).register_forward_pre_hook(before))
+        hooks.append(layer.get_submodule(last).register_forward_hook(after))
+    for (name, number), ops in at_sites.items():
+        site = sites.get(name)
+        assert site is not None
+        module = model.get_submodule(site.module.replace("{layer}", str(number)))
+        hooks.append(module.register_forward_hook(site_hook(module, site, ops, tensors)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def logits(model: Any, goldens: Goldens) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack(
+            [model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in goldens.prompts]
+        )
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {
+        kind: AutoModelForCausalLM.from_pretrained(
+            load_goldens(kind).base_folder, attn_implementation="eager"
+        ).eval()
+        for kind in BASES
+    }
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_the_base_computes_the_same_in_both_versions_of_transformers(
+    models: dict[str, Any], kind: str
+) -> None:
+    goldens = load_goldens(kind)
+    expected = torch.tensor(goldens.logits["base"])
+    torch.testing.assert_close(logits(models[kind], goldens), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "method"), served_methods())
+def test_the_canonical_form_computes_what_the_library_does(
+    models: dict[str, Any], tmp_path: Path, kind: str, method: str
+) -> None:
+    goldens = load_goldens(kind)
+    manifest = ingest_folder(goldens.folder(method), goldens.facts, tmp_path / "canonical")
+    assert manifest.servable, manifest.unservable_reason
+    tensors = read_tensors(manifest, tmp_path / "canonical")
+    with applied(models[kind], kind, manifest, site_map(goldens.facts), tensors):
+        found = logits(models[kind], goldens)
+    expected = torch.tensor(goldens.logits[method])
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    # Of the rounding, not of the adapter, the tolerance is a small part.
+    assert (expected - torch.tensor(goldens.logits["base"])).abs().amax() > 100 * TOLERANCE

@@ -1,0 +1,305 @@
+"""Every kind that the adapters library saves: what its manifest holds, and the values of its tensors."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import load_file
+
+from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32, verify_file
+from adaptermesh.artifact.manifest import Manifest
+from tests.parity.adapters.goldens import BASES, ROOT, ingest_folder, load_goldens, served_methods
+
+FACTS: dict[str, BaseFacts] = {base: load_goldens(base).facts for base in BASES}
+LAYERS = {"llama": "model.layers", "gpt2": "transformer.h"}
+BLOCKS = {"attention": "attention_adapters", "ffn": "output_adapters"}
+
+FFN = [("ffn", 0), ("ffn", 1)]
+BOTH = [("attention", 0), ("ffn", 0), ("attention", 1), ("ffn", 1)]
+# By method: the places in order, activation, input, scale of each, inner widths.
+BOTTLENECKS: dict[str, tuple[list[tuple[str, int]], str, str, list[float] | None, list[int]]] = {
+    "seq_bn": (FFN, "relu", "sum", [1.0] * 2, [8] * 2),
+    "seq_bn_by_layer": (FFN, "tanh", "sum", [1.0] * 2, [1, 12]),
+    "seq_bn_left_out": ([("ffn", 1)], "leaky_relu", "sum", [1.0], [8]),
+    "adapter_plus": (FFN, "gelu", "sum", [1.0] * 2, [8] * 2),
+    "double_seq_bn": (BOTH, "silu", "output", [1.0] * 4, [8] * 4),
+    "par_bn": (FFN, "relu", "residual", [4.0] * 2, [16] * 2),
+    "scaled_par_bn": (FFN, "relu", "residual", None, [8] * 2),
+    "negative_par_bn": (BOTH, "gelu_new", "residual", [1.0, 1.0, float(np.float32(1.3)), 1.0], [8] * 4),
+    "compacter": (BOTH, "gelu", "output", [1.0] * 4, [8] * 4),
+    "compacter_pp": (FFN, "gelu", "sum", [1.0] * 2, [8] * 2),
+    "compacter_own_rules": (BOTH, "gelu", "output", [1.0] * 4, [8] * 4),
+    "compacter_shared": (BOTH, "gelu", "output", [1.0] * 4, [8] * 4),
+    "with_class_head": (FFN, "relu", "sum", [1.0] * 2, [4] * 2),
+}
+LORAS: dict[tuple[str, str], tuple[str, list[str], int, float]] = {
+    ("llama", "lora"): ("lora", ["q", "v"], 4, 2.5),
+    ("gpt2", "lora"): ("lora", ["q", "v"], 4, 2.5),
+    ("llama", "lora_everywhere"): ("lora", ["q", "k", "v", "up", "down"], 3, 1.0),
+    ("gpt2", "lora_everywhere"): ("lora", ["q", "k", "v", "up", "down"], 3, 1.0),
+    ("llama", "vera"): ("vera", ["q"], 4, 1.5),
+    ("gpt2", "vera"): ("vera", ["up"], 4, 1.5),
+    ("llama", "dora"): ("dora", ["q", "v"], 4, 1.0),
+    ("llama", "dvora"): ("dvora", ["q"], 4, 1.0),
+}
+DIGESTS = {
+    ("llama", "seq_bn"): "sha256:8ea1f232144c9ca0c69d1e884e1cdf790dd95f3f10aaa4c2c927df69dcacebe6",
+    ("llama", "adapter_plus"): "sha256:4cfdd98b62bbd6c852cefd79883770dcebfb2c1e61f96dd2513279c2701d7a30",
+    ("llama", "compacter"): "sha256:f242279439e80dba08540eec25cef96cd7a102fd1869d2ce6868dbea8f967be0",
+    (
+        "llama",
+        "compacter_own_rules",
+    ): "sha256:6c0e98f4e8cce05df3b89cc4cf20c415e4db9932bd9cc1b697e6ce0f5085fccf",
+    ("llama", "vera"): "sha256:a66109b5d2be85c7f150ad6c0ac88b15a972dc3d82bd5929db093322f1177403",
+    ("llama", "dora"): "sha256:e4f160fa3373d3d9df6b4e1d66fb930ab7b4330b71af6da811d045cad5e3e8d1",
+    ("llama", "ia3"): "sha256:6f9d2f0745d96839e9336a38674b7b4f43c91a1c54d409ac4b1909d4cf8805ea",
+    ("llama", "with_class_head"): "sha256:f291049f7852ec5d8ac2a2fcd0fb8289a4128979a591894eb4b3b368efa213f8",
+    ("llama", "mam"): "sha256:f184962589fc92a0cdb32cf6ccdd9cbed51c442e549ba53eef740cef8f0efdfc",
+    ("gpt2", "lora"): "sha256:a579252b89e0edbef3533e6d92e4af5454f85c55df7c0d7e1c77c2a9e61e4ba8",
+}
+
+
+def read(base: str, method: str, tmp_path: Path) -> tuple[Manifest, dict[str, npt.NDArray[np.float32]]]:
+    """The manifest and every canonical tensor."""
+    manifest = ingest_folder(ROOT / base / method, FACTS[base], tmp_path / "canonical")
+    with open_buffer(tmp_path / "canonical") as buffer:
+        verify_file(manifest, buffer)
+        tensors = {
+            entry.name: to_float32(entry, tensor_view(entry, buffer)).copy() for entry in manifest.tensors
+        }
+    return manifest, tensors
+
+
+def source(base: str, method: str) -> dict[str, npt.NDArray[np.float32]]:
+    """The uploaded tensors."""
+    return load_file(ROOT / base / method / "adapter.safetensors")
+
+
+def test_every_served_golden_is_among_the_kinds_tested_here() -> None:
+    tested = {("llama", name) for name in BOTTLENECKS} | {("gpt2", name) for name in BOTTLENECKS} | set(LORAS)
+    ia3 = {(base, name) for base in BASES for name in ("ia3", "ia3_everywhere")}
+    assert set(served_methods()) <= tested | ia3
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", BOTTLENECKS)
+def test_a_bottleneck_becomes_one_op_for_each_block(tmp_path: Path, base: str, method: str) -> None:
+    places, activation, reads, scales, widths = BOTTLENECKS[method]
+    manifest, tensors = read(base, method, tmp_path)
+    assert manifest.servable
+    assert manifest.op_kinds == ("bottleneck",)
+    assert [(op.site, op.layer) for op in manifest.modules] == places
+    for op, width in zip(manifest.modules, widths, strict=True):
+        assert dict(op.options or {}) == {"activation": activation, "input": reads}
+        assert tensors[f"L{op.layer}.{op.site}.down"].shape == (width, 32)
+        assert dict(op.tensors) == {
+            slot: f"L{op.layer}.{op.site}.{slot}" for slot in ("down", "down_bias", "up", "up_bias")
+        }
+    if scales is not None:
+        assert [op.scale for op in manifest.modules] == scales
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "negative_par_bn"])
+def test_a_plain_bottleneck_keeps_its_values_and_the_sign_of_its_scale(
+    tmp_path: Path, base: str, method: str
+) -> None:
+    manifest, tensors = read(base, method, tmp_path)
+    uploaded = source(base, method)
+    for op in manifest.modules:
+        prefix = f"{LAYERS[base]}.{op.layer}.{BLOCKS[op.site]}.adapters.task_1."
+        scale = uploaded.get(f"{prefix}scaling", np.array([4.0 if method == "par_bn" else 1.0]))
+        found = {slot: tensors[name] for slot, name in op.tensors.items()}
+        np.testing.assert_array_equal(found["down"], uploaded[f"{prefix}adapter_down.0.weight"])
+        np.testing.assert_array_equal(found["down_bias"], uploaded[f"{prefix}adapter_down.0.bias"])
+        for slot, name in (("up", "weight"), ("up_bias", "bias")):
+            expected = scale * uploaded[f"{prefix}adapter_up.{name}"]
+            np.testing.assert_allclose(op.scale * found[slot], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_scale_for_each_channel_is_multiplied_into_the_rows_of_up(tmp_path: Path, base: str) -> None:
+    _, tensors = read(base, "adapter_plus", tmp_path)
+    uploaded = source(base, "adapter_plus")
+    prefix = f"{LAYERS[base]}.1.output_adapters.adapters.task_1."
+    scale = uploaded[f"{prefix}scaling"]
+    assert (scale < 0).any()
+    np.testing.assert_array_equal(
+        tensors["L1.ffn.up"], scale[:, None] * uploaded[f"{prefix}adapter_up.weight"]
+    )
+    np.testing.assert_array_equal(tensors["L1.ffn.up_bias"], scale * uploaded[f"{prefix}adapter_up.bias"])
+
+
+def kron_sum(rule: npt.NDArray[Any], weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    total = np.sum([np.kron(r, w) for r, w in zip(rule, weight, strict=True)], axis=0)
+    return np.asarray(total).T
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["compacter", "compacter_pp", "compacter_own_rules", "compacter_shared"])
+def test_compacter_is_multiplied_out(tmp_path: Path, base: str, method: str) -> None:
+    manifest, tensors = read(base, method, tmp_path)
+    uploaded = source(base, method)
+    shared = f"{LAYERS[base].partition('.')[0]}.shared_parameters.task_1."
+
+    def product(name: str) -> npt.NDArray[Any]:
+        if name in uploaded:
+            return uploaded[name]
+        return np.asarray(uploaded[f"{name}_left"] @ uploaded[f"{name}_right"])
+
+    for op in manifest.modules:
+        own = f"{LAYERS[base]}.{op.layer}.{BLOCKS[op.site]}.adapters.task_1."
+        for slot, layer in (("down", "adapter_down.0."), ("up", "adapter_up.")):
+            rule = product(
+                f"{own}{layer}phm_rule" if method == "compacter_own_rules" else f"{shared}phm_rule"
+            )
+            name = f"{shared}W_{slot}" if method == "compacter_shared" else f"{own}{layer}W"
+            expected = kron_sum(rule, product(name))
+            np.testing.assert_allclose(tensors[op.tensors[slot]], expected, rtol=1e-5, atol=1e-6)
+            bias = uploaded.get(f"{own}{layer}b", np.zeros(len(expected), np.float32))
+            np.testing.assert_array_equal(tensors[op.tensors[f"{slot}_bias"]], bias)
+        assert op.dtype == "F32"
+
+
+@pytest.mark.parametrize(("base", "method"), LORAS)
+def test_the_lora_family_becomes_lowrank_with_its_scale(tmp_path: Path, base: str, method: str) -> None:
+    kind, sites, rank, scale = LORAS[base, method]
+    manifest, tensors = read(base, method, tmp_path)
+    assert manifest.kind == kind
+    lowrank = [op for op in manifest.modules if op.op == "lowrank"]
+    assert [(op.site, op.layer) for op in lowrank] == [(site, layer) for layer in (0, 1) for site in sites]
+    assert {(op.rank, op.scale) for op in lowrank} == {(rank, scale)}
+    magnitudes = [op for op in manifest.modules if op.op == "affine"]
+    assert {(op.site, op.layer) for op in magnitudes} == (
+        {(op.site, op.layer) for op in lowrank} if "do" in kind or kind == "dvora" else set()
+    )
+    for op in magnitudes:
+        (name,) = op.tensors.values()
+        path = f"model.layers.{op.layer}.self_attn.{op.site}_proj.loras.task_1.m.weight"
+        np.testing.assert_array_equal(tensors[name], source(base, method)[path][:, 0])
+
+
+def test_fused_attention_is_split_into_the_parts_that_were_chosen(tmp_path: Path) -> None:
+    manifest, tensors = read("gpt2", "lora", tmp_path)
+    uploaded = source("gpt2", "lora")
+    for op in manifest.modules:
+        place = ["q", "v"].index(op.site)
+        path = f"transformer.h.{op.layer}.attn.c_attn.loras.task_1."
+        np.testing.assert_array_equal(
+            tensors[op.tensors["A"]], uploaded[f"{path}lora_A"][4 * place : 4 * place + 4]
+        )
+        np.testing.assert_array_equal(
+            tensors[op.tensors["B"]], uploaded[f"{path}lora_B"][32 * place : 32 * place + 32]
+        )
+
+
+def test_vera_multiplies_whole_matrices_into_the_shared_ones(tmp_path: Path) -> None:
+    _, tensors = read("llama", "vera", tmp_path)
+    uploaded = source("llama", "vera")
+    own, shared = "model.layers.1.self_attn.q_proj.loras.task_1.", "model.shared_parameters.task_1."
+    for slot, left, right in (("A", "vera_D", "lora_A"), ("B", "vera_B", "lora_B")):
+        expected = uploaded[own + left] @ uploaded[shared + right]
+        np.testing.assert_allclose(tensors[f"L1.q.{slot}"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "expected"),
+    [
+        # Llama's "intermediate" is down_proj, whose output is scaled; its "output" is up_proj.
+        ("llama", "ia3", [("k", 16), ("v", 16), ("down", 32)]),
+        ("llama", "ia3_everywhere", [("q", 32), ("v", 16), ("up", 48), ("down", 32)]),
+        ("gpt2", "ia3", [("k", 32), ("v", 32), ("up", 48)]),
+        ("gpt2", "ia3_everywhere", [("q", 32), ("v", 32), ("up", 48), ("down", 32)]),
+    ],
+)
+def test_ia3_scales_outputs_where_its_tensors_are(
+    tmp_path: Path, base: str, method: str, expected: list[tuple[str, int]]
+) -> None:
+    manifest, tensors = read(base, method, tmp_path)
+    assert manifest.kind == "ia3"
+    layers = (0,) if method == "ia3_everywhere" else (0, 1)
+    found = [(op.site, op.layer, len(tensors[op.tensors["out_scale"]])) for op in manifest.modules]
+    assert found == [(site, layer, width) for layer in layers for site, width in expected]
+    if base == "gpt2" and method == "ia3":
+        uploaded = source(base, method)["transformer.h.0.attn.c_attn.loras.task_1.lora_B"][:, 0]
+        np.testing.assert_array_equal(tensors["L0.k.out_scale"], uploaded[:32])
+        np.testing.assert_array_equal(tensors["L0.v.out_scale"], uploaded[32:])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "why"),
+    [
+        ("seq_bn_inv", "bottleneck", "inv_adapter 'nice': an invertible adapter after the embeddings"),
+        ("seq_bn_gated", "bottleneck", "use_gating: a learned gate on each bottleneck"),
+        ("seq_bn_ln_before", "bottleneck", "a layer norm of its own"),
+        ("seq_bn_ln_after", "bottleneck", "a layer norm of its own"),
+        ("seq_bn_twice_residual", "bottleneck", "which add the residual stream twice"),
+        ("bn_without_residual", "bottleneck", "which add the residual stream not at all"),
+        ("seq_bn_mish", "bottleneck", "non_linearity 'mish'"),
+        ("lora_gated", "lora", "use_gating: a learned gate in place of alpha/r"),
+        ("dora_scaled", "dora", "train it with alpha equal to r, or with peft"),
+        ("mtl_lora", "mtl_lora", "MTL-LoRA"),
+        ("prefix_tuning", "prefix_tuning", "prefix tuning"),
+        ("prefix_tuning_flat", "prefix_tuning", "prefix tuning"),
+        ("loreft", "reft", "ReFT"),
+        ("noreft", "reft", "ReFT"),
+        ("direft", "reft", "ReFT"),
+        ("mam", "union", "a union of prefix_tuning and bottleneck"),
+        ("unipelt", "union", "with learned gates (UniPELT)"),
+        ("fusion", "fusion", "AdapterFusion over the adapters a, b; upload the adapters one by one"),
+        ("stack", "setup", "a set-up (Stack) of several adapters; upload the adapters one by one"),
+        ("with_lm_head", "bottleneck", "an lm head of its own"),
+    ],
+)
+def test_what_is_not_served_is_stored_with_the_reason(
+    tmp_path: Path, method: str, kind: str, why: str
+) -> None:
+    manifest, _ = read("llama", method, tmp_path)
+    assert not manifest.servable
+    assert manifest.unservable_reason.startswith("not served yet: ")
+    assert why in manifest.unservable_reason
+    assert (manifest.kind, manifest.modules, manifest.tensors) == (kind, (), ())
+
+
+@pytest.mark.parametrize(("base", "method"), DIGESTS)
+def test_a_kind_has_the_same_digest_everywhere(tmp_path: Path, base: str, method: str) -> None:
+    assert read(base, method, tmp_path)[0].digest == DIGESTS[base, method]
+
+
+def test_the_manifest_names_the_library_its_version_and_its_config(tmp_path: Path) -> None:
+    manifest, _ = read("llama", "seq_bn", tmp_path)
+    assert manifest.source.format == "adapters"
+    assert dict(manifest.source.library_versions) == {"adapters": "1.3.0"}
+    assert manifest.source.config["name"] == "task_1"
+    assert [file.path for file in manifest.source.files] == ["adapter.safetensors", "adapter_config.json"]
+    assert manifest.head is None
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+
+
+def test_a_classification_head_is_described_and_the_adapter_served_without_it(tmp_path: Path) -> None:
+    manifest, _ = read("llama", "with_class_head", tmp_path)
+    assert manifest.servable
+    head = dict(manifest.head or {})
+    tensors = {tensor["name"]: tensor["shape"] for tensor in head.pop("tensors")}
+    assert head == {
+        "type": "classification",
+        "name": "task_1",
+        "num_labels": 3,
+        "labels": ["good", "bad", "other"],
+        "file": "model_head.safetensors",
+    }
+    assert tensors == {
+        "heads.task_1.1.weight": [32, 32],
+        "heads.task_1.1.bias": [32],
+        "heads.task_1.4.weight": [3, 32],
+        "heads.task_1.4.bias": [3],
+    }
+
+
+def test_an_lm_head_that_is_tied_to_the_embeddings_is_the_bases_own(tmp_path: Path) -> None:
+    manifest, _ = read("gpt2", "with_lm_head", tmp_path)
+    assert manifest.servable
+    assert (manifest.head or {})["type"] == "lm_head"
