@@ -17,10 +17,13 @@ from adaptermesh.artifact.adapters_lora import plan_lora
 from adaptermesh.artifact.adapters_methods import (
     BOTTLENECK_NO_EFFECT,
     LORA_NO_EFFECT,
+    REFT_NO_EFFECT,
     BottleneckConfig,
     LoraConfig,
+    ReftConfig,
 )
 from adaptermesh.artifact.adapters_places import PLACES
+from adaptermesh.artifact.adapters_reft import plan_reft
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
 from adaptermesh.artifact.plan import Plan
@@ -45,7 +48,6 @@ _LATER = {
     "mtl_lora": "MTL-LoRA, whose projections depend on the task",
     "prefix_tuning": "prefix tuning",
     "prompt_tuning": "prompt tuning",
-    "reft": "ReFT (loreft, noreft, direft)",
 }
 
 
@@ -69,7 +71,7 @@ class AdaptersConfig:
     kind: str
     name: str
     version: str
-    method: BottleneckConfig | LoraConfig | None
+    method: BottleneckConfig | LoraConfig | ReftConfig | None
     head: Mapping[str, Any] | None = None
     unservable: str = ""
 
@@ -88,6 +90,8 @@ class AdaptersConfig:
             )
         if isinstance(self.method, BottleneckConfig):
             return plan_bottleneck(self.method, self.name, upload, places, sites, base, problems)
+        if isinstance(self.method, ReftConfig):
+            return plan_reft(self.method, self.name, upload, places, sites, base, problems)
         if isinstance(self.method, LoraConfig):
             return plan_lora(self.method, self.name, upload, places, sites, base, problems)
         return Plan(unservable=self.unservable)
@@ -150,7 +154,7 @@ def _check_base(top: _Top, base: BaseFacts, problems: Problems) -> None:
         )
 
 
-_Read = tuple[str, BottleneckConfig | LoraConfig | None, list[str]]
+_Read = tuple[str, BottleneckConfig | LoraConfig | ReftConfig | None, list[str]]
 """The manifest's kind, the config if it was read, and every reason why it can't be served."""
 
 
@@ -161,6 +165,8 @@ def _read_method(config: Mapping[str, Any], version: str, problems: Problems) ->
         return _read_bottleneck(config, where, problems)
     if architecture == "lora":
         return _read_lora(config, version, where, problems)
+    if architecture == "reft":
+        return _read_reft(config, where, problems)
     if not isinstance(architecture, str) or _NAMED_ARCHITECTURE.fullmatch(architecture) is None:
         problems.add(
             f"{where}: architecture is {shown(repr(architecture), 60)}, expected a name such as 'lora'"
@@ -188,6 +194,16 @@ def _read_lora(config: Mapping[str, Any], version: str, where: str, problems: Pr
     problems.extend(f"{where}: {problem}" for problem in wrong)
     if read is None or wrong:
         return "lora", None, []
+    return read.kind, read, list(read.unserved())
+
+
+def _read_reft(config: Mapping[str, Any], where: str, problems: Problems) -> _Read:
+    known = ReftConfig.model_fields.keys() | REFT_NO_EFFECT | {"architecture"}
+    check_unknown_keys(config, known, where, problems)
+    read = validated(ReftConfig, config, where, problems)
+    if read is None:
+        return "reft", None, []
+    problems.extend(f"{where}: {problem}" for problem in read.problems())
     return read.kind, read, list(read.unserved())
 
 

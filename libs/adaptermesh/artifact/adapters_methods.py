@@ -200,6 +200,59 @@ class LoraConfig(_Config):
             )
 
 
+class ReftConfig(BaseModel):
+    """LoReFT, NoReFT and DiReFT (arXiv:2404.03592).
+
+    The library does not save whether a projection is subtracted, so the last two look alike.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    layers: Literal["all"] | _Layers = "all"
+    prefix_positions: Annotated[int, Field(ge=0, le=1_000_000)]
+    suffix_positions: Annotated[int, Field(ge=0, le=1_000_000)]
+    r: _Small
+    orthogonality: bool
+    tied_weights: bool = False
+    subtract_projection: bool | None = None
+    non_linearity: _Text | None = None
+    output_reft: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The manifest's name of it."""
+        if self.orthogonality:
+            return "loreft"
+        return "direft" if self.subtract_projection is False else "noreft"
+
+    @property
+    def activation(self) -> str:
+        """The canonical name of the activation; empty for one that is not served."""
+        return "linear" if self.non_linearity is None else _ACTIVATIONS.get(self.non_linearity.lower(), "")
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the projection of the stream is subtracted."""
+        return self.subtract_projection is not False
+
+    def problems(self) -> Iterator[str]:
+        """What can mean nothing."""
+        if not self.prefix_positions and not self.suffix_positions:
+            yield "prefix_positions and suffix_positions are both 0: it would act on no token"
+
+    def unserved(self) -> Iterator[str]:
+        """Why it can't be served, whatever the base."""
+        if not self.orthogonality and self.subtract_projection is None:
+            yield (
+                "NoReFT and DiReFT are saved alike by the adapters library: say in the config which it is, "
+                'with "subtract_projection": true for NoReFT or false for DiReFT'
+            )
+        if not self.activation:
+            yield f"non_linearity {self.non_linearity!r}"
+        if not self.output_reft:
+            yield "output_reft false"
+
+
 BOTTLENECK_NO_EFFECT = frozenset(
     {
         # Only where ln_after is set, which is not served.
@@ -216,4 +269,5 @@ BOTTLENECK_NO_EFFECT = frozenset(
         "stochastic_depth",
     }
 )
+REFT_NO_EFFECT = frozenset({"dropout", "dtype", "init_weights_seed"})
 LORA_NO_EFFECT = frozenset({"dropout", "dtype", "init_weights", "init_weights_seed"})

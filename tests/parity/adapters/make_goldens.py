@@ -105,6 +105,12 @@ SERVED: dict[str, Callable[[], Any]] = {
     "compacter_shared": lambda: CompacterConfig(**PHM, shared_W_phm=True, factorized_phm_rule=True),
     "lora": lambda: LoRAConfig(r=4, alpha=10),
     "lora_everywhere": lambda: LoRAConfig(r=3, alpha=3, attn_matrices=["v", "q", "k"], **EVERYWHERE),
+    "loreft": lambda: LoReftConfig(),
+    "loreft_both_ends": lambda: LoReftConfig(r=3, prefix_positions=2, suffix_positions=4),
+    "loreft_tied": lambda: LoReftConfig(r=2, suffix_positions=2, tied_weights=True, non_linearity="gelu"),
+    "loreft_last": lambda: LoReftConfig(prefix_positions=0, suffix_positions=1, layers=[1]),
+    "noreft_told": lambda: NoReftConfig(r=2, suffix_positions=1),
+    "direft_told": lambda: DiReftConfig(r=2, suffix_positions=1),
     "ia3": lambda: IA3Config(),
     "ia3_everywhere": lambda: IA3Config(attn_matrices=["q", "v"], output_lora=True, leave_out=[1]),
 }
@@ -136,7 +142,6 @@ STORED: dict[str, Callable[[], Any]] = {
     "mtl_lora": lambda: MTLLoRAConfig(r=4),
     "prefix_tuning": lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
     "prefix_tuning_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=3),
-    "loreft": lambda: LoReftConfig(),
     "noreft": lambda: NoReftConfig(),
     "direft": lambda: DiReftConfig(),
     "mam": lambda: ConfigUnion(
@@ -192,6 +197,10 @@ def fill(model: Any, name: str) -> None:
                 parameter.copy_(noise if len(noise) > 1 else 0.5 + noise.abs())
             elif key.endswith(".m.weight"):
                 parameter.mul_(1 + 0.3 * noise)
+            elif key.endswith("parametrizations.weight.original"):
+                # Its diagonal holds the signs of an orthogonal matrix.
+                signs = torch.tensor([1.0, -1.0]).repeat(len(noise))[: len(noise)]
+                parameter.copy_((0.3 * noise).diagonal_scatter(signs))
             elif "phm_rule" in key:
                 parameter.copy_(noise)
             else:
@@ -228,6 +237,12 @@ def write_adapter(kind: str, method: str, config: Any, *, with_head: bool = Fals
         tensors = torch.load(pickled, weights_only=True)
         pickled.unlink()
         save_file({key: value.clone() for key, value in tensors.items()}, folder / "adapter.safetensors")
+    if method.endswith("_told"):
+        # What the library leaves out.
+        file = folder / "adapter_config.json"
+        saved = json.loads(file.read_text())
+        saved["config"]["subtract_projection"] = method == "noreft_told"
+        file.write_text(json.dumps(saved, indent=2, sort_keys=True))
     return model.eval()
 
 

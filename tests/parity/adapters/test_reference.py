@@ -29,6 +29,7 @@ from tests.parity.adapters.goldens import (
 Tensors = dict[str, torch.Tensor]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "linear": lambda x: x,
     "relu": functional.relu,
     "gelu": functional.gelu,
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
@@ -98,11 +99,34 @@ def block_hooks(
 
     def after(_: Any, inputs: Any, h: torch.Tensor) -> torch.Tensor:
         (r,) = stream
+        if op.op == "reft":
+            return h + intervention(options, slots, r + h)
         v = {"output": h, "sum": r + h, "residual": r}[options["input"]]
         inner = ACTIVATIONS[options["activation"]](v @ slots["down"].T + slots["down_bias"])
         return h + op.scale * (inner @ slots["up"].T + slots["up_bias"])
 
     return before, after
+
+
+def intervention(options: dict[str, str], slots: Tensors, x: torch.Tensor) -> torch.Tensor:
+    """R^T (act(W x + b) - R x) for the first and the last tokens. x: [1, tokens, hidden]."""
+    found = torch.zeros_like(x)
+    tokens = x.shape[1]
+    ends = {
+        "": range(min(tokens, int(options["prefix"]))),
+        "_suffix": range(max(0, tokens - int(options["suffix"])), tokens),
+    }
+    for end, places in ends.items():
+        part = list(places)
+        if not part:
+            continue
+        names = (f"{slot}{end}" for slot in "RWb")
+        r, w, b = (slots[name if name in slots else name[0]] for name in names)
+        inner = ACTIVATIONS[options["activation"]](x[:, part] @ w.T + b)
+        if options["subtract"] == "yes":
+            inner = inner - x[:, part] @ r.T
+        found[:, part] = inner @ r
+    return found
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Every kind that the adapters library saves: what its manifest holds, and the values of its tensors."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32, verify_file
 from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.core.errors import MeshError, Reason
 from tests.parity.adapters.goldens import BASES, ROOT, ingest_folder, load_goldens, served_methods
 
 FACTS: dict[str, BaseFacts] = {base: load_goldens(base).facts for base in BASES}
@@ -81,7 +84,87 @@ def source(base: str, method: str) -> dict[str, npt.NDArray[np.float32]]:
 def test_every_served_golden_is_among_the_kinds_tested_here() -> None:
     tested = {("llama", name) for name in BOTTLENECKS} | {("gpt2", name) for name in BOTTLENECKS} | set(LORAS)
     ia3 = {(base, name) for base in BASES for name in ("ia3", "ia3_everywhere")}
-    assert set(served_methods()) <= tested | ia3
+    refts = {(base, name) for base in BASES for name in REFTS}
+    assert set(served_methods()) <= tested | ia3 | refts
+
+
+# Rank, tokens at both ends, layers, whether the last tokens have tensors of their own, kind, activation.
+REFTS: dict[str, tuple[int, int, int, list[int], bool, str, str]] = {
+    "loreft": (1, 3, 0, [0, 1], False, "loreft", "linear"),
+    "loreft_both_ends": (3, 2, 4, [0, 1], True, "loreft", "linear"),
+    "loreft_tied": (2, 3, 2, [0, 1], False, "loreft", "gelu"),
+    "loreft_last": (1, 0, 1, [1], True, "loreft", "linear"),
+    "noreft_told": (2, 3, 1, [0, 1], True, "noreft", "linear"),
+    "direft_told": (2, 3, 1, [0, 1], True, "direft", "linear"),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", REFTS)
+def test_a_reft_becomes_one_op_for_each_layer(tmp_path: Path, base: str, method: str) -> None:
+    rank, prefix, suffix, layers, own, kind, activation = REFTS[method]
+    manifest, tensors = read(base, method, tmp_path)
+    assert (manifest.servable, manifest.kind, manifest.op_kinds) == (True, kind, ("reft",))
+    assert [(module.site, module.layer, module.rank) for module in manifest.modules] == [
+        ("ffn", layer, rank) for layer in layers
+    ]
+    for module in manifest.modules:
+        assert module.options == {
+            "activation": activation,
+            "subtract": "no" if kind == "direft" else "yes",
+            "prefix": str(prefix),
+            "suffix": str(suffix),
+        }
+        assert ("R_suffix" in module.tensors, "R" in module.tensors) == (own, prefix > 0)
+        if kind == "loreft":
+            r = tensors[module.tensors["R" if prefix else "R_suffix"]]
+            np.testing.assert_allclose(r @ r.T, np.eye(rank), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"layers": [0, 2]}, "layers names 2"),
+        ({"layers": [0]}, "asks for nothing there"),
+        ({"r": 2}, "expected \\[2, 32\\]"),
+        ({"orthogonality": False, "subtract_projection": True}, "but no units.0.projection.weight"),
+        ({"tied_weights": True}, "units.1"),
+        ({"prefix_positions": 0}, "act on no token"),
+        ({"prefix_positions": -1}, "prefix_positions"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_a_reft_that_its_file_or_the_base_contradicts_is_refused(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(MeshError, match=why) as caught:
+        read_changed("loreft", change, tmp_path)
+    assert caught.value.reason is Reason.ADAPTER_REJECTED
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"non_linearity": "mish"}, "non_linearity 'mish'"),
+        ({"output_reft": False}, "output_reft false"),
+        ({"prefix_positions": 5000}, "more than 1024 tokens"),
+    ],
+)
+def test_a_reft_that_is_not_served_is_stored(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    manifest = read_changed("loreft", change, tmp_path)
+    assert not manifest.servable
+    assert why in manifest.unservable_reason
+
+
+def read_changed(method: str, change: dict[str, Any], tmp_path: Path) -> Manifest:
+    """A golden of the llama with other values in its method's config."""
+    goldens = load_goldens("llama")
+    folder = tmp_path / "changed"
+    shutil.copytree(goldens.folder(method), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"].update(change)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return ingest_folder(folder, goldens.facts, tmp_path / "out")
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -244,9 +327,8 @@ def test_ia3_scales_outputs_where_its_tensors_are(
         ("mtl_lora", "mtl_lora", "MTL-LoRA"),
         ("prefix_tuning", "prefix_tuning", "prefix tuning"),
         ("prefix_tuning_flat", "prefix_tuning", "prefix tuning"),
-        ("loreft", "reft", "ReFT"),
-        ("noreft", "reft", "ReFT"),
-        ("direft", "reft", "ReFT"),
+        ("noreft", "noreft", "NoReFT and DiReFT are saved alike"),
+        ("direft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("mam", "union", "a union of prefix_tuning and bottleneck"),
         ("unipelt", "union", "with learned gates (UniPELT)"),
         ("fusion", "fusion", "AdapterFusion over the adapters a, b; upload the adapters one by one"),
