@@ -93,9 +93,7 @@ def _layers(config: ReftConfig, sites: SiteMap, base: BaseFacts, problems: Probl
         return list(range(sites.num_layers))
     for layer in config.layers:
         if layer >= sites.num_layers:
-            problems.add(
-                f"{CONFIG_FILE}: layers names {layer}, but {base.title} has only {sites.num_layers}"
-            )
+            problems.add(f"{CONFIG_FILE}: layers names {layer}, but {base.title} has only {sites.num_layers}")
     return sorted({layer for layer in config.layers if layer < sites.num_layers})
 
 

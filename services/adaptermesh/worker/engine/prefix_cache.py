@@ -7,6 +7,9 @@ same tenant, so a name that points to new weights, or another tenant, can't meet
 An adapter that is activated by tokens computes what is before them as the base does. The blocks before the
 one with the first adapted token so have the base's keys, and are shared with it. That one and all later ones
 are the adapter's own; its key says from which token on, for the tokens behind a block decide about that too.
+
+An adapter that acts on the ends of a prompt computes the same tokens otherwise in a longer prompt. The keys
+of the blocks from there on say how long the prompt is.
 """
 
 import hashlib
@@ -21,10 +24,21 @@ _VIRTUAL = -1
 class BlockKeys:
     """The keys of one sequence's full blocks, made once each, when they are first asked for."""
 
-    __slots__ = ("_activation", "_chain", "_own", "_virtual")
+    __slots__ = ("_activation", "_chain", "_ending", "_own", "_virtual")
 
-    def __init__(self, digest: str | None, tenant: str, activation: int = 0, virtual: int = 0) -> None:
-        """`activation`: the first token that the adapter acts on. `virtual`: tokens that it puts in front."""
+    def __init__(
+        self,
+        digest: str | None,
+        tenant: str,
+        activation: int = 0,
+        virtual: int = 0,
+        ending: tuple[int, int] | None = None,
+    ) -> None:
+        """`activation`: the first token that the adapter acts on. `virtual`: tokens that it puts in front.
+
+        `ending`: the token from which on the length of the prompt matters, and that length.
+        """
+        self._ending = ending
         self._virtual = virtual
         self._own = _root(digest, tenant)
         self._activation = activation
@@ -40,6 +54,8 @@ class BlockKeys:
             # The digest says what the virtual tokens are.
             held = [_VIRTUAL] * (block_tokens - (end - start)) + list(tokens[start:end])
             before = self._chain[-1]
+            if self._ending is not None and index == self._ending[0] // block_tokens:
+                before = _hash(b"prompt of %d " % self._ending[1] + before)
             if self._activation and index == self._activation // block_tokens:
                 before = _hash(b"activated %d " % self._activation + self._own + before)
             self._chain.append(_hash(before + array("q", held).tobytes()))

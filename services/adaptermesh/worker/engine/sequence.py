@@ -76,7 +76,11 @@ class Sequence:
         """The adapter's manifest has come."""
         self.traits = traits
         self.activation = traits.activation(self.request.prompt_ids)
-        self.keys = BlockKeys(self.request.digest, self.request.tenant, self.activation, traits.virtual)
+        seam = traits.prompt_seam(self.prompt_tokens)
+        ending = None if seam is None else (traits.virtual + seam, self.prompt_tokens)
+        self.keys = BlockKeys(
+            self.request.digest, self.request.tenant, self.activation, traits.virtual, ending
+        )
         self.limit = min(self.limit, self.context - traits.virtual)
 
     @property
