@@ -145,6 +145,7 @@ def _write(
         unservable_reason=plan.unservable,
         op_kinds=tuple(sorted({module.op for module in plan.modules})),
         modules=plan.modules,
+        activation=plan.activation,
         tensors=layout.entries,
         chunks=chunks,
         size_bytes=layout.file_size,

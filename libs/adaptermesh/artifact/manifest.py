@@ -18,6 +18,7 @@ from adaptermesh.artifact.manifest_parts import (
     SCHEMA,
     TENSOR_ALIGNMENT,
     TENSOR_DTYPES,
+    Activation,
     BaseRef,
     Chunk,
     Cost,
@@ -36,6 +37,7 @@ __all__ = [
     "SCHEMA",
     "TENSOR_ALIGNMENT",
     "TENSOR_DTYPES",
+    "Activation",
     "BaseRef",
     "Chunk",
     "Cost",
@@ -76,7 +78,7 @@ class Manifest:
     languages: tuple[str, ...] = ()
     created: str | None = None
     tokenizer: Mapping[str, Any] | None = None
-    activation: Mapping[str, Any] | None = None
+    activation: Activation | None = None
     head: Mapping[str, Any] | None = None
     composition: Mapping[str, Any] | None = None
     parents: tuple[str, ...] = ()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from adaptermesh.artifact.manifest_parts import (
     HEADER_LAYER,
     MAX_CHUNK_BYTES,
+    MAX_INVOCATION_TOKENS,
+    MAX_VIRTUAL_TOKENS,
     SCHEMA,
     TENSOR_ALIGNMENT,
     TENSOR_DTYPES,
@@ -19,8 +21,17 @@ from adaptermesh.artifact.manifest_parts import (
     corrupt,
 )
 from adaptermesh.artifact.merging_recipe import check_kept_recipe
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK, OPS, REFT, STRUCTURED
-from adaptermesh.artifact.sites import BLOCKS
+from adaptermesh.artifact.ops import (
+    AFFINE,
+    BOTTLENECK,
+    KV_PREFIX,
+    LOWRANK,
+    OPS,
+    PROMPT,
+    REFT,
+    STRUCTURED,
+)
+from adaptermesh.artifact.sites import ATTENTION, BLOCKS, EMBED
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import check_name
@@ -39,6 +50,7 @@ def check_manifest(manifest: "Manifest") -> None:
     _check_chunks(manifest.chunks, manifest.size_bytes)
     layers = _check_tensors(manifest.tensors, manifest.chunks)
     _check_modules(manifest, layers)
+    _check_activation(manifest)
     _check_summary(manifest)
 
 
@@ -132,12 +144,17 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _check_bottleneck(module, entries, manifest.base.hidden_size, what)
         elif module.op == STRUCTURED:
             _check_structured(module, entries, what)
+        elif module.op == PROMPT:
+            _check_prompt(module, entries, manifest.base.hidden_size, what)
+        elif module.op == KV_PREFIX:
+            _check_prefix(module, entries, what)
         elif module.op == REFT:
             _check_reft(module, entries, manifest.base.hidden_size, what)
         elif module.op == AFFINE:
             _check_affine(module, entries, what)
             if "magnitude" in module.tensors:
                 _check_magnitude(module, lowrank.get((module.site, module.layer, module.expert)), what)
+    _check_virtual(manifest, entries)
     chosen = [module.options for module in manifest.modules if module.op == REFT and module.options]
     ends = {(options["prefix"], options["suffix"]) for options in chosen}
     _need(len(ends) <= 1, "its modules act on other ends of a prompt: {}", sorted(ends)[:4])
@@ -211,6 +228,38 @@ def _check_reft(module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: in
         _need(found == shape, "{} has {} of shape {}", what, slot, found)
 
 
+def _check_prompt(module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: int, what: "_Named") -> None:
+    shape = entries[module.tensors["E"]].shape
+    _need(module.site == EMBED and module.layer == 0, "{} is not at the embeddings", what)
+    _need(len(shape) == 2 and shape[1] == hidden, "{} has E of shape {}", what, shape)
+    _check_unscaled(module, shape[0], what)
+
+
+def _check_prefix(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
+    k, v = entries[module.tensors["k"]].shape, entries[module.tensors["v"]].shape
+    _need(module.site == ATTENTION, "{} is not at the attention", what)
+    _need(len(k) == 3 and k == v, "{} has k of shape {} and v of shape {}", what, k, v)
+    _check_unscaled(module, k[1], what)
+
+
+def _check_unscaled(module: ModuleOp, tokens: int, what: "_Named") -> None:
+    _need(module.expert is None, "{} has an expert", what)
+    _need(module.rank == 0, "{} has rank {}", what, module.rank)
+    _need(module.scale == 1.0, "{} has scale {} for nothing", what, module.scale)
+    _need(tokens <= MAX_VIRTUAL_TOKENS, "{} has {} virtual tokens", what, tokens)
+
+
+def _check_virtual(manifest: "Manifest", entries: Mapping[str, TensorEntry]) -> None:
+    """Virtual tokens are of one kind, and the same in every layer."""
+    prompts = sum(module.op == PROMPT for module in manifest.modules)
+    prefixes = [entries[m.tensors["k"]].shape for m in manifest.modules if m.op == KV_PREFIX]
+    _need(not (prompts and prefixes), "it has virtual tokens of two kinds")
+    whole = len(prefixes) in (0, manifest.base.num_layers) and len(set(prefixes)) <= 1
+    _need(whole, "its prefix is not the same in all layers")
+    alone = manifest.activation is None or not (prompts or prefixes)
+    _need(alone, "virtual tokens come before any activation")
+
+
 def _check_affine(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_Named") -> None:
     _need(bool(module.tensors), "{} has no tensors", what)
     given = module.tensors.keys()
@@ -227,6 +276,17 @@ def _check_magnitude(module: ModuleOp, beside: ModuleOp | None, what: "_Named") 
     names = {slot: f"L{module.layer}.{module.site}.{slot}" for slot in ("A", "B")}
     found = beside is not None and beside.scale == module.scale and dict(beside.tensors) == names
     _need(found, "{} has a magnitude, but not its low-rank part", what)
+
+
+def _check_activation(manifest: "Manifest") -> None:
+    if manifest.activation is None:
+        return
+    tokens, vocabulary = manifest.activation.invocation_tokens, manifest.base.vocab_size
+    _need(manifest.servable, "a manifest that is not servable has an activation")
+    counted = 1 <= len(tokens) <= MAX_INVOCATION_TOKENS
+    _need(counted, "{} invocation tokens are not 1 to {}", len(tokens), MAX_INVOCATION_TOKENS)
+    for token in tokens:
+        _need(0 <= token < vocabulary, "invocation token {} is not below {}", token, vocabulary)
 
 
 def _check_summary(manifest: "Manifest") -> None:

@@ -117,6 +117,22 @@ class Cost:
     max_rank: int
 
 
+MAX_VIRTUAL_TOKENS = 4096
+"""That an adapter may put in front of every prompt."""
+MAX_INVOCATION_TOKENS = 256
+"""Of an activated LoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Where an adapter acts: from the last `invocation_tokens` of the prompt on, these included.
+
+    Without them in the prompt it does not act at all. Source: activated LoRA (arXiv:2504.12397).
+    """
+
+    invocation_tokens: tuple[int, ...]
+
+
 def corrupt(message: str) -> MeshError:
     """A manifest that can't be relied on."""
     return MeshError(Code.DATA_LOSS, Reason.DATA_CORRUPT, f"manifest: {message}")

@@ -26,6 +26,13 @@ AFFINE = "affine"
 STRUCTURED = "structured"
 BOTTLENECK = "bottleneck"
 REFT = "reft"
+KV_PREFIX = "kv_prefix"
+PROMPT = "prompt"
+
+AFTER = "after"
+"""The positions of a prompt's tokens begin after those of its prefix."""
+FRONT = "front"
+"""Virtual tokens come before all others."""
 
 ACTIVATIONS = frozenset({"relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu", "linear"})
 """Of a bottleneck; `gelu` is the exact one, `gelu_new` its approximation by tanh."""
@@ -70,10 +77,11 @@ _ROWS = (
             "suffix": POSITIONS,
         },
     ),
+    # At every layer's attention: keys, not turned to a position, and values in front of the first token's.
     # k and v: [kv_heads, length, head_dim].
-    Op("kv_prefix", ("k", "v")),
-    # E: [length, hidden].
-    Op("prompt", ("E",)),
+    Op(KV_PREFIX, ("k", "v"), served=True, options={"positions": frozenset({AFTER})}),
+    # Embeddings in front of the first token's. E: [length, hidden].
+    Op(PROMPT, ("E",), served=True, options={"place": frozenset({FRONT})}),
     Op("fusion", ("query", "key", "value"), ("query_bias", "key_bias", "value_bias")),
     # ids: [n], rows: [n, hidden].
     Op("token_rows", ("ids", "rows")),

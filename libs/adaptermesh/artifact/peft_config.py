@@ -7,8 +7,10 @@ from typing import Any
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
-from adaptermesh.artifact.peft_methods import METHODS, Method, TargetConfig
+from adaptermesh.artifact.manifest_parts import Activation
+from adaptermesh.artifact.peft_methods import METHODS, Method, MethodConfig, VirtualConfig
 from adaptermesh.artifact.peft_readers import plan_method
+from adaptermesh.artifact.peft_virtual import plan_virtual
 from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.sites import SiteMap
@@ -32,7 +34,7 @@ class PeftConfig:
 
     raw: Mapping[str, Any]
     kind: str
-    method: TargetConfig | None
+    method: MethodConfig | None
     unservable: str = ""
 
     @property
@@ -54,7 +56,13 @@ class PeftConfig:
         """What the adapter becomes on a base; of use only if no problem was noted."""
         if self.method is None:
             return Plan(unservable=self.unservable)
-        return plan_method(self.method, upload.weights.tensors, sites, base.title, problems)
+        tensors = upload.weights.tensors
+        if isinstance(self.method, VirtualConfig):
+            return plan_virtual(self.method, tensors, base, base.title, problems)
+        plan = plan_method(self.method, tensors, sites, base.title, problems)
+        if plan.activation is not None:
+            _check_activation(plan.activation, base, problems)
+        return plan
 
 
 def read_config(raw: Mapping[str, Any], problems: Problems) -> PeftConfig | None:
@@ -80,6 +88,15 @@ def _read_method(raw: Mapping[str, Any], kind: str, method: Method, problems: Pr
     given = {key: raw[key] for key in keys if raw.get(key) is not None}
     values = validated(method.model, given, CONFIG_FILE, problems)
     return None if values is None else PeftConfig(raw, kind, values)
+
+
+def _check_activation(activation: Activation, base: BaseFacts, problems: Problems) -> None:
+    for token in activation.invocation_tokens:
+        if token >= base.vocab_size:
+            problems.add(
+                f"{CONFIG_FILE}: alora_invocation_tokens has token {token}, "
+                f"but {base.title} has tokens 0 to {base.vocab_size - 1}"
+            )
 
 
 def _other_method(raw: Mapping[str, Any], method: Method, problems: Problems) -> str:

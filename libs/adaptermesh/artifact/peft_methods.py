@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from adaptermesh.artifact.manifest_parts import MAX_INVOCATION_TOKENS
 
 PREFIX = "base_model.model."
 """How the name of every module begins in a file of peft."""
@@ -18,6 +20,7 @@ _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Count = Annotated[int, Field(ge=0, le=_MAX_FACTOR)]
 _Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Names = Annotated[list[_Name], Field(max_length=MAX_PATTERNS)]
 
 
@@ -43,12 +46,25 @@ class RankedConfig(TargetConfig):
 
 
 class LoraConfig(RankedConfig):
-    """LoRA (arXiv:2106.09685); rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) if asked for."""
+    """LoRA (arXiv:2106.09685); rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) if asked for.
+
+    With invocation tokens an activated LoRA (arXiv:2504.12397); an empty list is none, as in peft.
+    """
 
     alpha: _Alpha = Field(alias="lora_alpha")
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    invocation_tokens: Annotated[list[_Token], Field(max_length=MAX_INVOCATION_TOKENS)] = Field(
+        default=[], alias="alora_invocation_tokens"
+    )
+
+    @field_validator("invocation_tokens")
+    @classmethod
+    def _check_variant(cls, tokens: list[int], info: ValidationInfo) -> list[int]:
+        if tokens and info.data.get("use_dora"):
+            raise ValueError("a DoRA can't be activated: peft has no such variant")
+        return tokens
 
 
 class LohaConfig(RankedConfig):
@@ -114,6 +130,38 @@ class BoftConfig(TargetConfig):
     boft_n_butterfly_factor: Annotated[int, Field(ge=1, le=32)] = 1
 
 
+class VirtualConfig(BaseModel):
+    """Virtual tokens in front of every prompt, in one tensor.
+
+    The numbers are those of the base that it was trained on, where the config has them.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    num_transformer_submodules: Literal[1] = 1
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+
+
+class PromptConfig(VirtualConfig):
+    """Prompt tuning (arXiv:2104.08691) and p-tuning (arXiv:2103.10385): embeddings of virtual tokens.
+
+    The encoder of p-tuning is evaluated when it is saved.
+    """
+
+
+class PrefixConfig(VirtualConfig):
+    """Prefix tuning (arXiv:2101.00190): keys and values of virtual tokens, for every layer.
+
+    The projection is evaluated when it is saved.
+    """
+
+
+MethodConfig = TargetConfig | VirtualConfig
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """How a method's config is read.
@@ -122,7 +170,7 @@ class Method:
     what the adapter computes; `others` are keys that make another method of it when set, and its name.
     """
 
-    model: type[TargetConfig]
+    model: type[TargetConfig] | type[VirtualConfig]
     defaults: Mapping[str, Any]
     no_effect: frozenset[str]
     others: Mapping[str, str]
@@ -215,7 +263,6 @@ _LORA_NO_EFFECT = _COMMON_NO_EFFECT | {
 }
 _LORA_OTHERS: Mapping[str, str] = MappingProxyType(
     {
-        "alora_invocation_tokens": "activated LoRA (aLoRA)",
         "arrow_config": "Arrow routing",
         "bias": "trained biases",
         "kasa_config": "KaSA",
@@ -230,6 +277,29 @@ _LORA_OTHERS: Mapping[str, str] = MappingProxyType(
         "velora_config": "VeLoRA",
     }
 )
+
+_VIRTUAL: Mapping[str, Any] = MappingProxyType(
+    {
+        **{key: value for key, value in _COMMON.items() if key != "target_modules"},
+        "num_attention_heads": None,
+        "num_layers": None,
+        "num_transformer_submodules": None,
+        "num_virtual_tokens": None,
+        "token_dim": None,
+    }
+)
+_ENCODERS_NO_EFFECT = _COMMON_NO_EFFECT | {
+    "encoder_dropout",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_reparameterization_type",
+    "init_weights",
+    "prefix_projection",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+}
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -264,6 +334,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             {
                 **_LORA_OTHERS,
+                "alora_invocation_tokens": "activation by tokens, which AdaLoRA does not have",
                 "lora_bias": "a bias on lora_B, which AdaLoRA does not have",
                 "use_dora": "DoRA, which AdaLoRA does not have",
                 "alpha_pattern": "an alpha for each module, which AdaLoRA does not have",
@@ -392,6 +463,44 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             _COMMON_NO_EFFECT | {"boft_dropout", "init_weights"},
             {**_SAVED, "bias": "trained biases"},
+        ),
+        "PROMPT_TUNING": Method(
+            PromptConfig,
+            {
+                **_VIRTUAL,
+                "peft_type": "PROMPT_TUNING",
+                "prompt_tuning_init": "RANDOM",
+                "prompt_tuning_init_text": None,
+                "tokenizer_kwargs": None,
+                "tokenizer_name_or_path": None,
+            },
+            _ENCODERS_NO_EFFECT,
+            _SAVED,
+        ),
+        "P_TUNING": Method(
+            PromptConfig,
+            {
+                **_VIRTUAL,
+                "peft_type": "P_TUNING",
+                "encoder_dropout": 0.0,
+                "encoder_hidden_size": None,
+                "encoder_num_layers": 2,
+                "encoder_reparameterization_type": "MLP",
+            },
+            _ENCODERS_NO_EFFECT,
+            _SAVED,
+        ),
+        "PREFIX_TUNING": Method(
+            PrefixConfig,
+            {
+                **_VIRTUAL,
+                "peft_type": "PREFIX_TUNING",
+                "encoder_hidden_size": None,
+                "init_weights": None,
+                "prefix_projection": False,
+            },
+            _ENCODERS_NO_EFFECT,
+            _SAVED,
         ),
     }
 )

@@ -1,8 +1,9 @@
 """Which reader a peft config asks for. A new method is one reader and one branch here."""
 
+import dataclasses
 from collections.abc import Mapping
 
-from adaptermesh.artifact.manifest_parts import TensorEntry
+from adaptermesh.artifact.manifest_parts import Activation, TensorEntry
 from adaptermesh.artifact.peft_ia3 import Ia3Reader
 from adaptermesh.artifact.peft_lora import LoraReader
 from adaptermesh.artifact.peft_lowrank import (
@@ -55,9 +56,17 @@ def plan_method(
     if isinstance(config, VeraConfig):
         tensors = {name: entry for name, entry in tensors.items() if name not in VERA_SHARED}
     found = plan(config, targets, reader, tensors, sites, base_name, problems)
-    if isinstance(config, LoraConfig | Ia3Config):
+    if isinstance(config, LoraConfig):
+        return _activated(found, config)
+    if isinstance(config, Ia3Config):
         return found
     return found.bounded(reader.method if isinstance(config, StructuredConfig) else "LoRA")
+
+
+def _activated(found: Plan, config: LoraConfig) -> Plan:
+    if not config.invocation_tokens or found.unservable:
+        return found
+    return dataclasses.replace(found, activation=Activation(tuple(config.invocation_tokens)))
 
 
 def _reader(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptermesh.artifact.canonical import tensor_from_file
-from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, ModuleOp, TensorEntry
+from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, Activation, ModuleOp, TensorEntry
 from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.tensor_scan import read_blocks
@@ -51,6 +51,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...] = ()
     deciding: tuple[str, ...] = ()
     decider: str = ""
+    activation: Activation | None = None
     unservable: str = ""
     composition: Mapping[str, Any] | None = None
 

@@ -8,8 +8,13 @@ from adaptermesh.artifact.architectures import ARCHITECTURES, ENCODERS, Block, F
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 
-BLOCKS = ("attention", "ffn")
+ATTENTION = "attention"
+BLOCKS = (ATTENTION, "ffn")
 """The block sites of every layer: where a sub-layer's output joins the residual stream, as wide as it."""
+
+
+EMBED = "embed"
+"""The site of the tokens' embeddings, in front of the first layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +95,7 @@ def site_map(facts: BaseFacts, *, encoders: bool = False) -> SiteMap:
         MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for an architecture without a module map;
             INVALID_ARGUMENT (INVALID_FIELD) for a config without the widths.
     """
-    families = {**ARCHITECTURES, **ENCODERS} if encoders else ARCHITECTURES
-    family = families.get(facts.architecture)
-    if family is None:
-        raise MeshError(
-            Code.FAILED_PRECONDITION,
-            Reason.ADAPTER_UNSUPPORTED,
-            f"base model '{facts.model_id}' is a {facts.architecture}, for which there is no module map "
-            f"(known: {', '.join(families)})",
-            metadata={"architecture": facts.architecture, "base_digest": facts.digest},
-        )
+    family = _family(facts, {**ARCHITECTURES, **ENCODERS} if encoders else ARCHITECTURES)
     widths = _widths(facts, family)
     modules: dict[str, tuple[Site, ...]] = {}
     for row in family.modules:
@@ -123,15 +119,45 @@ def site_map(facts: BaseFacts, *, encoders: bool = False) -> SiteMap:
     )
 
 
-def _widths(facts: BaseFacts, family: Family) -> dict[str, int]:
+def _family(facts: BaseFacts, known: Mapping[str, Family] = ARCHITECTURES) -> Family:
+    family = known.get(facts.architecture)
+    if family is None:
+        raise MeshError(
+            Code.FAILED_PRECONDITION,
+            Reason.ADAPTER_UNSUPPORTED,
+            f"base model '{facts.model_id}' is a {facts.architecture}, for which there is no module map "
+            f"(known: {', '.join(known)})",
+            metadata={"architecture": facts.architecture, "base_digest": facts.digest},
+        )
+    return family
+
+
+def key_heads(facts: BaseFacts) -> tuple[int, int]:
+    """How many heads the keys of each layer have, and how wide one is; the same for the values.
+
+    Raises:
+        MeshError: As `site_map`.
+    """
+    _, kv_heads, head_dim = _heads(facts, _family(facts))
+    return kv_heads, head_dim
+
+
+def _heads(facts: BaseFacts, family: Family) -> tuple[int, int, int]:
+    """Heads, heads of keys, and the width of one."""
     config = {**family.defaults, **facts.config}
-    hidden = facts.hidden_size
     heads = _size(config, "num_attention_heads", "n_head", "n_heads")
-    head_dim, kv_heads = hidden // heads, heads
+    head_dim, kv_heads = facts.hidden_size // heads, heads
     if family.grouped_heads:
         # An explicit null means "derive it", in every one of these classes.
         head_dim = _optional_size(config, "head_dim") or head_dim
         kv_heads = _optional_size(config, "num_key_value_heads") or kv_heads
+    return heads, kv_heads, head_dim
+
+
+def _widths(facts: BaseFacts, family: Family) -> dict[str, int]:
+    config = {**family.defaults, **facts.config}
+    hidden = facts.hidden_size
+    heads, kv_heads, head_dim = _heads(facts, family)
     if "n_inner" in config:
         ffn = _optional_size(config, "n_inner") or 4 * hidden
     else:

@@ -48,6 +48,20 @@ class World:
         self.engine = Engine(engine_config, load_base(folder / "base", engine_config), source, SystemClock())
         self.count = 0
 
+    def answer(self, method: str, tokens: list[int], *, reuse_prefix: bool = True) -> HeardLogprobs:
+        """To a prompt of the test's own, alone."""
+        heard, self.count = HeardLogprobs(), self.count + 1
+        params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=8)
+        tenant = "t" if reuse_prefix else "other"
+        request = Request(
+            f"r{self.count}", tenant, self.digests[method], tuple(tokens), params, reuse_prefix=reuse_prefix
+        )
+        self.engine.submit(request, heard)
+        while not heard.ended.is_set():
+            self.engine.step()
+        assert heard.error is None
+        return heard
+
     def ask(self, asked: list[tuple[str, int]], count: int = 1) -> list[HeardLogprobs]:
         """All at once: methods, each with one of the goldens' prompts."""
         answers = []
@@ -86,6 +100,17 @@ def test_each_method_alone_has_the_librarys_probabilities(world: World) -> None:
                 rtol=0.0,
                 atol=TOLERANCE,
             )
+
+
+def test_a_prompt_that_goes_on_where_another_ended_finds_nothing_wrong_in_the_cache(world: World) -> None:
+    tokens = [3 + place * 5 % 17 for place in range(30)]
+    for method in world.digests:
+        # The first two whole blocks of the second are all of the first.
+        for prompt in (tokens[:16], tokens, tokens[:20]):
+            expected = world.answer(method, prompt, reuse_prefix=False)
+            found = world.answer(method, prompt)
+            assert found.tokens == expected.tokens, method
+            torch.testing.assert_close(found.values(), expected.values(), rtol=1e-4, atol=1e-4)
 
 
 def test_all_methods_in_one_batch_answer_as_each_of_them_alone(world: World) -> None:

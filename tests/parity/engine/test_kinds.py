@@ -20,6 +20,7 @@ from adaptermesh.worker.engine.engine import Engine
 from adaptermesh.worker.engine.request import Request
 from tests.parity.engine.test_families import (
     COUNT,
+    FAMILIES,
     Heard,
     Memory,
     generate,
@@ -36,6 +37,22 @@ PHI3, QWEN2 = "Phi3ForCausalLM", "Qwen2ForCausalLM"
 SOME = ["q_proj", "v_proj", "down_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+INVOCATION = [7, 11, 7]
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+ACTIVATED: dict[str, Any] = {**CAUSAL, "alora_invocation_tokens": INVOCATION}
+INVOKED = {
+    "alora": (9,),
+    "alora at once": (0,),
+    "alora at the end": (21,),
+    "alora twice": (4, 17),
+    "alora with a bias": (1, 3, 14),
+    "alora that is not invoked": (),
+}
+"""Where prompts get the invocation; that at 1 and 3 share a token."""
+_LENGTHS = "5 37 21 30 12 44 9 26 33 18 29 7 16 23 35 11 28 31 24 24 40 27 22 6 25 17 1 30 9"
+LENGTHS = [int(length) for length in _LENGTHS.split()]
+"""Of the prompts, in the order of the kinds."""
+NO_EFFECT = {"base", "alora that is not invoked"}
 ADALORA: dict[str, Any] = {"target_r": 2, "total_step": 9, "lora_alpha": 7}
 
 KINDS: dict[str, dict[str, peft.PeftConfig]] = {
@@ -62,6 +79,22 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
         "boft of two factors": peft.BOFTConfig(
             boft_block_size=4, boft_n_butterfly_factor=2, target_modules=SOME
         ),
+        "alora": peft.LoraConfig(r=4, target_modules=EVERY, **ACTIVATED),
+        "alora at once": peft.LoraConfig(r=2, target_modules=SOME, **ACTIVATED),
+        "alora at the end": peft.LoraConfig(r=8, target_modules=EVERY, **ACTIVATED),
+        "alora twice": peft.LoraConfig(r=3, target_modules=SOME, **ACTIVATED),
+        "alora with a bias": peft.LoraConfig(r=3, lora_bias=True, target_modules=SOME, **ACTIVATED),
+        "alora that is not invoked": peft.LoraConfig(r=4, target_modules=EVERY, **ACTIVATED),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=7, **CAUSAL),
+        "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=16, encoder_hidden_size=24, **CAUSAL),
+        "p-tuning by an LSTM": peft.PromptEncoderConfig(
+            num_virtual_tokens=21, encoder_reparameterization_type="LSTM", **CAUSAL
+        ),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=13, **CAUSAL),
+        "prefix of one block": peft.PrefixTuningConfig(num_virtual_tokens=8, **CAUSAL),
+        "projected prefix": peft.PrefixTuningConfig(
+            num_virtual_tokens=18, prefix_projection=True, encoder_hidden_size=24, **CAUSAL
+        ),
     },
     PHI3: {
         "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=FUSED),
@@ -83,8 +116,20 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
         "adalora": peft.AdaLoraConfig(init_r=5, target_modules=["c_attn"], fan_in_fan_out=True, **ADALORA),
         "vera": peft.VeraConfig(r=9, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
         "ia3": peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True),
+        "alora twice": peft.LoraConfig(
+            r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **ACTIVATED
+        ),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=9, **CAUSAL),
+        "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=24, **CAUSAL),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=11, **CAUSAL),
     },
 }
+FAMILY_KINDS: dict[str, peft.PeftConfig] = {
+    "alora": peft.LoraConfig(r=4, target_modules="all-linear", **ACTIVATED),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=11, **CAUSAL),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=11, **CAUSAL),
+}
+"""What depends on how a family embeds its tokens, and on how far they see: more than the windows of some."""
 FORWARDS = [(LLAMA, "native"), (LLAMA, "lean"), (LLAMA, "plain"), (GPT2, "plain")]
 FORWARDS += [(PHI3, "plain"), (QWEN2, "native"), (QWEN2, "plain")]
 
@@ -120,11 +165,7 @@ class World:
     engine: Engine
     kinds: dict[str, Kind]
     count: int = 0
-    prompts: list[list[int]] = field(
-        default_factory=lambda: make_prompts(
-            [5, 37, 21, 30, 12, 44, 9, 26, 33, 18, 29, 7, 16, 23, 35, 11, 28]
-        )
-    )
+    prompts: list[list[int]] = field(default_factory=lambda: make_prompts(LENGTHS))
 
     def ask(self, names: Sequence[str]) -> list[HeardLogprobs]:
         """All at once, greedily; each kind has a prompt of its own."""
@@ -145,7 +186,27 @@ class World:
         return asked
 
     def prompt(self, name: str) -> list[int]:
-        return self.prompts[list(self.kinds).index(name)]
+        prompt = list(self.prompts[list(self.kinds).index(name)])
+        for start in INVOKED.get(name, ()):
+            prompt[start : start + len(INVOCATION)] = INVOCATION
+        return prompt
+
+
+def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
+    """[virtual tokens, if they are computed, and tokens, vocabulary]."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def answer(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy tokens; with virtual tokens each from all before it anew."""
+    if not getattr(model, "_is_prompt_learning", False):
+        return generate(model, prompt)
+    tokens = list(prompt)
+    for _ in range(COUNT):
+        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -172,6 +233,9 @@ def make_kind(
                 parameter.data.mul_(torch.empty_like(parameter).uniform_(1.0 - spread, 1.0 + spread))
             elif "ia3_" in name or "boft_s" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=spread)
+            elif "prompt_encoder" in name:
+                # As large as it is in the base, for embeddings; larger for keys that are to be noticed.
+                torch.nn.init.normal_(parameter, std=2 * spread)
             elif any(part in name for part in ("lora_", "hada_", "vera_lambda", "lokr_")):
                 torch.nn.init.normal_(parameter, std=spread)
             elif "oft_R" in name:
@@ -197,9 +261,8 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     for number, (name, config) in enumerate(KINDS[family].items()):
         folder = tmp_path / f"adapter-{number}"
         kinds[name] = make_kind(folder, load_reference(tmp_path), config, facts, source)
-    engine_config = make_config(
-        tmp_path, forward=forward, device_slots=16, max_batch_rows=17, block_tokens=8, step_tokens=24
-    )
+    rows = {"device_slots": len(kinds), "max_batch_rows": len(kinds), "step_tokens": len(kinds) + 8}
+    engine_config = make_config(tmp_path, forward=forward, block_tokens=8, **rows)
     engine = Engine(engine_config, load_base(tmp_path, engine_config), source, SystemClock())
     yield World(engine, kinds)
     engine.stop()
@@ -210,14 +273,33 @@ def test_each_kind_alone_equals_peft(world: World) -> None:
     for name, kind in world.kinds.items():
         [heard] = world.ask([name])
         prompt = world.prompt(name)
-        expected = generate(kind.model, prompt)
+        expected = answer(kind.model, prompt)
         assert heard.tokens == expected, name
-        with torch.no_grad():
-            logits = kind.model(input_ids=torch.tensor([prompt + expected])).logits[0]
-        likeliest = logits[len(prompt) - 1 : -1].log_softmax(-1).topk(4).values
+        # From the end: before the prompt there may be virtual tokens.
+        likeliest = logits_of(kind.model, prompt + expected)[-COUNT - 1 : -1].log_softmax(-1).topk(4).values
         torch.testing.assert_close(heard.values()[:, 1:], likeliest, rtol=0.0, atol=1e-3)
-        if kind.digest is not None:
-            assert expected != generate(plain, prompt), "the adapter would prove nothing"
+        assert (expected == generate(plain, prompt)) == (name in NO_EFFECT), "it would prove nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_virtual_tokens_and_activation_of_every_family_equal_peft(tmp_path: Path, family: str) -> None:
+    facts, source = save_base(tmp_path, family), Memory()
+    kinds = {"base": Kind(load_reference(tmp_path), None)}
+    for name, given in FAMILY_KINDS.items():
+        config: Any = copy.deepcopy(given)
+        if name == "alora":
+            config.fan_in_fan_out = family == GPT2
+        kinds[name] = make_kind(tmp_path / name, load_reference(tmp_path), config, facts, source)
+    engine_config = make_config(tmp_path)
+    engine = Engine(engine_config, load_base(tmp_path, engine_config), source, SystemClock())
+    world = World(engine, kinds)
+    for name, heard in zip(kinds, world.ask(list(kinds)), strict=True):
+        prompt, model = world.prompt(name), kinds[name].model
+        expected = answer(model, prompt)
+        assert heard.tokens == expected, name
+        likeliest = logits_of(model, prompt + expected)[-COUNT - 1 : -1].log_softmax(-1).topk(4).values
+        torch.testing.assert_close(heard.values()[:, 1:], likeliest, rtol=0.0, atol=1e-3)
+    engine.stop()
 
 
 def test_all_kinds_in_one_batch_answer_as_each_of_them_alone(world: World) -> None:

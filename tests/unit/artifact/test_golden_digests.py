@@ -77,6 +77,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, dict[str, npt.NDArray[np.float3
         {},
     ),
     "boft": ("BOFT", {"boft_n_butterfly_factor": 2}, boft, {}),
+    "alora": ("LORA", {"r": 4, "alora_invocation_tokens": [9, 33, 9]}, lora, {}),
 }
 GOLDEN = {
     "dora": "sha256:440aeee9a558ff78facb92dcc2b043de9ea757725ee100ef8f2934cc7c5c7cd3",
@@ -89,7 +90,40 @@ GOLDEN = {
     "oft": "sha256:4ed7bc13bd1fea2ec9649361a13ac8630d55d61e1685f647949a299fed62caf8",
     "oft, exact and bounded": "sha256:9586d9d5e8b7876556e9406674a91c86581e9dbc052f91277fbe97ef17cac88f",
     "boft": "sha256:2a3d154e511b20308c35440bfb1af8b0747fb46214d40088a5066a961bc57b1e",
+    "alora": "sha256:83e077b4bc4606192c1767bead78d136be0bc20a1439715212041b951af92c2d",
 }
+
+
+VIRTUAL: dict[str, tuple[str, dict[str, Any], tuple[int, int], str]] = {
+    "prompt": (
+        "PROMPT_TUNING",
+        {"token_dim": 16},
+        (5, 16),
+        "sha256:e95d1319fe34900a3c958e5d6848c94dc364f348fafaa3fa2db32e33acb43b8e",
+    ),
+    "p-tuning": (
+        "P_TUNING",
+        {"encoder_hidden_size": 9},
+        (5, 16),
+        "sha256:0b50b0b3343a2a6bc647bbceac579ba0128a631b3315a52f5228e44bd1ab3c22",
+    ),
+    "prefix": (
+        "PREFIX_TUNING",
+        {"num_layers": 3, "num_attention_heads": 2},
+        (5, 48),
+        "sha256:0072b0463f76bdceb3d41b636939ffe1bdfa4ea274680f88a4e0cfffc95ee3ab",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_have_the_same_digest_everywhere(folder: Any, kind: str) -> None:
+    method, changes, shape, digest = VIRTUAL[kind]
+    folder.config = {**METHODS[method].defaults, "num_virtual_tokens": 5, **changes}
+    folder.tensors["prompt_embeddings"] = ("F32", numbers(*shape))
+    manifest = folder.ingest().manifest
+    assert manifest.servable, manifest.unservable_reason
+    assert manifest.digest == digest
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -363,7 +363,6 @@ def test_all_reasons_are_reported_together_and_bounded(folder: Any) -> None:
     [
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"alora_invocation_tokens": [1]}, "aLoRA"),
         ({"target_parameters": ["experts.gate"]}, "target_parameters"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -384,6 +383,36 @@ def test_a_kind_that_is_not_served_yet_is_stored_with_the_reason(folder: Any, ch
     assert manifest.kind == changes.get("peft_type", "lora").lower()
     with open_buffer(folder.out_file) as buffer:
         verify_file(manifest, buffer)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept"), [(None, None), ([], None), ([0], (0,)), ([63, 5, 63], (63, 5, 63)), ([7] * 256,) * 2]
+)
+def test_the_tokens_that_activate_an_adapter_are_kept(folder: Any, tokens: Any, kept: Any) -> None:
+    folder.fill().config["alora_invocation_tokens"] = tokens
+    manifest = folder.ingest().manifest
+    assert manifest.servable
+    if kept is None:
+        assert manifest.activation is None
+    else:
+        assert manifest.activation.invocation_tokens == tuple(kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"alora_invocation_tokens": [1, 64]}, "has token 64, but base model 'tiny' (LlamaForCausalLM) has"),
+        ({"alora_invocation_tokens": [-1]}, "alora_invocation_tokens.0: Input should be greater than"),
+        ({"alora_invocation_tokens": [1.0]}, "alora_invocation_tokens.0: Input should be a valid integer"),
+        ({"alora_invocation_tokens": [True]}, "alora_invocation_tokens.0: Input should be a valid integer"),
+        ({"alora_invocation_tokens": "<x>"}, "alora_invocation_tokens: Input should be a valid list"),
+        ({"alora_invocation_tokens": [1] * 257}, "at most 256 items"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, "a DoRA can't be activated"),
+    ],
+)
+def test_tokens_that_can_not_activate_an_adapter_are_rejected(folder: Any, changes: Any, why: str) -> None:
+    folder.fill().config |= changes
+    assert why in rejection(folder)
 
 
 @pytest.mark.parametrize("peft_type", ["XLORA", "LORA"])

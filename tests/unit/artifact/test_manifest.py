@@ -129,6 +129,13 @@ def edits(value: dict[str, Any], path: str, new: Any) -> None:
         ("servable", 1, "servable"),
         ("unservable_reason", "why", "disagree"),
         ("tokenizer", [], "tokenizer"),
+        ("activation", {}, "activation.invocation_tokens"),
+        ("activation", {"invocation_tokens": []}, "0 invocation tokens"),
+        ("activation", {"invocation_tokens": [1] * 257}, "257 invocation tokens"),
+        ("activation", {"invocation_tokens": [3, 64]}, "invocation token 64 is not below 64"),
+        ("activation", {"invocation_tokens": [-1]}, "invocation token -1"),
+        ("activation", {"invocation_tokens": [1.0]}, "activation.invocation_tokens.0"),
+        ("activation", {"invocation_tokens": [1], "more": 1}, "canonical spelling"),
         ("more", 1, "canonical spelling"),
         ("chunks.0.more", 1, "canonical spelling"),
     ],
@@ -152,6 +159,13 @@ def test_a_manifest_that_is_not_servable_has_no_modules(manifest: Manifest) -> N
     value = json.loads(manifest.to_bytes())
     value |= {"servable": False, "unservable_reason": "why"}
     assert "has modules" in corruption(canonical_json(value))
+
+
+def test_a_manifest_that_is_not_servable_has_no_activation(folder: Any) -> None:
+    folder.config["bias"] = "all"
+    value = json.loads(folder.fill().ingest().manifest.to_bytes())
+    value["activation"] = {"invocation_tokens": [1]}
+    assert "not servable has an activation" in corruption(canonical_json(value))
 
 
 @pytest.mark.parametrize("key", ["schema", "name", "base", "chunks", "golden_probe"])

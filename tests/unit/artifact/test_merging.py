@@ -16,7 +16,7 @@ from adaptermesh.artifact.canonical import tensor_from_file
 from adaptermesh.artifact.composing import Member as Composable
 from adaptermesh.artifact.composing import compose
 from adaptermesh.artifact.ingest import SourceBundle, ingest
-from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.artifact.manifest import Activation, Manifest
 from adaptermesh.artifact.merging import MergeReport, merge
 from adaptermesh.artifact.merging_members import Member
 from adaptermesh.artifact.merging_recipe import MergeMethod, MergeRecipe, recipe_of
@@ -353,7 +353,7 @@ def test_what_can_not_be_served_is_refused_with_that_reason(kit: Kit, base: Base
 
 def test_a_member_with_something_beside_its_weights_is_refused(kit: Kit, base: BaseFacts) -> None:
     member = kit.member(base)
-    manifest = dataclasses.replace(member.manifest, activation={"tokens": [1]})
+    manifest = dataclasses.replace(member.manifest, activation=Activation((1,)))
     kit.members = [dataclasses.replace(member, manifest=manifest)]
     assert "activation" in refusal(kit, base, Reason.ADAPTER_UNSUPPORTED)
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedModel
 
 from adaptermesh.artifact import plan
@@ -289,6 +290,12 @@ KINDS: dict[str, peft.PeftConfig] = {
     "lokr": peft.LoKrConfig(r=1, decompose_both=True, target_modules=["q_proj", "v_proj"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "v_proj"]),
     "boft": peft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=["q_proj", "v_proj"]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "p_tuning": peft.PromptEncoderConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "alora": peft.LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]
+    ),
 }
 
 
@@ -323,6 +330,13 @@ def rewrite(folder: Path, changes: dict[str, np.ndarray[Any, Any] | None]) -> No
         ("ia3", f"{Q0}.ia3_l", None, "the file has no tensors for it"),
         ("ia3", f"{Q0.replace('q_proj', 'v_proj')}.ia3_l", (8, 1), "it is a feed-forward module"),
         ("ia3", f"{Q0}.lora_A.weight", (2, 16), "tensors of a peft IA3 are named"),
+        ("prompt", "prompt_embeddings", None, "holds no tensors"),
+        ("prompt", "prompt_embeddings", (4, 16), "expected [5, 16]: 5 virtual tokens from the config"),
+        ("prompt", "prompt_embeddings", (5, 16, 1), "expected [5, 16]"),
+        ("prompt", "score.weight", (5, 16), "'score.weight' is not expected: virtual tokens are in"),
+        ("p_tuning", "prompt_embeddings", (5, 15), "expected [5, 16]"),
+        ("prefix", "prompt_embeddings", (5, 16), "expected [5, 32]: 5 virtual tokens from the config"),
+        ("prefix", f"{Q0}.lora_A.weight", (2, 16), "virtual tokens are in prompt_embeddings alone"),
     ],
 )
 def test_a_file_that_disagrees_with_its_method_is_rejected(
@@ -342,7 +356,11 @@ def test_a_file_that_disagrees_with_its_method_is_rejected(
         ("vera", {"bias": "all"}, "trained biases"),
         ("loha", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ("adalora", {"use_dora": True}, "DoRA"),
+        ("adalora", {"alora_invocation_tokens": [1]}, "activation by tokens"),
         ("ia3", {"task_type": "SEQ_CLS"}, "SEQ_CLS"),
+        ("prompt", {"task_type": "SEQ_2_SEQ_LM"}, "SEQ_2_SEQ_LM"),
+        ("p_tuning", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("prefix", {"task_type": "SEQ_CLS"}, "SEQ_CLS"),
     ],
 )
 def test_a_variant_of_a_method_is_stored_with_the_reason(
@@ -354,6 +372,141 @@ def test_a_variant_of_a_method_is_stored_with_the_reason(
     manifest = ingested(tmp_path / "a", facts).manifest
     assert not manifest.servable
     assert why in manifest.unservable_reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("prompt", {"token_dim": 8}, "token_dim is 8, base model 'tiny' (LlamaForCausalLM) needs 16"),
+        (
+            "prompt",
+            {"num_virtual_tokens": 0},
+            "num_virtual_tokens: Input should be greater than or equal to 1",
+        ),
+        ("prompt", {"num_virtual_tokens": None}, "num_virtual_tokens: Field required"),
+        ("prompt", {"num_virtual_tokens": 6}, "expected [6, 16]"),
+        ("p_tuning", {"num_transformer_submodules": 2}, "num_transformer_submodules: Input should be 1"),
+        ("p_tuning", {"task_ids": [1]}, "the key 'task_ids' is unknown"),
+        ("prefix", {"token_dim": 16}, "token_dim is 16, base model 'tiny' (LlamaForCausalLM) needs 8"),
+        ("prefix", {"num_attention_heads": 4}, "num_attention_heads is 4"),
+        ("prefix", {"num_layers": 3}, "num_layers is 3"),
+    ],
+)
+def test_a_config_of_virtual_tokens_that_does_not_fit_is_rejected(
+    tmp_path: Path, kind: str, changes: dict[str, Any], why: str
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS[kind]), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(Rejection) as caught:
+        ingested(tmp_path / "a", facts)
+    assert why in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=9, task_type="CAUSAL_LM"),
+        peft.PromptEncoderConfig(
+            num_virtual_tokens=5, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM"
+        ),
+    ],
+)
+@pytest.mark.parametrize("base", [LlamaConfig(**SMALL), GPT2Config(n_embd=16, n_layer=2, n_head=4)])
+def test_embeddings_of_virtual_tokens_are_those_that_peft_feeds(
+    tmp_path: Path, base: Any, config: peft.PeftConfig
+) -> None:
+    facts, tuned = write(base, copy.deepcopy(config), tmp_path / "a")
+    manifest = ingested(tmp_path / "a", facts).manifest
+    with open_buffer(tmp_path / "a.canonical") as buffer:
+        [entry] = manifest.tensors
+        found = to_float32(entry, tensor_view(entry, buffer))
+    np.testing.assert_array_equal(found, tuned.get_prompt(1)[0].detach().numpy())
+    assert manifest.op_kinds == ("prompt",)
+    assert manifest.cost.max_rank == 0
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("base", [LlamaConfig(**SMALL), GPT2Config(n_embd=16, n_layer=2, n_head=4)])
+def test_keys_and_values_of_virtual_tokens_are_those_that_peft_puts_into_its_cache(
+    tmp_path: Path, base: Any, projected: bool
+) -> None:
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=projected, encoder_hidden_size=9, task_type="CAUSAL_LM"
+    )
+    facts, tuned = write(base, config, tmp_path / "a")
+    manifest = ingested(tmp_path / "a", facts).manifest
+    cache = tuned.get_prompt(1)
+    entries = {entry.name: entry for entry in manifest.tensors}
+    assert len(manifest.modules) == len(cache.layers) == 2
+    with open_buffer(tmp_path / "a.canonical") as buffer:
+        for module, layer in zip(manifest.modules, cache.layers, strict=True):
+            for slot, expected in (("k", layer.keys), ("v", layer.values)):
+                entry = entries[module.tensors[slot]]
+                found = to_float32(entry, tensor_view(entry, buffer))
+                np.testing.assert_array_equal(found, expected[0].detach().numpy())
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("prompt", torch.bfloat16), ("prefix", torch.float16)])
+def test_virtual_tokens_keep_their_bits(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS[kind]), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    values = torch.from_numpy(load_file(file)["prompt_embeddings"]).to(dtype)
+    save_torch_file({"prompt_embeddings": values}, file)
+    manifest = ingested(tmp_path / "a", facts).manifest
+    parts = []
+    with open_buffer(tmp_path / "a.canonical") as buffer:
+        for entry in manifest.tensors:
+            part = torch.from_numpy(to_float32(entry, tensor_view(entry, buffer)).copy())
+            parts.append(part if kind == "prompt" else part.transpose(0, 1).flatten(1))
+    assert torch.equal(torch.cat(parts, 1), values.float())
+
+
+def test_too_many_virtual_tokens_are_stored_with_the_reason(tmp_path: Path) -> None:
+    config = peft.PromptTuningConfig(num_virtual_tokens=4097, task_type="CAUSAL_LM")
+    facts, _ = write(LlamaConfig(**SMALL), config, tmp_path / "a")
+    manifest = ingested(tmp_path / "a", facts).manifest
+    assert not manifest.servable
+    assert "4097 virtual tokens, the most is 4096" in manifest.unservable_reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "change", "why"),
+    [
+        ("prompt", 0, {"site": "q"}, "not at the embeddings"),
+        ("prompt", 0, {"layer": 1}, "in chunks of layer 0"),
+        ("prompt", 0, {"rank": 1}, "has rank 1"),
+        ("prompt", 0, {"scale": 2.0}, "has scale 2.0 for nothing"),
+        ("prompt", 0, {"expert": 0}, "has an expert"),
+        ("prefix", 0, {"site": "ffn"}, "not at the attention"),
+        ("prefix", 1, {"scale": 0.5}, "has scale 0.5 for nothing"),
+        ("prefix", 0, {"tensors": {"k": "L0.attention.k", "v": "L0.attention.k"}}, "used twice"),
+        ("prefix", 1, {"layer": 0}, "listed twice"),
+        ("prefix", 1, {"options": {"positions": "before"}}, "has positions 'before'"),
+        ("prompt", 0, {"options": {"end": "front"}}, "has options"),
+    ],
+)
+def test_a_manifest_whose_virtual_tokens_are_wrong_is_corrupt(
+    tmp_path: Path, kind: str, place: int, change: dict[str, Any], why: str
+) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS[kind]), tmp_path / "a")
+    value = json.loads(ingested(tmp_path / "a", facts).manifest.to_bytes())
+    value["modules"][place] |= change
+    with pytest.raises(MeshError, match=why) as caught:
+        Manifest.from_bytes(canonical_json(value))
+    assert caught.value.reason is Reason.DATA_CORRUPT
+
+
+def test_a_prefix_of_one_layer_and_an_activated_prefix_are_corrupt(tmp_path: Path) -> None:
+    facts, _ = write(LlamaConfig(**SMALL), copy.deepcopy(KINDS["prefix"]), tmp_path / "a")
+    whole = json.loads(ingested(tmp_path / "a", facts).manifest.to_bytes())
+    activated = {**whole, "activation": {"invocation_tokens": [1]}}
+    with pytest.raises(MeshError, match="virtual tokens come before any activation"):
+        Manifest.from_bytes(canonical_json(activated))
+    whole["base"]["num_layers"] = 3
+    with pytest.raises(MeshError, match="not the same in all layers"):
+        Manifest.from_bytes(canonical_json(whole))
 
 
 def test_a_pruned_adalora_may_lack_a_module(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ from collections.abc import Mapping
 
 import torch
 
-from adaptermesh.artifact.manifest import Manifest, ModuleOp
-from adaptermesh.artifact.ops import BOTTLENECK, LOWRANK, REFT, STRUCTURED
+from adaptermesh.artifact.manifest import Manifest, ModuleOp, TensorEntry
+from adaptermesh.artifact.ops import BOTTLENECK, KV_PREFIX, LOWRANK, REFT, STRUCTURED
 from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.priority import check_priority
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.host_arena import corrupt
 from adaptermesh.worker.engine.ops.registry import OP_KINDS
+from adaptermesh.worker.engine.ops.virtual import WITHOUT_SITES
 from adaptermesh.worker.engine.request import Request
 from adaptermesh.worker.engine.slots import check_servable
 
@@ -29,6 +30,9 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
     check_servable(digest, manifest, OP_KINDS)
     entries = {entry.name: entry for entry in manifest.tensors}
     for module in manifest.modules:
+        if module.op in WITHOUT_SITES:
+            _check_virtual(digest, module, entries, base)
+            continue
         site = base.sites.get(module.site)
         if module.op in (BOTTLENECK, REFT) and module.site in base.sites.blocks:
             # Their shapes, by the base's hidden size, are among the manifest's own checks.
@@ -42,6 +46,17 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
             if entry is None or entry.shape != shapes.get(slot):
                 problem = f"is not {list(shapes.get(slot, ()))}"
                 raise corrupt(digest, f"{slot} of {module.site} in layer {module.layer} {problem}")
+
+
+def _check_virtual(digest: str, module: ModuleOp, entries: Mapping[str, TensorEntry], base: Base) -> None:
+    """What the manifest's own checks don't say: shapes agree, and every layer of the base has its part."""
+    for slot, name in module.tensors.items():
+        shape = entries[name].shape
+        expected: tuple[int, ...] = (shape[0], base.facts.hidden_size)
+        if module.op == KV_PREFIX:
+            expected = (base.kv_heads, shape[1], base.head_dim)
+        if shape != expected:
+            raise corrupt(digest, f"{slot} of {module.op} in layer {module.layer} is not {list(expected)}")
 
 
 def _shapes(module: ModuleOp, site: Site) -> Mapping[str, tuple[int, ...]]:
@@ -83,16 +98,22 @@ def check_request(request: Request, vocab_size: int, max_context_tokens: int) ->
     check_priority(request.priority)
     if request.deadline_ns < 0:
         raise invalid_field("deadline_ns", "must not be negative")
-    count = len(request.prompt_ids)
-    if not count:
+    if not request.prompt_ids:
         raise invalid_field("input", "the prompt is empty")
     if not all(0 <= token < vocab_size for token in request.prompt_ids):
         raise invalid_field("input.token_ids", f"ids must be in [0, {vocab_size})")
-    if count >= max_context_tokens:
-        raise MeshError(
-            Code.INVALID_ARGUMENT,
-            Reason.PROMPT_TOO_LONG,
-            f"the prompt has {count} tokens; with at least one token of output it must fit into "
-            f"{max_context_tokens}",
-            metadata={"prompt_tokens": str(count), "max_context_tokens": str(max_context_tokens)},
-        )
+    if len(request.prompt_ids) >= max_context_tokens:
+        raise prompt_too_long(request, 0, max_context_tokens)
+
+
+def prompt_too_long(request: Request, virtual: int, max_context_tokens: int) -> MeshError:
+    """`virtual`: tokens that the request's adapter puts in front of the prompt."""
+    count = len(request.prompt_ids)
+    before = f" and the adapter puts {virtual} in front of it" if virtual else ""
+    return MeshError(
+        Code.INVALID_ARGUMENT,
+        Reason.PROMPT_TOO_LONG,
+        f"the prompt has {count} tokens{before}; with at least one token of output that must fit into "
+        f"{max_context_tokens}",
+        metadata={"prompt_tokens": str(count), "max_context_tokens": str(max_context_tokens)},
+    )

@@ -10,7 +10,7 @@ import torch
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
 from adaptermesh.core.tiers import Tier
-from adaptermesh.worker.engine.admission import check_request
+from adaptermesh.worker.engine.admission import check_request, prompt_too_long
 from adaptermesh.worker.engine.arrivals import CudaCopies
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.bell import Bell
@@ -108,6 +108,11 @@ class Engine:
             timeline = Timeline(submitted_ns=self._now_ns())
             row = self._make_row(request, listener, timeline)
             if request.digest is not None:
+                traits = self._residency.traits(request.digest)
+                if traits is not None:
+                    row.learn(traits)
+                    if not row.fits:
+                        raise prompt_too_long(request, row.virtual, self.max_context_tokens)
                 holder = Holder(request.request_id, request.digest, request.context, timeline)
                 timeline.tier_at_admission = self._residency.want(holder)
             self._rows[request.request_id] = row
@@ -207,6 +212,9 @@ class Engine:
         with self._lock:
             plan = self._scheduler.plan()
             unloads, staging = self._residency.take_staging()
+            misfits = self._scheduler.take_misfits()
+        for misfit in misfits:
+            self._end(misfit, prompt_too_long(misfit.request, misfit.virtual, self.max_context_tokens))
         staged = bool(unloads or staging)
         if staged:
             plan = self._stage(plan, unloads, staging)
@@ -218,7 +226,7 @@ class Engine:
         if worked:
             with self._lock:
                 self._pace.note(plan.tokens, self._clock.monotonic() - started)
-        if ended or staged or worked:
+        if ended or staged or worked or misfits:
             self._on_change()
             return True
         return False
@@ -397,6 +405,7 @@ class Engine:
             timeline=timeline,
             arrival=self._arrivals,
             history=make_history(sampling, request.prompt_ids),
+            context=self.max_context_tokens,
         )
 
     def _now_ns(self) -> int:

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from adaptermesh.core.tiers import Tier
+from adaptermesh.worker.engine.traits import Traits
 
 
 class Flight(enum.Enum):
@@ -23,7 +24,7 @@ class Entry:
 
     `pinned` is the tier that it must not leave for a farther one; NONE if it may.
     `arrived` counts the leading layers that are here of an adapter in flight. `partial`: its slot was given
-    before it was whole and lacks layers still.
+    before it was whole and lacks layers still. `traits` is None until its manifest has been read.
     """
 
     digest: str
@@ -39,6 +40,7 @@ class Entry:
     reserved_bytes: int = 0
     arrived: int = 0
     holders: dict[str, None] = field(default_factory=dict)
+    traits: Traits | None = None
     rate: float = 0.0
     rate_time: float = 0.0
 

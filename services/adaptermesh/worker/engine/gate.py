@@ -6,6 +6,7 @@ from typing import Protocol
 
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.sequence import Sequence
+from adaptermesh.worker.engine.traits import Traits
 
 
 class Placer(Protocol):
@@ -13,6 +14,10 @@ class Placer(Protocol):
 
     def place(self, digest: str) -> int | None:
         """The slot that holds the adapter, counted as used by one more row; None if it can't be there now."""
+        ...
+
+    def traits(self, digest: str) -> Traits | None:
+        """What the adapter asks of its sequences; None, and no slot, until its manifest is here."""
         ...
 
     def waits_for_slot(self, digest: str) -> bool:

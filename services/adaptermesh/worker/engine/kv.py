@@ -176,6 +176,19 @@ class KvCache:
         """
         self._by_token[layer].index_copy_(0, places, kv)
 
+    def write_apart(self, layer: int, places: torch.Tensor, kv: torch.Tensor) -> None:
+        """Stores tokens in the layout of the kernels in C++, in which a block holds one head after the other.
+
+        Of each its keys, [head_dim, block_tokens], then its values, [block_tokens, head_dim]. Arguments as of
+        `write`.
+        """
+        shape = self.shape
+        size, dim = shape.block_tokens, shape.head_dim
+        keys, values = self.data[layer].view(-1, shape.kv_heads, 2, size * dim).unbind(2)
+        blocks, rows = places // size, places % size
+        keys.unflatten(2, (dim, size))[blocks, :, :, rows] = kv[:, : shape.kv_heads]
+        values.unflatten(2, (size, dim))[blocks, :, rows] = kv[:, shape.kv_heads :]
+
     def read(self, layer: int, blocks: torch.Tensor, rows: int) -> torch.Tensor:
         """Gathers rows of blocks: [rows * n] int64 -> [rows, n * block_tokens, 2 * kv_heads, head_dim]."""
         shape = self.shape

@@ -24,6 +24,7 @@ from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.source import AdapterSource
 from adaptermesh.worker.engine.status import ResidencyView, TierBudgets
 from adaptermesh.worker.engine.tiers import TierTable
+from adaptermesh.worker.engine.traits import Traits
 from adaptermesh.worker.engine.transfers import Transfers, no_room
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,10 @@ class Residency:
             return None
         self._table.use(digest)
         return entry.slot
+
+    def traits(self, digest: str) -> Traits | None:
+        entry = self._table.get(digest)
+        return None if entry is None else entry.traits
 
     def waits_for_slot(self, digest: str) -> bool:
         entry = self._table.get(digest)

@@ -21,6 +21,7 @@ from adaptermesh.worker.engine.slots import DeviceSlots
 from adaptermesh.worker.engine.static_step import StaticStep
 from adaptermesh.worker.engine.step_plan import Advance, Row, StepPlan
 from adaptermesh.worker.engine.upload import to_device
+from adaptermesh.worker.engine.virtual import VirtualSpan, VirtualTokens
 
 
 class Runner:
@@ -33,6 +34,7 @@ class Runner:
         self._slots = slots
         shape = KvShape(base.sites.num_layers, base.kv_heads, base.head_dim, blocks, config.block_tokens)
         self._cache = KvCache(shape, base.dtype, base.device)
+        self._virtual = VirtualTokens(slots, self._cache, heads_apart=forward.heads_apart)
         self._forward = forward
         text = base.model.config.get_text_config()
         caps = getattr(text, "attn_logit_softcapping", None) is not None
@@ -59,7 +61,9 @@ class Runner:
         """
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
-            logits = self._logits(self.pack(plan))
+            step = self.pack(plan)
+            self._virtual.fill(row.sequence for row in plan.rows)
+            logits = self._logits(step)
             drawn = _drawn(plan.rows, logits)
             return StepResult(drawn, _score_prompts(plan, logits[len(drawn) :]))
 
@@ -117,7 +121,8 @@ class Runner:
         packed = to_device([*step.token_ids, *step.positions, *step.outputs], device, torch.int64)
         ids, positions, outputs = packed.split([len(step.token_ids), len(step.positions), len(step.outputs)])
         attention = self._plan_attention(step.spans, step.decodes)
-        return StepBatch(ids, positions, outputs, attention, self._slots.plan(step.tokens), step.spans)
+        adapters, virtual = self._slots.plan(step.tokens), self._virtual.rows(step.virtual)
+        return StepBatch(ids, positions, outputs, attention, adapters, step.spans, virtual)
 
 
 def _wanted(rows: Iterable[Row]) -> Iterator[tuple[int, str | None]]:
@@ -132,29 +137,39 @@ def _host_step(plan: StepPlan) -> HostStep:
     positions: list[int] = []
     outputs: list[int] = []
     scored: list[int] = []
+    virtual: list[VirtualSpan] = []
     for row, span in zip(rows, spans, strict=True):
-        end, shift = span.past + span.count, len(ids) - span.past
-        ids.extend(row.sequence.tokens[span.past : end])
+        end, shift, before = span.past + span.count, len(ids) - span.past, row.sequence.virtual
+        if row.virtual:
+            virtual.append(VirtualSpan(len(ids), row.sequence.slot, span.past, len(row.virtual)))
+            ids.extend([0] * len(row.virtual))
+        ids.extend(row.sequence.tokens[max(0, span.past - before) : max(0, end - before)])
         positions.extend(range(span.past, end))
         if row.samples:
             outputs.append(len(ids) - 1)
-        scored.extend(position + shift for position in row.scores)
+        scored.extend(before + position + shift for position in row.scores)
     return HostStep(
         token_ids=ids,
         positions=positions,
         outputs=outputs + scored,
         spans=tuple(spans),
-        slots=tuple(row.sequence.slot for row in rows),
+        slots=tuple(row.parts[-1][0] for row in rows),
         decodes=len(plan.decodes),
         tokens=StepTokens(_segments(plan), _row_tokens(rows)),
+        virtual=tuple(virtual),
     )
 
 
 def _row_tokens(rows: Sequence[Row]) -> tuple[RowTokens, ...]:
-    """Where in their sequences the packed tokens are."""
+    """Where in their sequences, without virtual tokens, the packed tokens are."""
     ends = itertools.accumulate(row.count for row in rows)
     return tuple(
-        RowTokens(end - row.count, end, row.sequence.computed, row.sequence.prompt_tokens)
+        RowTokens(
+            start=end - row.count + len(row.virtual),
+            end=end,
+            past=max(0, row.sequence.computed - row.sequence.virtual),
+            prompt=row.sequence.prompt_tokens,
+        )
         for row, end in zip(rows, ends, strict=True)
     )
 
@@ -169,13 +184,16 @@ def _drawn(rows: Sequence[Row], logits: torch.Tensor) -> tuple[Drawn, ...]:
 
 
 def _segments(plan: StepPlan) -> tuple[Segment, ...]:
-    """Tokens of the same slot that follow one another, decodes and prefills apart."""
+    """Tokens of the same slot that follow one another, decodes and prefills apart.
+
+    What comes before the activation of its adapter is the base's.
+    """
     segments: list[Segment] = []
     start = 0
     for part in (plan.decodes, plan.prefills):
         first = len(segments)
-        for row in part:
-            end, slot = start + row.count, row.sequence.slot
+        for slot, count in (piece for row in part for piece in row.parts):
+            end = start + count
             if len(segments) > first and segments[-1].slot == slot:
                 segments[-1] = Segment(slot, segments[-1].start, end)
             else:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.early_prefills import EarlyPrefills
 from adaptermesh.worker.engine.fairness import TenantCounters
@@ -59,6 +60,12 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+        self._misfits: list[Sequence] = []
+
+    def take_misfits(self) -> list[Sequence]:
+        """Waiting requests that don't fit with their adapters' virtual tokens; each is given out once."""
+        misfits, self._misfits = self._misfits, []
+        return misfits
 
     def add(self, sequence: Sequence) -> None:
         """A new request."""
@@ -99,6 +106,7 @@ class Scheduler:
             sequence = row.sequence
             sequence.scored += len(row.scores)
             sequence.computed += row.count
+            sequence.fill_from = None
             full = sequence.computed // size
             if self._config.prefix_cache and full > sequence.table.kept:
                 self._blocks.keep(sequence.table, sequence.keys.first(full, sequence.tokens, size))
@@ -148,7 +156,7 @@ class Scheduler:
 
     def _is_blocked(self, sequence: Sequence) -> bool:
         """Whether a request whose adapter is whole lacks a row, blocks, a slot or a place in the step."""
-        if self._arrives(sequence):
+        if self._arrives(sequence) or not self._knows(sequence):
             return False
         if len(self.running) >= self._config.max_batch_rows or not self._has_room(sequence):
             return True
@@ -170,6 +178,9 @@ class Scheduler:
                 continue
             if sequence.unscored:
                 # The logits of all its tokens would be wanted; it comes when its adapter is whole.
+                continue
+            if not self._knows(sequence) or sequence.given:
+                # What is given of every layer has to be in the cache before the first token is computed.
                 continue
             if not self._has_room(sequence):
                 return
@@ -218,7 +229,7 @@ class Scheduler:
         """As many tokens of a prompt as the budget and the blocks allow, which it takes."""
         count = min(budget.tokens, sequence.pending)
         if sequence.unscored:
-            told = max(0, sequence.scored - 1 - sequence.computed)
+            told = max(0, sequence.virtual + sequence.scored - 1 - sequence.computed)
             count = min(count, told + budget.scored)
         if not count or not self._blocks.grow(sequence.table, sequence.computed + count):
             return None
@@ -230,7 +241,7 @@ class Scheduler:
     def _charge(self, row: Row, output: int | None = None) -> None:
         """Books what the row costs its tenant: each prompt token once, and the token that it samples."""
         sequence = row.sequence
-        end = min(sequence.computed + row.count, sequence.prompt_tokens)
+        end = min(sequence.computed + row.count, sequence.virtual + sequence.prompt_tokens)
         fresh = max(0, end - max(sequence.computed, sequence.charged))
         sequence.charged = max(sequence.charged, end)
         sampled = int(row.samples) if output is None else output
@@ -252,6 +263,9 @@ class Scheduler:
                 break
             if sequence.unscored and budget.scored <= 0:
                 # It would hold a row and do nothing until the prompts before it are scored.
+                continue
+            if not self._knows(sequence) and sequence.traits is not None:
+                # It leaves before the next step.
                 continue
             if self._looks_up(sequence) and under_way.shares(sequence):
                 # In a step or two it finds them in the cache.
@@ -287,7 +301,7 @@ class Scheduler:
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether blocks are there for all of a waiting sequence's tokens and one more."""
-        tokens = len(sequence.tokens) + 1
+        tokens = sequence.length + 1
         if self._blocks.missing(sequence.table, tokens) <= self._blocks.free:
             # What fits without the cache fits with it.
             return True
@@ -301,25 +315,44 @@ class Scheduler:
         if not self._looks_up(sequence):
             return []
         size = self._blocks.block_tokens
-        return sequence.keys.first((len(sequence.tokens) - 1) // size, sequence.tokens, size)
+        return sequence.keys.first((sequence.length - 1) // size, sequence.tokens, size)
 
     def _looks_up(self, sequence: Sequence) -> bool:
         # Cached blocks have no logits: a prompt that is not scored yet is computed, all of it.
-        return self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
+        wanted = self._config.prefix_cache and sequence.request.reuse_prefix and not sequence.unscored
+        return wanted and self._knows(sequence)
+
+    def _knows(self, sequence: Sequence) -> bool:
+        """Whether the adapter's manifest is here, and the sequence fits with what that adds to it.
+
+        Without the manifest it is open whose keys the blocks have.
+        """
+        if sequence.traits is None and sequence.digest is not None:
+            traits = self._placer.traits(sequence.digest)
+            if traits is not None:
+                sequence.learn(traits)
+                if not sequence.fits:
+                    self._misfits.append(sequence)
+        return sequence.traits is not None and sequence.fits
 
     def _fills_cache(self, sequence: Sequence) -> bool:
         """Whether a row computes its prompt for the cache, in steps."""
         return self._config.prefix_cache and not sequence.early
 
     def _share_prefix(self, sequence: Sequence) -> None:
-        sequence.computed = self._blocks.share(sequence.table, self._reusable(sequence))
+        sequence.begin(self._blocks.share(sequence.table, self._reusable(sequence)))
         if sequence.timeline.scheduled_ns == 0 and self._looks_up(sequence):
             # After a preemption it would find its own tokens, which says nothing about shared prefixes.
-            sequence.timeline.cached_tokens = sequence.computed
-            self.prefix_hit_tokens += sequence.computed
+            cached = max(0, sequence.computed - sequence.virtual)
+            sequence.timeline.cached_tokens = cached
+            self.prefix_hit_tokens += cached
             self.prefix_query_tokens += len(sequence.tokens)
 
     def _join(self, sequence: Sequence) -> None:
+        if not self._knows(sequence):
+            raise MeshError(
+                Code.INTERNAL, Reason.INTERNAL, f"adapter {sequence.digest} has a slot and no manifest"
+            )
         self._share_prefix(sequence)
         self.waiting.join(sequence)
         sequence.state = SequenceState.RUNNING
@@ -341,7 +374,7 @@ class Scheduler:
             self._early.drop(sequence)
             sequence.early = False
         self._blocks.release(sequence.table)
-        sequence.computed = 0
+        sequence.begin(0)
         sequence.slot = BASE_SLOT
         if sequence.digest is not None:
             self._placer.unplace(sequence.digest)

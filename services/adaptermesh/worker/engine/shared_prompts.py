@@ -26,7 +26,7 @@ class PromptsUnderWay:
         """A row that has joined."""
         size = self._block_tokens
         if row.pending > 1:
-            blocks = len(row.tokens) // size
+            blocks = row.length // size
             self._keys.update(row.keys.first(blocks, row.tokens, size)[row.table.kept :])
 
     def shares(self, sequence: Sequence) -> bool:
@@ -35,5 +35,5 @@ class PromptsUnderWay:
             return False
         size = self._block_tokens
         # The last token is computed by itself in any case: its logits are needed.
-        blocks = (len(sequence.tokens) - 1) // size
+        blocks = (sequence.length - 1) // size
         return not self._keys.isdisjoint(sequence.keys.first(blocks, sequence.tokens, size))

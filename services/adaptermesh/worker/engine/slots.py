@@ -22,6 +22,7 @@ from adaptermesh.worker.engine.ops.op import (
     StepTokens,
     TensorReader,
 )
+from adaptermesh.worker.engine.ops.virtual import WITHOUT_SITES
 
 BASE_SLOT = -1
 
@@ -142,6 +143,10 @@ class DeviceSlots:
     def size_bytes(self) -> int:
         return sum(op.size_bytes for op in self._ops.values())
 
+    @property
+    def ops(self) -> Mapping[str, Op]:
+        return self._ops
+
     def digest(self, slot: int) -> str | None:
         return self._digests[slot]
 
@@ -260,9 +265,9 @@ class DeviceSlots:
                 )
 
     def _kinds(self, slot: int) -> frozenset[str]:
-        """The kinds of op that the adapter in a slot consists of."""
+        """The kinds of op that act at sites which the adapter in a slot consists of."""
         parts = self._parts[slot]
-        return frozenset() if parts is None else frozenset(kind for kind, _ in parts.modules)
+        return frozenset() if parts is None else frozenset(kind for kind, _ in parts.modules) - WITHOUT_SITES
 
     def _copy(
         self, slot: int, parts: _Parts, until: int, data: torch.Tensor, arrival: Arrival | None

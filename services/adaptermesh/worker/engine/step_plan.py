@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.sequence import Sequence, SequenceState
+from adaptermesh.worker.engine.slots import BASE_SLOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,19 +15,36 @@ class Row:
     count: int
 
     @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """The slots that compute it and how many tokens each: the base before the activation, if at all."""
+        sequence = self.sequence
+        before = min(sequence.activation - sequence.computed, self.count)
+        if before <= 0:
+            return ((sequence.slot, self.count),)
+        adapted = self.count - before
+        return ((BASE_SLOT, before), (sequence.slot, adapted)) if adapted else ((BASE_SLOT, before),)
+
+    @property
     def samples(self) -> bool:
         """Whether the last of these tokens is the last one known: its logits give the next one."""
         return self.count == self.sequence.pending
 
     @property
     def scores(self) -> range:
-        """Positions of those of its tokens whose logits say how likely the prompt's next token is."""
+        """Places in the prompt of those of its tokens whose logits say how likely the next one is."""
         sequence = self.sequence
+        computed = sequence.computed - sequence.virtual
         if not sequence.unscored:
             return range(0)
         # After a preemption the prompt is computed anew, but nothing is told twice.
-        start = max(sequence.computed, sequence.scored - 1)
-        return range(start, min(sequence.computed + self.count, sequence.prompt_tokens - 1))
+        start = max(computed, sequence.scored - 1)
+        return range(start, max(start, min(computed + self.count, sequence.prompt_tokens - 1)))
+
+    @property
+    def virtual(self) -> range:
+        """The virtual tokens among its tokens."""
+        sequence = self.sequence
+        return range(sequence.computed, min(sequence.computed + self.count, sequence.virtual))
 
 
 @dataclass(slots=True, eq=False)

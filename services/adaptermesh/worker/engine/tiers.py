@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.tiers import Tier
 from adaptermesh.worker.engine.entry import Entry, Flight
+from adaptermesh.worker.engine.traits import Traits
 
 HALF_LIFE_SECONDS = 120.0
 """A use counts half after this time: recency and frequency in one number."""
@@ -129,6 +130,10 @@ class TierTable:
             return Flight.NONE
         entry.flight = Flight.DISK if entry.on_disk else Flight.FETCH
         return entry.flight
+
+    def learn(self, digest: str, traits: Traits) -> None:
+        """An arriving adapter's manifest is here."""
+        self._entries[digest].traits = traits
 
     def reserve_host(self, digest: str, size_bytes: int, device_bytes: int = 0) -> list[str] | None:
         """Makes room for an arriving adapter. Gives the host copies that go; None if there is no room now."""

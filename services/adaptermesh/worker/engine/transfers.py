@@ -24,6 +24,7 @@ from adaptermesh.worker.engine.holders import Holders
 from adaptermesh.worker.engine.host_arena import HostArena, HostCopy, Landing
 from adaptermesh.worker.engine.source import AdapterSource
 from adaptermesh.worker.engine.tiers import TierTable
+from adaptermesh.worker.engine.traits import Traits
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Transfers:
                 raise no_room(transfer.digest, "is larger than all of the host memory for adapters", None)
             if not self._table.fits_device(device_bytes):
                 raise no_room(transfer.digest, "is larger than all of the device memory for adapters", None)
+            self._table.learn(transfer.digest, Traits.of(manifest))
             victims = self._table.reserve_host(transfer.digest, manifest.size_bytes, device_bytes)
             if victims is None:
                 del self._transfers[transfer.digest]

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -249,6 +256,25 @@ class Lab:
         )
         return self._make(key, config, seed)
 
+    def alora(self, seed: int, invocation: Sequence[int], rank: int = 4) -> Adapter:
+        """A LoRA that acts from the last occurrence of these tokens on."""
+        key = ("alora", seed, tuple(invocation), rank)
+        config = LoraConfig(
+            r=rank,
+            target_modules=list(ALL_SITES),
+            task_type="CAUSAL_LM",
+            alora_invocation_tokens=list(invocation),
+        )
+        return self.adapters.get(key) or self._make(key, config, seed)
+
+    def virtual(self, kind: str, seed: int, tokens: int) -> Adapter:
+        """A "prompt" or a "prefix" of that many virtual tokens."""
+        key = (kind, seed, tokens)
+        config = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind](
+            num_virtual_tokens=tokens, task_type="CAUSAL_LM"
+        )
+        return self.adapters.get(key) or self._make(key, config, seed)
+
     def ia3(self, seed: int) -> Adapter:
         """Factors at k, v and down."""
         key = ("ia3", seed)
@@ -263,6 +289,8 @@ class Lab:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.12)
+            elif "prompt_encoder" in name:
+                torch.nn.init.normal_(parameter)
             elif "ia3_" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
         folder = self.folder / f"adapter-{len(self.adapters)}"
@@ -284,7 +312,8 @@ class Lab:
         """[tokens, vocabulary]."""
         with torch.no_grad():
             logits: torch.Tensor = self.model(adapter)(input_ids=torch.tensor([list(tokens)])).logits[0]
-        return logits
+        # peft gives those of virtual tokens too, in front.
+        return logits[-len(tokens) :]
 
     def continuation(self, adapter: Adapter | None, prompt: Sequence[int], count: int) -> list[int]:
         """Greedy tokens, computed anew for each token, without a cache."""

@@ -11,6 +11,7 @@ from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.postprocess import StepResult
 from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import Request
+from adaptermesh.worker.engine.traits import Traits
 from tests.unit.worker.engine.conftest import Bench, Heard
 
 Prompts = Callable[[int, int], list[list[int]]]
@@ -107,6 +108,24 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_too(lab: Any, make_ben
     assert second.outcome
     assert second.outcome.timeline.cached_tokens == 24
     assert second.tokens == lab.continuation(adapter, turn, 6)
+
+
+def test_keys_know_how_long_a_prompt_is_whose_ends_are_computed_otherwise() -> None:
+    def keys(ends: tuple[int, int], tokens: int, prompt: int) -> list[bytes]:
+        traits = Traits(ends=ends)
+        seam = traits.prompt_seam(prompt)
+        ending = None if seam is None else (seam, prompt)
+        return BlockKeys("d", "t", ending=ending).first(tokens // 4, PROMPT[:tokens], 4)
+
+    plain = BlockKeys("d", "t").first(5, PROMPT[:20], 4)
+    assert keys((3, 0), 20, 3) == keys((3, 0), 20, 20) == plain
+    # The third token may be generated, or the prompt's.
+    assert keys((3, 0), 20, 2)[0] != plain[0]
+    assert keys((0, 3), 20, 20)[:4] == plain[:4]
+    assert keys((0, 3), 20, 20)[4] != plain[4]
+    assert keys((0, 3), 20, 16)[:3] == plain[:3]
+    assert not set(keys((0, 3), 20, 16)[3:]) & {*plain, *keys((0, 3), 20, 15)}
+    assert keys((0, 3), 4, 2)[0] != keys((0, 3), 4, 3)[0]
 
 
 def test_running_requests_share_blocks_without_a_copy(lab: Any, make_bench: Any) -> None:

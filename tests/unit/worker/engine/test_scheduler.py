@@ -21,6 +21,7 @@ from adaptermesh.worker.engine.scheduler import Scheduler
 from adaptermesh.worker.engine.sequence import Sequence, SequenceState
 from adaptermesh.worker.engine.step_plan import StepPlan
 from adaptermesh.worker.engine.text import TextStream
+from adaptermesh.worker.engine.traits import Traits
 
 
 class Deaf:
@@ -58,6 +59,9 @@ class FakePlacer:
             self.uses[digest] = 0
         self.uses[digest] += 1
         return list(self.uses).index(digest)
+
+    def traits(self, digest: str) -> Traits | None:
+        return Traits() if digest in self.uses or self._on_host(digest) else None
 
     def waits_for_slot(self, digest: str) -> bool:
         return digest not in self.uses and self._on_host(digest)

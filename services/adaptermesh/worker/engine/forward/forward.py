@@ -28,10 +28,12 @@ class Forward(Protocol):
     """Runs a packed batch through the base model and the adapters.
 
     `resumable`: it can stop between layers, so `start` may be called. `weights`: the base's, for adapters
-    that depend on them; None where they are not kept as they were.
+    that depend on them; None where they are not kept as they were. `heads_apart`: it keeps the cache as
+    `KvCache.write_apart` does.
     """
 
     resumable: bool
+    heads_apart: bool
 
     @property
     def weights(self) -> BaseWeights | None: ...

@@ -48,6 +48,7 @@ class LlamaForward:
     """
 
     resumable = True
+    heads_apart = False
 
     def __init__(self, base: Base, linears: LinearKind) -> None:
         config = base.model.config
@@ -75,7 +76,7 @@ class LlamaForward:
         return passage.logits()
 
     def start(self, batch: StepBatch, cache: KvCache) -> Passage:
-        hidden = self._embeddings[batch.token_ids]
+        hidden = batch.with_virtual(self._embeddings[batch.token_ids])
         return _LlamaPassage(self, batch, cache, hidden, self._rotation(hidden, batch.positions))
 
     def layers(

@@ -59,6 +59,7 @@ class NativeForward:
     """
 
     resumable = True
+    heads_apart = True
 
     def __init__(self, base: Base, kernels: Kernels | None, block_tokens: int) -> None:
         kernels = _check(base, kernels, block_tokens)
@@ -86,7 +87,7 @@ class NativeForward:
 
     def start(self, batch: StepBatch, cache: KvCache) -> Passage:
         self._use_cache(cache)
-        hidden = self._embeddings[batch.token_ids]
+        hidden = batch.with_virtual(self._embeddings[batch.token_ids])
         cos, sin = self._decoder.rotary_emb(hidden, batch.positions[None])
         outputs = batch.outputs.to(torch.int32)
         logits = torch.empty(len(outputs), self._model.vocabulary)
@@ -307,7 +308,7 @@ def _pack_adapters(plan: AdapterPlan, step: Step) -> object:
         or not isinstance(bottleneck, NativeBottleneck)
     ):
         # An op that is passed over would answer with the base.
-        kinds = ", ".join(sorted(plan.ops))
+        kinds = ", ".join(sorted(kind for kind in plan.ops if kind in _KINDS))
         raise MeshError(Code.INTERNAL, Reason.INTERNAL, f"the native forward does not compute {kinds}")
     rows, scales, beside = (
         lowrank.rows_of(plan.tokens),

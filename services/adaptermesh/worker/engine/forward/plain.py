@@ -44,12 +44,14 @@ class PlainForward:
     """
 
     resumable = False
+    heads_apart = False
 
     def __init__(self, base: Base) -> None:
         self._base = base
         self._model = base.model
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._step = _Step()
+        self._model.get_input_embeddings().register_forward_hook(_embedding_hook(self._step))
         for pattern, sites in base.sites.modules.items():
             for layer in range(base.sites.num_layers):
                 module = base.model.get_submodule(pattern.replace("{layer}", str(layer)))
@@ -138,6 +140,15 @@ def paged_attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def _embedding_hook(step: _Step) -> Any:
+    def hook(_module: Any, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if step.batch is not None:
+            step.batch.with_virtual(output[0])
+        return output
+
+    return hook
 
 
 def _input_hook(step: _Step, site: Site, layer: int) -> Any:

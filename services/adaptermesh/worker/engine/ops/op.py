@@ -25,7 +25,7 @@ class Segment:
 class RowTokens:
     """Consecutive tokens [start, end) of one sequence; the first is its token number `past`.
 
-    `prompt`: tokens of its prompt.
+    `prompt`: tokens of its prompt. An adapter's virtual tokens are among none of these.
     """
 
     start: int
@@ -38,8 +38,9 @@ class RowTokens:
 class StepTokens:
     """The adapters of a step's packed tokens. Built once a step, shared by all sites and layers.
 
-    `segments` cover all tokens, in order. A slot may have two segments: one of decodes, one of prefills.
-    `rows` are for ops that ask where in its sequence a token is.
+    `segments` cover all tokens, in order. A slot may have several: one of decodes, one of prefills, and one
+    of each prefill whose first tokens are the base's. `rows` are for ops that ask where in its sequence a
+    token is.
     """
 
     segments: tuple[Segment, ...]

@@ -18,8 +18,9 @@ from adaptermesh.worker.engine.ops.op import Op
 from adaptermesh.worker.engine.ops.reft import Reft
 from adaptermesh.worker.engine.ops.structured import Structured
 from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
+from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 
-OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft", "structured"})
+OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft", "structured", "prompt", "kv_prefix"})
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -39,13 +40,14 @@ def fast_ops(
     if kernels is not None:
         lowrank = NativeLowRank(sites, kernels)
         bottleneck = NativeBottleneck(sites, kernels)
-    affine = Affine(sites, dtype, device, weights)
     return {
         "lowrank": lowrank,
-        "affine": affine,
+        "affine": Affine(sites, dtype, device, weights),
         "bottleneck": bottleneck,
         "reft": Reft(dtype, device),
         "structured": Structured(sites, dtype, device, weights),
+        "prompt": PromptRows(dtype, device),
+        "kv_prefix": PrefixRows(dtype, device),
     }
 
 
@@ -59,4 +61,6 @@ def plain_ops(
         "bottleneck": Bottleneck(dtype, device),
         "reft": Reft(dtype, device),
         "structured": PlainStructured(sites, dtype, device, weights),
+        "prompt": PromptRows(dtype, device),
+        "kv_prefix": PrefixRows(dtype, device),
     }
