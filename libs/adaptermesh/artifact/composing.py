@@ -23,7 +23,7 @@ from adaptermesh.artifact.effects import (
     stacked,
 )
 from adaptermesh.artifact.manifest import Chunk, Cost, Manifest, ModuleOp, Source
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, KV_PREFIX, LOWRANK, PROMPT
 from adaptermesh.artifact.safetensors_file import TensorSpec, lay_out
 from adaptermesh.core.composition import (
     AVERAGE,
@@ -157,6 +157,8 @@ def _check_member(digest: str, manifest: Manifest, first: Manifest) -> None:
         raise _unsupported(f"'{name}' ({digest}) can't be served itself: {manifest.unservable_reason}")
     if manifest.activation:
         raise _unsupported(f"'{name}' acts on a part of the tokens only, and is served alone")
+    if any(module.op in (PROMPT, KV_PREFIX) for module in manifest.modules):
+        raise _unsupported(f"'{name}' has virtual tokens, and is served alone")
 
 
 def _by_place(modules: Sequence[ModuleOp]) -> dict[_Place, list[ModuleOp]]:

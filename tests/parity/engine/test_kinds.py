@@ -79,7 +79,7 @@ KINDS: dict[str, dict[str, peft.PeftConfig]] = {
         "boft of two factors": peft.BOFTConfig(
             boft_block_size=4, boft_n_butterfly_factor=2, target_modules=SOME
         ),
-        "alora": peft.LoraConfig(r=4, target_modules=EVERY, **ACTIVATED),
+        "alora": peft.LoraConfig(r=4, lora_alpha=2, target_modules=EVERY, **ACTIVATED),
         "alora at once": peft.LoraConfig(r=2, target_modules=SOME, **ACTIVATED),
         "alora at the end": peft.LoraConfig(r=8, target_modules=EVERY, **ACTIVATED),
         "alora twice": peft.LoraConfig(r=3, target_modules=SOME, **ACTIVATED),

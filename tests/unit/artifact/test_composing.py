@@ -239,6 +239,14 @@ REFUSED: dict[str, tuple[str, Sequence[Member], str]] = {
         ],
         "a kind that nobody knows",
     ),
+    "virtual tokens": (
+        "stack({0},{1})",
+        [
+            random_member("lora", 1),
+            make_member([("embed", 0, "prompt", 1.0, {"E": np.ones((2, HIDDEN), np.float32)}, None)]),
+        ],
+        "virtual tokens",
+    ),
     "a part of the tokens": (
         "2*{0}",
         [make_member([], activation={"invocation_tokens": [1]})],

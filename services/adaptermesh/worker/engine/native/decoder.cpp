@@ -475,12 +475,19 @@ class Pass : public Job {
 
   // gate = silu(gate) * up.
   static void gate_row(float* gate, const float* up, int count) {
+    const auto some = [](float* to, const float* other) {
+      const Vec value = load(to);
+      store(to, value / (exponential(-value) + 1.0f) * load(other));
+    };
     int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const Vec value = load(gate + i);
-      store(gate + i, value / (exponential(-value) + 1.0f) * load(up + i));
-    }
-    for (; i < count; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    for (; i + kLanes <= count; i += kLanes) some(gate + i, up + i);
+    if (i == count) return;
+    // The rest by the same arithmetic, so that it is the same to the last bit as within a panel.
+    alignas(64) float rest[kLanes] = {}, other[kLanes] = {};
+    std::memcpy(rest, gate + i, (count - i) * sizeof(float));
+    std::memcpy(other, up + i, (count - i) * sizeof(float));
+    some(rest, other);
+    std::memcpy(gate + i, rest, (count - i) * sizeof(float));
   }
 
   // inner = silu(gate) * up, a panel of both at a time; apart: inner = gate, upper = up.

@@ -86,7 +86,8 @@ struct Low {
   Floats a, b, rows_a, scales, panels;
 
   Low() = default;
-  Low(int rank, int inputs, int outputs)
+  Low(int rank, int inputs, int outputs) : Low(rank, inputs, outputs, random_floats(1, 1.0f)[0]) {}
+  Low(int rank, int inputs, int outputs, float scale)
       : rank(rank),
         outputs(outputs),
         a(random_floats(static_cast<size_t>(rank) * inputs, 1.0f / std::sqrt(inputs))),
@@ -94,7 +95,6 @@ struct Low {
         rows_a(a.size(), NAN),
         scales(rank, NAN),
         panels(static_cast<size_t>((outputs + kPanel - 1) / kPanel) * kPanel * rank, NAN) {
-    const float scale = random_floats(1, 1.0f)[0];
     const Load load{a.data(), b.data(), rows_a.data(), panels.data(), scales.data(), inputs, outputs, rank, scale};
     adaptermesh_load(&load, 1);
   }
@@ -102,10 +102,33 @@ struct Low {
   Rows rows() const { return {rows_a.data(), panels.data(), scales.data(), rank}; }
 };
 
+// One bottleneck, with arrays that end where the kernels must stop.
+struct Beside {
+  Low low;
+  Floats down_bias, up_bias;
+  float scale = 0;
+  int activation = 0, input = 0;
+
+  Beside() = default;
+  Beside(int width, int hidden)
+      : low(width, hidden, hidden, 1.0f),
+        down_bias(random_floats(width, 0.3f)),
+        up_bias(random_floats(hidden, 0.3f)),
+        scale(random_floats(1, 1.0f)[0]),
+        activation(draw(kLinear, kLeakyRelu)),
+        input(draw(kOutput, kResidual)) {}
+
+  Bottleneck bottleneck() const {
+    return {low.rows(), down_bias.data(), up_bias.data(), scale, activation, input, 0};
+  }
+};
+
 struct Adapter {
   std::vector<std::vector<Low>> sites{kSites};  // [site][layer]
   std::vector<Rows> table;
-  int used = 0, most = 0;
+  std::vector<std::vector<Beside>> blocks{kBlocks};  // [block][layer]
+  std::vector<Bottleneck> beside;
+  int used = 0, most = 0, used_blocks = 0, widest = 0;
 };
 
 void add(const Low& low, const Doubles& x, Doubles& y) {
@@ -115,6 +138,31 @@ void add(const Low& low, const Doubles& x, Doubles& y) {
     inner *= low.scales[r];
     for (size_t o = 0; o < y.size(); ++o) y[o] += inner * low.b[o * low.rank + r];
   }
+}
+
+// What a bottleneck adds to the stream. residual, output: before and of the sub-layer.
+Doubles term(const Beside& one, const Doubles& residual, const Doubles& output) {
+  const size_t hidden = residual.size();
+  Doubles found(hidden);
+  if (!one.low.rank) return found;
+  Doubles v = one.input == kResidual ? residual : output;
+  for (size_t i = 0; i < hidden && one.input == kSum; ++i) v[i] += residual[i];
+  for (int r = 0; r < one.low.rank; ++r) {
+    double x = one.down_bias[r];
+    for (size_t i = 0; i < hidden; ++i) x += v[i] * one.low.a[r * hidden + i];
+    switch (one.activation) {
+      case kRelu: x = std::max(x, 0.0); break;
+      case kGelu: x = 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); break;
+      case kGeluNew: x = 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); break;
+      case kSilu: x = x / (1 + std::exp(-x)); break;
+      case kTanh: x = std::tanh(x); break;
+      case kSigmoid: x = 1 / (1 + std::exp(-x)); break;
+      case kLeakyRelu: x = x > 0 ? x : 0.01 * x; break;
+    }
+    for (size_t o = 0; o < hidden; ++o) found[o] += x * one.low.b[o * one.low.rank + r];
+  }
+  for (size_t o = 0; o < hidden; ++o) found[o] = one.scale * (found[o] + one.up_bias[o]);
+  return found;
 }
 
 struct LayerData {
@@ -212,6 +260,18 @@ struct World {
           one.most = std::max(one.most, low.rank);
         }
       }
+      one.beside.resize(kBlocks * model.layer_count);
+      for (int block = 0; block < kBlocks; ++block) {
+        one.blocks[block].resize(model.layer_count);
+        if (chance(0.5)) continue;
+        for (int layer = 0; layer < model.layer_count; ++layer) {
+          if (chance(0.2)) continue;
+          Beside& beside = one.blocks[block][layer] = Beside(draw(1, chance(0.1) ? 150 : 9), model.hidden);
+          one.beside[block * model.layer_count + layer] = beside.bottleneck();
+          one.used_blocks |= 1 << block;
+          one.widest = std::max(one.widest, beside.low.rank);
+        }
+      }
     }
   }
 };
@@ -247,6 +307,11 @@ Doubles plainly(const World& world, const Sequence& sequence) {
       Doubles y = layer.matrices[which].times(x);
       if (sequence.adapter >= 0) add(world.adapters[sequence.adapter].sites[which][index], x, y);
       return y;
+    };
+    const auto join = [&](int block, Doubles& stream, const Doubles& output) {
+      const Doubles more = sequence.adapter < 0 ? Doubles(stream.size())
+                                                : term(world.adapters[sequence.adapter].blocks[block][index], stream, output);
+      for (int i = 0; i < m.hidden; ++i) stream[i] += output[i] + more[i];
     };
     std::vector<Doubles> queries, keys, values;
     for (int t = 0; t < sequence.length; ++t) {
@@ -287,14 +352,12 @@ Doubles plainly(const World& world, const Sequence& sequence) {
           for (int i = 0; i < m.dim; ++i)
             mixed[head * m.dim + i] += scores[p - from] / total * values[p][shared * m.dim + i];
       }
-      const Doubles out = site(kO, mixed);
-      for (int i = 0; i < m.hidden; ++i) hidden[t][i] += out[i];
+      join(kAttention, hidden[t], site(kO, mixed));
       const Doubles x = norm(hidden[t], layer.norm_mid, m.epsilon);
       const Doubles gate = site(kGate, x), up = site(kUp, x);
       Doubles inner(m.inner);
       for (int i = 0; i < m.inner; ++i) inner[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
-      const Doubles down = site(kDown, inner);
-      for (int i = 0; i < m.hidden; ++i) hidden[t][i] += down[i];
+      join(kFeedForward, hidden[t], site(kDown, inner));
     }
   }
   Doubles logits;

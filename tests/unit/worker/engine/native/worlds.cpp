@@ -9,6 +9,31 @@
 
 namespace {
 
+// A step as a whole, or in some of its stages at a time, with what a caller could change between them left as it is.
+void run(const Model& m, Step& step) {
+  if (chance(0.5)) {
+    step.last_layer = m.layer_count;
+    step.last_stage = kStages;
+    step.head = 1;
+    adaptermesh_run(&m, &step);
+    return;
+  }
+  step.moved = draw(0, (1 << kSites) - 1);
+  step.apart = draw(0, (1 << kSites) - 1);
+  for (int layer = 0; layer < m.layer_count; ++layer) {
+    step.first_layer = layer;
+    step.last_layer = layer + 1;
+    for (int stage = 0; stage < kStages; stage = step.last_stage) {
+      step.first_stage = stage;
+      step.last_stage = draw(stage + 1, kStages);
+      adaptermesh_run(&m, &step);
+    }
+  }
+  step.first_layer = step.last_layer;
+  step.head = 1;
+  adaptermesh_run(&m, &step);
+}
+
 // A step of some tokens of some sequences; their logits go to the sequences.
 void step(World& world, const std::vector<std::pair<Sequence*, int>>& rows, int threads, double wanted) {
   const Model& m = world.model;
@@ -20,6 +45,7 @@ void step(World& world, const std::vector<std::pair<Sequence*, int>>& rows, int 
   std::vector<float*> places;
   Step step{};
   std::vector<const Rows*> adapters;
+  std::vector<const Bottleneck*> beside;
   int first = 0;
   for (const auto& [sequence, count] : rows) {
     const int past = sequence->done;
@@ -40,7 +66,10 @@ void step(World& world, const std::vector<std::pair<Sequence*, int>>& rows, int 
       }
       const Adapter* adapter = sequence->adapter < 0 ? nullptr : &world.adapters[sequence->adapter];
       adapters.push_back(adapter ? adapter->table.data() : nullptr);
+      beside.push_back(adapter ? adapter->beside.data() : nullptr);
       if (!adapter) continue;
+      step.bottlenecks.used |= adapter->used_blocks;
+      step.bottlenecks.max_width = std::max(step.bottlenecks.max_width, adapter->widest);
       step.adapters.used |= adapter->used;
       step.adapters.max_rank = std::max(step.adapters.max_rank, adapter->most);
     }
@@ -50,6 +79,9 @@ void step(World& world, const std::vector<std::pair<Sequence*, int>>& rows, int 
   Raw<float> inner(static_cast<size_t>(kSites) * tokens * step.adapters.max_rank);
   step.adapters.tables = adapters.data();
   step.adapters.inner = inner.data;
+  Raw<float> narrowed(static_cast<size_t>(kBlocks) * tokens * step.bottlenecks.max_width);
+  step.bottlenecks.tables = beside.data();
+  step.bottlenecks.inner = narrowed.data;
   Raw<float> scratch(adaptermesh_scratch_floats(&m, tokens));
   Raw<float> logits(outputs.size() * m.vocabulary);
   step.hidden = hidden.data();
@@ -63,9 +95,8 @@ void step(World& world, const std::vector<std::pair<Sequence*, int>>& rows, int 
   step.tokens = tokens;
   step.span_count = static_cast<int32_t>(spans.size());
   step.output_count = static_cast<int32_t>(outputs.size());
-  step.last_layer = m.layer_count;
   step.threads = threads;
-  adaptermesh_run(&m, &step);
+  run(m, step);
   for (size_t row = 0; row < outputs.size(); ++row)
     std::memcpy(places[row], logits.data + row * m.vocabulary, m.vocabulary * sizeof(float));
 }
