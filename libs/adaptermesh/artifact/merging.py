@@ -31,7 +31,7 @@ from adaptermesh.artifact.merging_arithmetic import (
 from adaptermesh.artifact.merging_folder import MergedModule, write_card, write_config, write_weights
 from adaptermesh.artifact.merging_members import Member, OpenMember, check_members, opened
 from adaptermesh.artifact.merging_recipe import MergeMethod, MergeRecipe
-from adaptermesh.artifact.peft_methods import MAX_RANK
+from adaptermesh.artifact.peft_models import MAX_RANK
 from adaptermesh.artifact.sites import Site, SiteMap, site_map
 from adaptermesh.core.errors import invalid_field
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptermesh.artifact.merging_arithmetic import Floats
 from adaptermesh.artifact.merging_recipe import MergeRecipe
-from adaptermesh.artifact.peft_methods import PREFIX
+from adaptermesh.artifact.peft_models import PREFIX
 from adaptermesh.artifact.safetensors_file import TensorSpec, lay_out, write_file
 from adaptermesh.artifact.source_files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 

@@ -6,15 +6,13 @@ A BLAS adds in the order that suits the machine. What is computed at ingest is s
 import numpy as np
 import numpy.typing as npt
 
+from adaptermesh.artifact.matrices import product
 from adaptermesh.artifact.plan import Floats
 
 
 def matmul(left: Floats, right: Floats) -> Floats:
     """left: [.., n, k], right: [.., k, m]; summed over k from the first to the last, in float64."""
-    total: npt.NDArray[np.float64] = np.zeros((*left.shape[:-1], right.shape[-1]), np.float64)
-    for k in range(left.shape[-1]):
-        total += left[..., :, k, None].astype(np.float64) * right[..., None, k, :]
-    return total.astype(np.float32)
+    return product(left.astype(np.float64), right.astype(np.float64)).astype(np.float32)
 
 
 def kron_sum(left: Floats, right: Floats) -> Floats:

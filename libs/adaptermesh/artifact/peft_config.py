@@ -8,7 +8,8 @@ from typing import Any
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
 from adaptermesh.artifact.manifest_parts import Activation
-from adaptermesh.artifact.peft_methods import METHODS, Method, MethodConfig, VirtualConfig
+from adaptermesh.artifact.peft_methods import METHODS, Method
+from adaptermesh.artifact.peft_models import MethodConfig, VirtualConfig
 from adaptermesh.artifact.peft_readers import plan_method
 from adaptermesh.artifact.peft_virtual import plan_virtual
 from adaptermesh.artifact.plan import Plan

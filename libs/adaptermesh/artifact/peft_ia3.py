@@ -7,7 +7,7 @@ from typing_extensions import override
 from adaptermesh.artifact.manifest_parts import ModuleOp
 from adaptermesh.artifact.ops import AFFINE
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher
-from adaptermesh.artifact.peft_methods import Ia3Config
+from adaptermesh.artifact.peft_models import Ia3Config
 from adaptermesh.artifact.peft_plan import Reader
 from adaptermesh.artifact.pieces import vector, width_out
 from adaptermesh.artifact.plan import Entries, Piece, PlannedTensor, Shape, copied, tensor_name

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from typing_extensions import override
 
-from adaptermesh.artifact.peft_methods import LoraConfig
+from adaptermesh.artifact.peft_models import LoraConfig
 from adaptermesh.artifact.peft_plan import PREFIX, Reader
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.pieces import lowrank, vector, width_out

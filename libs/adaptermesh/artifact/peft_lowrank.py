@@ -6,7 +6,7 @@ from typing import BinaryIO
 from typing_extensions import override
 
 from adaptermesh.artifact.manifest_parts import TENSOR_DTYPES, TensorEntry
-from adaptermesh.artifact.peft_methods import AdaLoraConfig, VeraConfig
+from adaptermesh.artifact.peft_models import AdaLoraConfig, VeraConfig
 from adaptermesh.artifact.peft_plan import PREFIX, Reader
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.pieces import computed_lowrank, width_out

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 from adaptermesh.artifact.manifest_parts import TensorEntry
-from adaptermesh.artifact.peft_methods import PREFIX as PREFIX
-from adaptermesh.artifact.peft_methods import TargetConfig
+from adaptermesh.artifact.peft_models import PREFIX as PREFIX
+from adaptermesh.artifact.peft_models import TargetConfig
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.plan import Entries, Piece, Plan, Shape, check_entry, check_one_dtype
 from adaptermesh.artifact.problems import Problems, shown

@@ -14,7 +14,7 @@ from adaptermesh.artifact.peft_lowrank import (
     VeraReader,
     check_vera_shared,
 )
-from adaptermesh.artifact.peft_methods import (
+from adaptermesh.artifact.peft_models import (
     AdaLoraConfig,
     Ia3Config,
     LohaConfig,

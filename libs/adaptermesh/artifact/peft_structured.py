@@ -11,7 +11,7 @@ from typing_extensions import override
 from adaptermesh.artifact.manifest_parts import ModuleOp, TensorEntry
 from adaptermesh.artifact.matrices import Doubles, cayley, cayley_series, product, shrunk, skew_of
 from adaptermesh.artifact.ops import STRUCTURED
-from adaptermesh.artifact.peft_methods import BoftConfig, LokrConfig, OftConfig, TargetConfig
+from adaptermesh.artifact.peft_models import BoftConfig, LokrConfig, OftConfig, TargetConfig
 from adaptermesh.artifact.peft_plan import Reader
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.pieces import width_out

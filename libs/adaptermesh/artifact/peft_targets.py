@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher, suffix_matcher
-from adaptermesh.artifact.peft_methods import LoraConfig, RankedConfig, TargetConfig
+from adaptermesh.artifact.peft_models import LoraConfig, RankedConfig, TargetConfig
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.sites import SiteMap
 

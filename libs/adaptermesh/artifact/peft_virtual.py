@@ -8,7 +8,7 @@ import numpy as np
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest_parts import MAX_VIRTUAL_TOKENS, TENSOR_DTYPES, ModuleOp, TensorEntry
 from adaptermesh.artifact.ops import AFTER, FRONT, KV_PREFIX, PROMPT
-from adaptermesh.artifact.peft_methods import PrefixConfig, VirtualConfig
+from adaptermesh.artifact.peft_models import PrefixConfig, VirtualConfig
 from adaptermesh.artifact.plan import Blocks, Plan, PlannedTensor, copied
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
