@@ -17,12 +17,15 @@ from adaptermesh.artifact.adapters_lora import plan_lora
 from adaptermesh.artifact.adapters_methods import (
     BOTTLENECK_NO_EFFECT,
     LORA_NO_EFFECT,
+    PREFIX_NO_EFFECT,
     REFT_NO_EFFECT,
     BottleneckConfig,
     LoraConfig,
+    PrefixConfig,
     ReftConfig,
 )
 from adaptermesh.artifact.adapters_places import PLACES
+from adaptermesh.artifact.adapters_prefix import plan_prefix
 from adaptermesh.artifact.adapters_reft import plan_reft
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
@@ -46,7 +49,6 @@ _KNOWN = frozenset(
 )
 _LATER = {
     "mtl_lora": "MTL-LoRA, whose projections depend on the task",
-    "prefix_tuning": "prefix tuning",
     "prompt_tuning": "prompt tuning",
 }
 
@@ -71,7 +73,7 @@ class AdaptersConfig:
     kind: str
     name: str
     version: str
-    method: BottleneckConfig | LoraConfig | ReftConfig | None
+    method: BottleneckConfig | LoraConfig | PrefixConfig | ReftConfig | None
     head: Mapping[str, Any] | None = None
     unservable: str = ""
 
@@ -90,6 +92,8 @@ class AdaptersConfig:
             )
         if isinstance(self.method, BottleneckConfig):
             return plan_bottleneck(self.method, self.name, upload, places, sites, base, problems)
+        if isinstance(self.method, PrefixConfig):
+            return plan_prefix(self.method, self.name, upload, sites, base, problems)
         if isinstance(self.method, ReftConfig):
             return plan_reft(self.method, self.name, upload, places, sites, base, problems)
         if isinstance(self.method, LoraConfig):
@@ -154,7 +158,7 @@ def _check_base(top: _Top, base: BaseFacts, problems: Problems) -> None:
         )
 
 
-_Read = tuple[str, BottleneckConfig | LoraConfig | ReftConfig | None, list[str]]
+_Read = tuple[str, BottleneckConfig | LoraConfig | PrefixConfig | ReftConfig | None, list[str]]
 """The manifest's kind, the config if it was read, and every reason why it can't be served."""
 
 
@@ -167,6 +171,8 @@ def _read_method(config: Mapping[str, Any], version: str, problems: Problems) ->
         return _read_lora(config, version, where, problems)
     if architecture == "reft":
         return _read_reft(config, where, problems)
+    if architecture == "prefix_tuning":
+        return _read_prefix(config, where, problems)
     if not isinstance(architecture, str) or _NAMED_ARCHITECTURE.fullmatch(architecture) is None:
         problems.add(
             f"{where}: architecture is {shown(repr(architecture), 60)}, expected a name such as 'lora'"
@@ -205,6 +211,13 @@ def _read_reft(config: Mapping[str, Any], where: str, problems: Problems) -> _Re
         return "reft", None, []
     problems.extend(f"{where}: {problem}" for problem in read.problems())
     return read.kind, read, list(read.unserved())
+
+
+def _read_prefix(config: Mapping[str, Any], where: str, problems: Problems) -> _Read:
+    known = PrefixConfig.model_fields.keys() | PREFIX_NO_EFFECT | {"architecture"}
+    check_unknown_keys(config, known, where, problems)
+    read = validated(PrefixConfig, config, where, problems)
+    return ("prefix_tuning", None, []) if read is None else (read.kind, read, list(read.unserved()))
 
 
 def _is_before_1_1(version: str) -> bool:

@@ -5,7 +5,7 @@ Keys and defaults are those of adapters 1.3.0, `configuration/adapter_config.py`
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -253,6 +253,32 @@ class ReftConfig(BaseModel):
             yield "output_reft false"
 
 
+class PrefixConfig(_Config):
+    """Prefix tuning (arXiv:2101.00190), `flat` where its keys and values are parameters themselves."""
+
+    flat: bool = False
+    prefix_length: _Small = 30
+    bottleneck_size: _Small = 512
+    non_linearity: _Text = "tanh"
+
+    kind: ClassVar[str] = "prefix_tuning"
+
+    @property
+    def activation(self) -> str:
+        """The canonical name of the projection's activation; empty for one that is not served."""
+        found = _ACTIVATIONS.get(self.non_linearity.lower(), "")
+        return found if found in ("tanh", "relu") else ""
+
+    def unserved(self) -> Iterator[str]:
+        """Why it can't be served, whatever the base."""
+        if self.use_gating:
+            yield "use_gating: a learned gate on the prefix"
+        if self.leave_out:
+            yield "leave_out: a prefix that some layers do not have"
+        if not self.flat and not self.activation:
+            yield f"non_linearity {self.non_linearity!r}: a projected prefix is served with tanh or relu"
+
+
 BOTTLENECK_NO_EFFECT = frozenset(
     {
         # Only where ln_after is set, which is not served.
@@ -268,6 +294,10 @@ BOTTLENECK_NO_EFFECT = frozenset(
         "phm_init_range",
         "stochastic_depth",
     }
+)
+PREFIX_NO_EFFECT = frozenset(
+    # Where a decoder has one prefix, they choose nothing.
+    {"encoder_prefix", "cross_prefix", "dropout", "init_weights_seed", "shared_gating"}
 )
 REFT_NO_EFFECT = frozenset({"dropout", "dtype", "init_weights_seed"})
 LORA_NO_EFFECT = frozenset({"dropout", "dtype", "init_weights", "init_weights_seed"})

@@ -254,7 +254,8 @@ def _check_virtual(manifest: "Manifest", entries: Mapping[str, TensorEntry]) -> 
     prompts = sum(module.op == PROMPT for module in manifest.modules)
     prefixes = [entries[m.tensors["k"]].shape for m in manifest.modules if m.op == KV_PREFIX]
     _need(not (prompts and prefixes), "it has virtual tokens of two kinds")
-    whole = len(prefixes) in (0, manifest.base.num_layers) and len(set(prefixes)) <= 1
+    options = {tuple((m.options or {}).items()) for m in manifest.modules if m.op == KV_PREFIX}
+    whole = len(prefixes) in (0, manifest.base.num_layers) and max(len(set(prefixes)), len(options)) <= 1
     _need(whole, "its prefix is not the same in all layers")
     alone = manifest.activation is None or not (prompts or prefixes)
     _need(alone, "virtual tokens come before any activation")

@@ -31,6 +31,8 @@ PROMPT = "prompt"
 
 AFTER = "after"
 """The positions of a prompt's tokens begin after those of its prefix."""
+START = "start"
+"""They begin as without a prefix."""
 FRONT = "front"
 """Virtual tokens come before all others."""
 
@@ -79,7 +81,7 @@ _ROWS = (
     ),
     # At every layer's attention: keys, not turned to a position, and values in front of the first token's.
     # k and v: [kv_heads, length, head_dim].
-    Op(KV_PREFIX, ("k", "v"), served=True, options={"positions": frozenset({AFTER})}),
+    Op(KV_PREFIX, ("k", "v"), served=True, options={"positions": frozenset({AFTER, START})}),
     # Embeddings in front of the first token's. E: [length, hidden].
     Op(PROMPT, ("E",), served=True, options={"place": frozenset({FRONT})}),
     Op("fusion", ("query", "key", "value"), ("query_bias", "key_bias", "value_bias")),

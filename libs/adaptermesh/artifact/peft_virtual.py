@@ -1,18 +1,16 @@
 """Methods of peft that put virtual tokens in front of a prompt: prompt tuning, p-tuning, prefix tuning."""
 
-from collections.abc import Iterable, Mapping
-from typing import BinaryIO
-
-import numpy as np
+from collections.abc import Mapping
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest_parts import MAX_VIRTUAL_TOKENS, TENSOR_DTYPES, ModuleOp, TensorEntry
-from adaptermesh.artifact.ops import AFTER, FRONT, KV_PREFIX, PROMPT
+from adaptermesh.artifact.ops import AFTER, FRONT, PROMPT
 from adaptermesh.artifact.peft_models import PrefixConfig, VirtualConfig
-from adaptermesh.artifact.plan import Blocks, Plan, PlannedTensor, copied
+from adaptermesh.artifact.plan import Plan, PlannedTensor, copied
+from adaptermesh.artifact.prefix_parts import prefix_of, stored_part
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
-from adaptermesh.artifact.sites import ATTENTION, EMBED, key_heads
+from adaptermesh.artifact.sites import EMBED, key_heads
 
 TENSOR = "prompt_embeddings"
 """What peft calls the one tensor, whatever it holds."""
@@ -77,26 +75,7 @@ def _plan_prompt(entry: TensorEntry) -> Plan:
 def _plan_prefix(entry: TensorEntry, layers: int, heads: int, dim: int) -> Plan:
     """The file has for each token the keys and the values of each layer, head by head."""
     count = entry.shape[0]
-    modules: list[ModuleOp] = []
-    tensors: list[PlannedTensor] = []
-    for layer in range(layers):
-        names = {slot: f"L{layer}.{ATTENTION}.{slot}" for slot in ("k", "v")}
-        options = {"positions": AFTER}
-        modules.append(ModuleOp(ATTENTION, layer, KV_PREFIX, 0, 1.0, names, entry.dtype, options=options))
-        for part, name in enumerate(names.values()):
-            spec = TensorSpec(name, entry.dtype, (heads, count, dim))
-            blocks = _part(entry, 2 * layer + part, (count, 2 * layers, heads, dim))
-            tensors.append(PlannedTensor(spec, layer, blocks))
-    return Plan(tuple(modules), tuple(tensors))
-
-
-def _part(entry: TensorEntry, part: int, shape: tuple[int, ...]) -> Blocks:
-    """One layer's keys or values, [heads, tokens, dim], out of [tokens, parts, heads, dim], bit by bit."""
-
-    def blocks(file: BinaryIO) -> Iterable[bytes]:
-        dtype = f"<u{TENSOR_DTYPES[entry.dtype]}"
-        # Mapped: a part is spread over the whole tensor, which need not be in memory for it.
-        values = np.memmap(file, dtype, "r", entry.offset, shape)
-        return (np.ascontiguousarray(values[:, part].transpose(1, 0, 2)).tobytes(),)
-
-    return blocks
+    shape = (count, 2 * layers, heads, dim)
+    return prefix_of(
+        lambda part: stored_part(entry, part, shape), (heads, count, dim), layers, entry.dtype, AFTER
+    )

@@ -123,6 +123,8 @@ SERVED: dict[str, Callable[[], Any]] = {
     "compacter_shared": lambda: CompacterConfig(**PHM, shared_W_phm=True, factorized_phm_rule=True),
     "lora": lambda: LoRAConfig(r=4, alpha=10),
     "lora_everywhere": lambda: LoRAConfig(r=3, alpha=3, attn_matrices=["v", "q", "k"], **EVERYWHERE),
+    "prefix_tuning": lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
+    "prefix_tuning_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=11),
     "loreft": lambda: LoReftConfig(),
     "loreft_both_ends": lambda: LoReftConfig(r=3, prefix_positions=2, suffix_positions=4),
     "loreft_tied": lambda: LoReftConfig(r=2, suffix_positions=2, tied_weights=True, non_linearity="gelu"),
@@ -159,8 +161,6 @@ STORED: dict[str, Callable[[], Any]] = {
     "lora_gated": lambda: LoRAConfig(r=4, use_gating=True),
     "dora_scaled": lambda: LoRAConfig(r=4, alpha=10, use_dora=True),
     "mtl_lora": lambda: MTLLoRAConfig(r=4),
-    "prefix_tuning": lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
-    "prefix_tuning_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=3),
     "noreft": lambda: NoReftConfig(),
     "direft": lambda: DiReftConfig(),
     "mam": lambda: ConfigUnion(
@@ -238,6 +238,8 @@ def logits(model: Any) -> list[list[float]]:
 def write_adapter(kind: str, method: str, config: Any, *, with_head: bool = False) -> Any:
     """Saves one adapter as the library does; returns the model with it switched on."""
     model = load(kind)
+    # What a parametrisation begins with is random too.
+    torch.manual_seed(3)
     model.add_adapter(NAME, config=config)
     fill(model, NAME)
     if method == "negative_par_bn":

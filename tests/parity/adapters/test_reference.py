@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32
 from adaptermesh.artifact.manifest import Manifest, ModuleOp
@@ -137,6 +137,9 @@ def applied(model: Any, kind: str, manifest: Manifest, sites: SiteMap, tensors: 
     hooks = []
     at_sites: dict[tuple[str, int], list[ModuleOp]] = {}
     for op in manifest.modules:
+        if op.op == "kv_prefix":
+            # Not a hook: it is in the cache before the prompt.
+            continue
         if op.site not in BLOCKS:
             at_sites.setdefault((op.site, op.layer), []).append(op)
             continue
@@ -157,11 +160,20 @@ def applied(model: Any, kind: str, manifest: Manifest, sites: SiteMap, tensors: 
             hook.remove()
 
 
-def logits(model: Any, goldens: Goldens) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.stack(
-            [model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in goldens.prompts]
-        )
+def logits(model: Any, goldens: Goldens, tensors: Tensors | None = None) -> torch.Tensor:
+    """Of the last position of each prompt; `tensors` may hold keys and values to see in front of it."""
+    found = []
+    for ids in goldens.prompts:
+        cache = DynamicCache()
+        for layer in range(len(tensors or {})):
+            keys, values = (f"L{layer}.attention.{slot}" for slot in "kv")
+            if tensors is not None and keys in tensors:
+                cache.update(tensors[keys][None], tensors[values][None], layer)
+        positions = torch.arange(len(ids))[None]
+        with torch.no_grad():
+            out = model(torch.tensor([ids]), past_key_values=cache, position_ids=positions)
+        found.append(out.logits[0, -1])
+    return torch.stack(found)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +204,7 @@ def test_the_canonical_form_computes_what_the_library_does(
     assert manifest.servable, manifest.unservable_reason
     tensors = read_tensors(manifest, tmp_path / "canonical")
     with applied(models[kind], kind, manifest, site_map(goldens.facts), tensors):
-        found = logits(models[kind], goldens)
+        found = logits(models[kind], goldens, tensors)
     expected = torch.tensor(goldens.logits[method])
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
     # Of the rounding, not of the adapter, the tolerance is a small part.

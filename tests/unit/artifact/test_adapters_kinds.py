@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32, verify_file
@@ -86,7 +86,8 @@ def test_every_served_golden_is_among_the_kinds_tested_here() -> None:
     tested = {("llama", name) for name in BOTTLENECKS} | {("gpt2", name) for name in BOTTLENECKS} | set(LORAS)
     ia3 = {(base, name) for base in BASES for name in ("ia3", "ia3_everywhere")}
     refts = {(base, name) for base in BASES for name in REFTS}
-    assert {found for found in served_methods() if found[0] in BASES} <= tested | ia3 | refts
+    prefixes = {(base, name) for base in BASES for name in PREFIXES}
+    assert {found for found in served_methods() if found[0] in BASES} <= tested | ia3 | refts | prefixes
 
 
 # Rank, tokens at both ends, layers, whether the last tokens have tensors of their own, kind, activation.
@@ -153,6 +154,78 @@ def test_a_reft_that_its_file_or_the_base_contradicts_is_refused(
 )
 def test_a_reft_that_is_not_served_is_stored(tmp_path: Path, change: dict[str, Any], why: str) -> None:
     manifest = read_changed("loreft", change, tmp_path)
+    assert not manifest.servable
+    assert why in manifest.unservable_reason
+
+
+PREFIXES = {"prefix_tuning": 3, "prefix_tuning_flat": 11}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", PREFIXES)
+def test_a_prefix_becomes_keys_and_values_of_every_layer(tmp_path: Path, base: str, method: str) -> None:
+    manifest, tensors = read(base, method, tmp_path)
+    assert (manifest.servable, manifest.kind, manifest.op_kinds) == (True, "prefix_tuning", ("kv_prefix",))
+    assert [(module.site, module.layer) for module in manifest.modules] == [
+        ("attention", 0),
+        ("attention", 1),
+    ]
+    assert all(module.options == {"positions": "start"} for module in manifest.modules)
+    stored = load_file(ROOT / base / method / "adapter.safetensors")
+    own = {key.partition("self_prefix.")[2]: value.astype(np.float64) for key, value in stored.items()}
+    if method == "prefix_tuning":
+        inner = np.tanh(own["wte.weight"] @ own["control_trans.0.weight"].T + own["control_trans.0.bias"])
+        values = inner @ own["control_trans.2.weight"].T + own["control_trans.2.bias"]
+    else:
+        values = own["control_trans"]
+    heads, dim = (2, 8) if base == "llama" else (4, 8)
+    parts = values.reshape(PREFIXES[method], 4, heads, dim)
+    for layer in range(2):
+        for number, slot in enumerate("kv"):
+            found = tensors[f"L{layer}.attention.{slot}"]
+            np.testing.assert_allclose(found, parts[:, 2 * layer + number].transpose(1, 0, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"prefix_length": 4}, "from the config"),
+        ({"bottleneck_size": 9}, "from the config"),
+        ({"flat": True}, "but no self_prefix"),
+        ({"prefix_length": 0}, "prefix_length"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_a_prefix_that_its_file_contradicts_is_refused(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(MeshError, match=why) as caught:
+        read_changed("prefix_tuning", change, tmp_path)
+    assert caught.value.reason is Reason.ADAPTER_REJECTED
+
+
+def test_copies_of_a_prefix_that_differ_are_refused(tmp_path: Path) -> None:
+    goldens = load_goldens("llama")
+    folder = tmp_path / "changed"
+    shutil.copytree(goldens.folder("prefix_tuning_flat"), folder)
+    stored = load_file(folder / "adapter.safetensors")
+    last = max(stored)
+    stored[last] = stored[last] + np.float32(1.0)
+    save_file(stored, folder / "adapter.safetensors")
+    with pytest.raises(MeshError, match="they are one tensor"):
+        ingest_folder(folder, goldens.facts, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"use_gating": True}, "use_gating"),
+        ({"leave_out": [0]}, "leave_out"),
+        ({"non_linearity": "gelu"}, "served with tanh or relu"),
+    ],
+)
+def test_a_prefix_that_is_not_served_is_stored(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    manifest = read_changed("prefix_tuning", change, tmp_path)
     assert not manifest.servable
     assert why in manifest.unservable_reason
 
@@ -326,8 +399,6 @@ def test_ia3_scales_outputs_where_its_tensors_are(
         ("lora_gated", "lora", "use_gating: a learned gate in place of alpha/r"),
         ("dora_scaled", "dora", "train it with alpha equal to r, or with peft"),
         ("mtl_lora", "mtl_lora", "MTL-LoRA"),
-        ("prefix_tuning", "prefix_tuning", "prefix tuning"),
-        ("prefix_tuning_flat", "prefix_tuning", "prefix tuning"),
         ("noreft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("direft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("mam", "union", "a union of prefix_tuning and bottleneck"),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Conf
 from adaptermesh.artifact import peft_structured, plan
 from adaptermesh.artifact.canonical import open_buffer, tensor_view
 from adaptermesh.artifact.manifest import Manifest
-from adaptermesh.artifact.matrices import cayley, cayley_series, product, shrunk
+from adaptermesh.artifact.matrices import cayley, cayley_series, product, shrunk, tanh
 from adaptermesh.artifact.peft_structured import factored, nearest_divisor
 from adaptermesh.artifact.problems import Rejection
 from adaptermesh.artifact.sites import site_map
@@ -432,3 +432,12 @@ def test_a_rotation_has_no_more_factors_than_its_blocks_allow(tmp_path: Path) ->
             continue
         with pytest.raises(MeshError, match="factors of"):
             Manifest.from_bytes(canonical_json(value))
+
+
+def test_the_tanh_of_plain_operations_is_that_of_the_library() -> None:
+    x = np.concatenate(([0.0, -0.0, 1e-9, -1e-300, 700.0, -1e9], np.linspace(-30.0, 30.0, 6001)))
+    found = tanh(x)
+    np.testing.assert_allclose(found, np.tanh(x), rtol=1e-7, atol=1e-15)
+    np.testing.assert_allclose(found[np.abs(x) > 1e-2], np.tanh(x)[np.abs(x) > 1e-2], rtol=1e-13)
+    assert np.abs(found).max() <= 1.0
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(x))

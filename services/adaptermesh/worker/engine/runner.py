@@ -144,7 +144,7 @@ def _host_step(plan: StepPlan) -> HostStep:
             virtual.append(VirtualSpan(len(ids), row.sequence.slot, span.past, len(row.virtual)))
             ids.extend([0] * len(row.virtual))
         ids.extend(row.sequence.tokens[max(0, span.past - before) : max(0, end - before)])
-        positions.extend(range(span.past, end))
+        positions.extend(range(span.past - row.sequence.shift, end - row.sequence.shift))
         if row.samples:
             outputs.append(len(ids) - 1)
         scored.extend(before + position + shift for position in row.scores)

@@ -94,6 +94,11 @@ class Sequence:
         return 0 if self.traits is None else self.traits.given
 
     @property
+    def shift(self) -> int:
+        """How far the positions of its tokens are before their places in the cache."""
+        return 0 if self.traits is None else self.traits.shift
+
+    @property
     def fits(self) -> bool:
         """Whether the context has room for the virtual tokens, the prompt and one token of output."""
         return self.limit > self.prompt_tokens
