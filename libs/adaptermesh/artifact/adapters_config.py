@@ -21,12 +21,14 @@ from adaptermesh.artifact.adapters_methods import (
     REFT_NO_EFFECT,
     BottleneckConfig,
     LoraConfig,
+    MethodConfig,
     PrefixConfig,
     ReftConfig,
 )
 from adaptermesh.artifact.adapters_places import PLACES
 from adaptermesh.artifact.adapters_prefix import plan_prefix
 from adaptermesh.artifact.adapters_reft import plan_reft
+from adaptermesh.artifact.adapters_union import plan_union, why_not_together
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
 from adaptermesh.artifact.plan import Plan
@@ -40,6 +42,7 @@ _VERSION = re.compile(
 )
 _BEFORE = re.compile(r"\.?(dev|a|b|rc)[0-9]*.*")
 _NAMED_ARCHITECTURE = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_MAX_UNION = 16
 _PLUGIN_FILE = "adapter_interface.json"
 
 _KNOWN = frozenset(
@@ -67,13 +70,16 @@ class _Top(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class AdaptersConfig:
-    """A config that was read. `method` is None exactly if `unservable` says why it can't be served (yet)."""
+    """A config that was read: one method, or those of a union.
+
+    There is none exactly if `unservable` says why it can't be served (yet).
+    """
 
     raw: Mapping[str, Any]
     kind: str
     name: str
     version: str
-    method: BottleneckConfig | LoraConfig | PrefixConfig | ReftConfig | None
+    methods: tuple[MethodConfig, ...]
     head: Mapping[str, Any] | None = None
     unservable: str = ""
 
@@ -90,15 +96,21 @@ class AdaptersConfig:
                 unservable=f"not served yet: the adapters library has no {base.architecture} of its own and "
                 "puts its modules there through a plug-in"
             )
-        if isinstance(self.method, BottleneckConfig):
-            return plan_bottleneck(self.method, self.name, upload, places, sites, base, problems)
-        if isinstance(self.method, PrefixConfig):
-            return plan_prefix(self.method, self.name, upload, sites, base, problems)
-        if isinstance(self.method, ReftConfig):
-            return plan_reft(self.method, self.name, upload, places, sites, base, problems)
-        if isinstance(self.method, LoraConfig):
-            return plan_lora(self.method, self.name, upload, places, sites, base, problems)
-        return Plan(unservable=self.unservable)
+        if not self.methods:
+            return Plan(unservable=self.unservable)
+
+        def plan(method: MethodConfig, part: Uploaded) -> Plan:
+            if isinstance(method, BottleneckConfig):
+                return plan_bottleneck(method, self.name, part, places, sites, base, problems)
+            if isinstance(method, PrefixConfig):
+                return plan_prefix(method, self.name, part, sites, base, problems)
+            if isinstance(method, ReftConfig):
+                return plan_reft(method, self.name, part, places, sites, base, problems)
+            return plan_lora(method, self.name, part, places, sites, base, problems)
+
+        if len(self.methods) > 1:
+            return plan_union(self.methods, self.name, upload, plan)
+        return plan(self.methods[0], upload)
 
 
 def is_written_by_adapters(raw: Mapping[str, Any]) -> bool:
@@ -130,8 +142,8 @@ def read_config(
     if top is None or not version:
         return None
     _check_base(top, base, problems)
-    kind, method, reasons = _read_method(top.config, version, problems)
-    if method is None and not reasons and len(problems) > known:
+    kind, methods, reasons = _read_method(top.config, version, problems)
+    if not methods and not reasons and len(problems) > known:
         return None
     unservable = f"not served yet: {'; '.join(reasons)}" if reasons else ""
     if not unservable and head is not None:
@@ -141,7 +153,7 @@ def read_config(
         kind,
         top.name,
         version,
-        None if unservable else method,
+        () if unservable else methods,
         None if head is None else head.described,
         unservable,
     )
@@ -158,8 +170,8 @@ def _check_base(top: _Top, base: BaseFacts, problems: Problems) -> None:
         )
 
 
-_Read = tuple[str, BottleneckConfig | LoraConfig | PrefixConfig | ReftConfig | None, list[str]]
-"""The manifest's kind, the config if it was read, and every reason why it can't be served."""
+_Read = tuple[str, tuple[MethodConfig, ...], list[str]]
+"""The manifest's kind, the configs if they were read, and every reason why it can't be served."""
 
 
 def _read_method(config: Mapping[str, Any], version: str, problems: Problems) -> _Read:
@@ -177,17 +189,17 @@ def _read_method(config: Mapping[str, Any], version: str, problems: Problems) ->
         problems.add(
             f"{where}: architecture is {shown(repr(architecture), 60)}, expected a name such as 'lora'"
         )
-        return "", None, []
+        return "", (), []
     if architecture == "union":
-        return "union", None, [f"a union of {_members(config, where, problems)}"]
-    return architecture, None, [_LATER.get(architecture, f"the method {architecture}")]
+        return _read_union(config, version, where, problems)
+    return architecture, (), [_LATER.get(architecture, f"the method {architecture}")]
 
 
 def _read_bottleneck(config: Mapping[str, Any], where: str, problems: Problems) -> _Read:
     known = BottleneckConfig.model_fields.keys() | BOTTLENECK_NO_EFFECT | {"architecture"}
     check_unknown_keys(config, known, where, problems)
     read = validated(BottleneckConfig, config, where, problems)
-    return ("bottleneck", None, []) if read is None else (read.kind, read, list(read.unserved()))
+    return ("bottleneck", (), []) if read is None else (read.kind, (read,), list(read.unserved()))
 
 
 def _read_lora(config: Mapping[str, Any], version: str, where: str, problems: Problems) -> _Read:
@@ -199,8 +211,8 @@ def _read_lora(config: Mapping[str, Any], version: str, where: str, problems: Pr
     wrong = [] if read is None else list(read.problems())
     problems.extend(f"{where}: {problem}" for problem in wrong)
     if read is None or wrong:
-        return "lora", None, []
-    return read.kind, read, list(read.unserved())
+        return "lora", (), []
+    return read.kind, (read,), list(read.unserved())
 
 
 def _read_reft(config: Mapping[str, Any], where: str, problems: Problems) -> _Read:
@@ -208,16 +220,16 @@ def _read_reft(config: Mapping[str, Any], where: str, problems: Problems) -> _Re
     check_unknown_keys(config, known, where, problems)
     read = validated(ReftConfig, config, where, problems)
     if read is None:
-        return "reft", None, []
+        return "reft", (), []
     problems.extend(f"{where}: {problem}" for problem in read.problems())
-    return read.kind, read, list(read.unserved())
+    return read.kind, (read,), list(read.unserved())
 
 
 def _read_prefix(config: Mapping[str, Any], where: str, problems: Problems) -> _Read:
     known = PrefixConfig.model_fields.keys() | PREFIX_NO_EFFECT | {"architecture"}
     check_unknown_keys(config, known, where, problems)
     read = validated(PrefixConfig, config, where, problems)
-    return ("prefix_tuning", None, []) if read is None else (read.kind, read, list(read.unserved()))
+    return ("prefix_tuning", (), []) if read is None else (read.kind, (read,), list(read.unserved()))
 
 
 def _is_before_1_1(version: str) -> bool:
@@ -228,17 +240,20 @@ def _is_before_1_1(version: str) -> bool:
     return numbers < (1, 1, 0) or (numbers == (1, 1, 0) and _BEFORE.fullmatch(found["rest"]) is not None)
 
 
-def _members(config: Mapping[str, Any], where: str, problems: Problems) -> str:
-    """The methods in a union, by name."""
+def _read_union(config: Mapping[str, Any], version: str, where: str, problems: Problems) -> _Read:
+    check_unknown_keys(config, frozenset({"architecture", "configs"}), where, problems)
     members = config.get("configs")
-    if not isinstance(members, list) or not 0 < len(members) <= 16:
-        problems.add(f"{where}: configs is no list of 1 to 16 configs")
-        return ""
-    names = [member.get("architecture") or "bottleneck" for member in members if isinstance(member, dict)]
-    if len(names) < len(members) or not all(
-        isinstance(name, str) and _NAMED_ARCHITECTURE.fullmatch(name) for name in names
-    ):
-        problems.add(f"{where}: configs holds something that is no config")
-        return ""
-    gated = all(member.get("use_gating") is True for member in members)
-    return f"{' and '.join(names)}{' with learned gates (UniPELT)' if gated else ''}"
+    if not isinstance(members, list) or not 0 < len(members) <= _MAX_UNION:
+        problems.add(f"{where}: configs is no list of 1 to {_MAX_UNION} configs")
+        return "union", (), []
+    methods: list[MethodConfig] = []
+    reasons: list[str] = []
+    for member in members:
+        if not isinstance(member, dict) or member.get("architecture") == "union":
+            problems.add(f"{where}: configs holds something that is no config of a method")
+            return "union", (), []
+        kind, found, why = _read_method(member, version, problems)
+        methods.extend(found)
+        reasons.extend(f"in a union, {kind}: {reason}" for reason in why)
+    together = why_not_together(methods)
+    return "union", tuple(methods), [*reasons, together] if together else reasons

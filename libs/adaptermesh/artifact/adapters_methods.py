@@ -279,6 +279,8 @@ class PrefixConfig(_Config):
             yield f"non_linearity {self.non_linearity!r}: a projected prefix is served with tanh or relu"
 
 
+MethodConfig = BottleneckConfig | LoraConfig | PrefixConfig | ReftConfig
+
 BOTTLENECK_NO_EFFECT = frozenset(
     {
         # Only where ln_after is set, which is not served.

@@ -53,6 +53,13 @@ def group(
     return Grouped(modules, shared)
 
 
+def container_of(tensor: str, name: str) -> str | None:
+    """The library's container that holds a tensor of the adapter of that name; None if none does."""
+    parts = tensor.split(".")
+    at = _container(parts, name)
+    return None if at is None else parts[at]
+
+
 def _container(parts: list[str], name: str) -> int | None:
     """Where the container of this adapter is in a tensor's path."""
     return next((i for i in range(len(parts) - 2) if parts[i] in _CONTAINERS and parts[i + 1] == name), None)

@@ -125,6 +125,10 @@ SERVED: dict[str, Callable[[], Any]] = {
     "lora_everywhere": lambda: LoRAConfig(r=3, alpha=3, attn_matrices=["v", "q", "k"], **EVERYWHERE),
     "prefix_tuning": lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
     "prefix_tuning_flat": lambda: PrefixTuningConfig(flat=True, prefix_length=11),
+    "mam": lambda: ConfigUnion(
+        PrefixTuningConfig(prefix_length=3, bottleneck_size=8), ParBnConfig(reduction_factor=4)
+    ),
+    "union": lambda: ConfigUnion(LoRAConfig(r=2, alpha=4), CompacterConfig(**PHM), LoReftConfig(r=2)),
     "loreft": lambda: LoReftConfig(),
     "loreft_both_ends": lambda: LoReftConfig(r=3, prefix_positions=2, suffix_positions=4),
     "loreft_tied": lambda: LoReftConfig(r=2, suffix_positions=2, tied_weights=True, non_linearity="gelu"),
@@ -163,9 +167,6 @@ STORED: dict[str, Callable[[], Any]] = {
     "mtl_lora": lambda: MTLLoRAConfig(r=4),
     "noreft": lambda: NoReftConfig(),
     "direft": lambda: DiReftConfig(),
-    "mam": lambda: ConfigUnion(
-        PrefixTuningConfig(prefix_length=3, bottleneck_size=8), ParBnConfig(reduction_factor=4)
-    ),
     "unipelt": lambda: ConfigUnion(
         *(
             config.replace(use_gating=True)

@@ -61,7 +61,7 @@ DIGESTS = {
     ("llama", "dora"): "sha256:e4f160fa3373d3d9df6b4e1d66fb930ab7b4330b71af6da811d045cad5e3e8d1",
     ("llama", "ia3"): "sha256:6f9d2f0745d96839e9336a38674b7b4f43c91a1c54d409ac4b1909d4cf8805ea",
     ("llama", "with_class_head"): "sha256:f291049f7852ec5d8ac2a2fcd0fb8289a4128979a591894eb4b3b368efa213f8",
-    ("llama", "mam"): "sha256:f184962589fc92a0cdb32cf6ccdd9cbed51c442e549ba53eef740cef8f0efdfc",
+    ("llama", "mam"): "sha256:875842b53427fbffa82ce2d99ec3e6588a2cd1ccd8631a6a9ea7c1f105da3a77",
     ("gpt2", "lora"): "sha256:a579252b89e0edbef3533e6d92e4af5454f85c55df7c0d7e1c77c2a9e61e4ba8",
 }
 
@@ -87,7 +87,9 @@ def test_every_served_golden_is_among_the_kinds_tested_here() -> None:
     ia3 = {(base, name) for base in BASES for name in ("ia3", "ia3_everywhere")}
     refts = {(base, name) for base in BASES for name in REFTS}
     prefixes = {(base, name) for base in BASES for name in PREFIXES}
-    assert {found for found in served_methods() if found[0] in BASES} <= tested | ia3 | refts | prefixes
+    unions = {(base, name) for base in BASES for name in UNIONS}
+    known = tested | ia3 | refts | prefixes | unions
+    assert {found for found in served_methods() if found[0] in BASES} <= known
 
 
 # Rank, tokens at both ends, layers, whether the last tokens have tensors of their own, kind, activation.
@@ -228,6 +230,45 @@ def test_a_prefix_that_is_not_served_is_stored(tmp_path: Path, change: dict[str,
     manifest = read_changed("prefix_tuning", change, tmp_path)
     assert not manifest.servable
     assert why in manifest.unservable_reason
+
+
+UNIONS = {
+    "mam": ["attention kv_prefix", "ffn bottleneck"],
+    "union": ["q lowrank", "v lowrank", "attention bottleneck", "ffn bottleneck", "ffn reft"],
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", UNIONS)
+def test_a_union_has_the_ops_of_all_its_methods_layer_by_layer(
+    tmp_path: Path, base: str, method: str
+) -> None:
+    manifest, _ = read(base, method, tmp_path)
+    assert (manifest.servable, manifest.kind) == (True, "union")
+    assert [(module.layer, f"{module.site} {module.op}") for module in manifest.modules] == [
+        (layer, module) for layer in range(2) for module in UNIONS[method]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("configs", "why"),
+    [
+        ([], "no list of 1 to 16"),
+        ([3], "no config of a method"),
+        ([{"architecture": "union", "configs": []}], "no config of a method"),
+        ([{"architecture": "lora", "r": 2, "alpha": 4}], "the config asks for no such part"),
+    ],
+)
+def test_a_union_that_its_file_contradicts_is_refused(tmp_path: Path, configs: Any, why: str) -> None:
+    with pytest.raises(MeshError, match=why) as caught:
+        read_changed("mam", {"configs": configs}, tmp_path)
+    assert caught.value.reason is Reason.ADAPTER_REJECTED
+
+
+def test_a_union_of_two_methods_of_one_container_is_stored(tmp_path: Path) -> None:
+    loras = [{"architecture": "lora", "r": 2, "alpha": 4}] * 2
+    manifest = read_changed("union", {"configs": loras}, tmp_path)
+    assert "several methods that keep their tensors in 'loras'" in manifest.unservable_reason
 
 
 def read_changed(method: str, change: dict[str, Any], tmp_path: Path) -> Manifest:
@@ -401,8 +442,7 @@ def test_ia3_scales_outputs_where_its_tensors_are(
         ("mtl_lora", "mtl_lora", "MTL-LoRA"),
         ("noreft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("direft", "noreft", "NoReFT and DiReFT are saved alike"),
-        ("mam", "union", "a union of prefix_tuning and bottleneck"),
-        ("unipelt", "union", "with learned gates (UniPELT)"),
+        ("unipelt", "union", "in a union, prefix_tuning: use_gating"),
         ("fusion", "fusion", "AdapterFusion over the adapters a, b; upload the adapters one by one"),
         ("stack", "stack", "member 'a': not served yet: an lm head of its own"),
         ("with_lm_head", "bottleneck", "an lm head of its own"),

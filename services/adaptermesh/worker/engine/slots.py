@@ -86,14 +86,27 @@ class AdapterPlan:
             plan.apply(layer, x, y)
 
     def term(
-        self, block: str, layer: int, residual: torch.Tensor, output: torch.Tensor
+        self,
+        block: str,
+        layer: int,
+        residual: torch.Tensor,
+        output: torch.Tensor,
+        stream: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """What joins the stream beside `output`, or None. All: [tokens, hidden]; what is given stays."""
+        """What the ops add to the stream, one after the other, or None. All: [tokens, hidden]; they stay.
+
+        `stream`: `residual + output`, unless other ops have added to it before.
+        """
         plans = self.blocks.get(block, ())
-        if plans and self.waits is not None:
+        if not plans:
+            return None
+        if self.waits is not None:
             self.waits.before(layer)
-        terms = [plan.term(layer, residual, output) for plan in plans]
-        return sum(terms[1:], terms[0]) if terms else None
+        so_far = residual + output if stream is None else stream
+        found = plans[0].term(layer, residual, output, so_far)
+        for plan in plans[1:]:
+            found = found + plan.term(layer, residual, output, so_far + found)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

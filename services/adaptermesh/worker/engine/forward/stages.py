@@ -46,7 +46,7 @@ class StagedLayers:
             scaled = step.scales.inputs[SITES.index(site)].values
             self._inputs[site] = own[place] if site in plan.inputs or scaled else self._x
         self._changed = self._find_changed()
-        self._term: torch.Tensor | None = None
+        self._residual = hidden
         step.head = False
         step.moved = _bits(plan.inputs)
         step.apart = _bits(self._changed)
@@ -78,12 +78,16 @@ class StagedLayers:
             ("qkv", lambda layer: self._apply(layer, "qkv"), self._changes("q", "k", "v")),
             ("attend", lambda layer: self._change(layer, "o"), self._moves("o")),
             ("o", lambda layer: self._beside(layer, "attention", "o"), self._changes("o")),
-            ("join_attention", self._join, "attention" in self._plan.blocks),
+            (
+                "join_attention",
+                lambda layer: self._join(layer, "attention"),
+                "attention" in self._plan.blocks,
+            ),
             ("take_gated", lambda layer: self._change(layer, ("gate", "up")), self._moves("gate", "up")),
             ("gated", lambda layer: self._apply(layer, ("gate", "up")), self._changes("gate", "up")),
             ("activate", lambda layer: self._change(layer, ("down",)), self._moves("down")),
             ("down", lambda layer: self._beside(layer, "ffn", "down"), self._changes("down")),
-            ("join_ffn", self._join, "ffn" in self._plan.blocks),
+            ("join_ffn", lambda layer: self._join(layer, "ffn"), "ffn" in self._plan.blocks),
         )
         return {STAGES.index(name) + 1: hook for name, hook, wanted in stages if wanted}
 
@@ -106,12 +110,13 @@ class StagedLayers:
     def _beside(self, layer: int, block: str, site: str) -> None:
         self._apply(layer, (site,))
         if block in self._plan.blocks:
-            # Added later: the kernels' own part reads what the sub-layer alone has put out.
-            self._term = self._plan.term(block, layer, self._hidden, self._x)
+            self._residual = self._hidden.clone()
 
-    def _join(self, _layer: int) -> None:
-        if self._term is not None:
-            self._hidden.add_(self._term)
+    def _join(self, layer: int, block: str) -> None:
+        """After the kernels' own part of the block; the sub-layer's output is still where it was."""
+        term = self._plan.term(block, layer, self._residual, self._x, self._hidden)
+        if term is not None:
+            self._hidden.add_(term)
 
 
 def _bits(sites: Iterable[str]) -> int:

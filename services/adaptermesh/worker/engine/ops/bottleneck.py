@@ -104,7 +104,13 @@ class _Plan:
     tokens: StepTokens
     slots: Mapping[int, Mapping[tuple[str, int], _Module]]
 
-    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def term(
+        self,
+        layer: int,
+        residual: torch.Tensor,
+        output: torch.Tensor,
+        stream: torch.Tensor,  # noqa: ARG002 (a BlockPlan's)
+    ) -> torch.Tensor:
         found = torch.zeros_like(output)
         for segment in self.tokens.segments:
             module = self.slots.get(segment.slot, {}).get((self.block, layer))

@@ -169,7 +169,13 @@ class _Plan:
     inputs: Mapping[tuple[int, int], str]
     kernels: Kernels
 
-    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def term(
+        self,
+        layer: int,
+        residual: torch.Tensor,
+        output: torch.Tensor,
+        stream: torch.Tensor,  # noqa: ARG002 (a BlockPlan's)
+    ) -> torch.Tensor:
         found = torch.zeros(output.shape)
         read = torch.empty(output.shape)
         for segment in self.tokens.segments:

@@ -70,8 +70,13 @@ class InputPlan(Protocol):
 class BlockPlan(Protocol):
     """What adapters add in one step where one sub-layer's output joins the residual stream."""
 
-    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] to add to `residual + output`, which stay as they are; all of that shape."""
+    def term(
+        self, layer: int, residual: torch.Tensor, output: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:
+        """What to add to the stream. All: [tokens, hidden]; what is given stays as it is.
+
+        `stream` is `residual + output` with what ops before this one have added.
+        """
         ...
 
 

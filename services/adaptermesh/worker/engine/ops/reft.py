@@ -127,11 +127,17 @@ class _Plan:
     parts: Sequence[_Part]
     slots: Mapping[int, _Adapter]
 
-    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def term(
+        self,
+        layer: int,
+        residual: torch.Tensor,  # noqa: ARG002 (a BlockPlan's)
+        output: torch.Tensor,
+        stream: torch.Tensor,
+    ) -> torch.Tensor:
         found = torch.zeros_like(output)
         for part in self.parts:
             unit = self.slots[part.slot].units.get(layer, (None, None))[part.end]
             if unit is not None:
-                x = residual.index_select(0, part.places) + output.index_select(0, part.places)
+                x = stream.index_select(0, part.places)
                 found.index_copy_(0, part.places, unit.term(x))
         return found

@@ -155,10 +155,13 @@ class ForeignPlan:
             found[rows] = 0.7 * x[rows] + 0.3 * x[rows].roll(len(self.site) + layer, -1)
         return found
 
-    def term(self, layer: int, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def term(
+        self, layer: int, residual: torch.Tensor, output: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:
         found = torch.zeros_like(output)
         for rows in self.rows:
             found[rows] = 0.1 * torch.tanh(residual[rows]) + 0.05 * (layer + 1) * output[rows]
+            found[rows] += 0.1 * torch.sin(stream[rows])
         return found
 
 

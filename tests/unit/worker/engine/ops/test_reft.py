@@ -73,14 +73,14 @@ def test_a_prompt_in_pieces_beside_others_equals_the_formula(
         segments = (Segment(-1, 0, 3), Segment(1, 3, 3 + count), Segment(0, 3 + count, 5 + count))
         plans = op.plan_blocks(StepTokens(segments, rows))
         part = slice(past, past + count)
-        around = [
+        before, after = [
             torch.cat((torch.randn(3, HIDDEN), of[part], torch.randn(2, HIDDEN))) for of in (residual, own)
         ]
         if plans:
-            term = plans["ffn"].term(1, around[0], around[1])
-            assert not plans["ffn"].term(0, around[0], around[1]).any()
+            term = plans["ffn"].term(1, before, after, before + after)
+            assert not plans["ffn"].term(0, before, after, before + after).any()
         else:
-            term = torch.zeros_like(around[0])
+            term = torch.zeros_like(before)
         assert not term[:3].any()
         assert not term[3 + count :].any()
         found.append(term[3 : 3 + count])
