@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
 _PIECE_BYTES = 2**20
+_AT_ONCE = 4
 
 _Value = TypeVar("_Value")
 
@@ -44,7 +45,8 @@ class MemberSource(Protocol):
 class ComposingSource:
     """The engine's `AdapterSource`: what it knows as a composition it composes, all else it passes on.
 
-    One composition is composed at a time, beside the engine. Its members are in memory until it is whole.
+    A few compositions are on their way at a time, so that the members in memory are bounded; the others wait
+    for their turn. One is composed at a time, beside the engine.
     """
 
     def __init__(self, members: MemberSource, tracer: Tracer) -> None:
@@ -54,6 +56,8 @@ class ComposingSource:
         self._known: OrderedDict[str, Composition] = OrderedDict()
         self._spans: OrderedDict[str, SpanContext] = OrderedDict()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="compose")
+        self._running = 0
+        self._waiting: deque[_Job] = deque()
 
     def learn(self, digest: str, composition: Composition) -> None:
         """What a digest stands for; the latest some thousand are known."""
@@ -78,9 +82,26 @@ class ComposingSource:
         )
         with self._lock:
             _remember(self._spans, digest, span.get_span_context())
-        job = _Job(composition, sink, span, set(members), self._executor.submit)
-        for member in members:
-            self._members.fetch_member(member, _MemberSink(member, job), trace.set_span_in_context(span))
+        job = _Job(composition, sink, span, tuple(members), self._executor.submit, self._ended)
+        with self._lock:
+            self._waiting.append(job)
+        self._start_next()
+
+    def _start_next(self) -> None:
+        with self._lock:
+            if self._running >= _AT_ONCE or not self._waiting:
+                return
+            self._running += 1
+            job = self._waiting.popleft()
+        for member in job.names:
+            context = trace.set_span_in_context(job.span)
+            self._members.fetch_member(member, _MemberSink(member, job), context)
+
+    def _ended(self) -> None:
+        """A job that was started is over."""
+        with self._lock:
+            self._running -= 1
+        self._start_next()
 
     def cancel(self, digest: str) -> None:
         """A composition goes on to its end; its sink refuses what nobody waits for."""
@@ -108,13 +129,14 @@ def _remember(known: OrderedDict[str, _Value], digest: str, value: _Value) -> No
 
 @dataclass(slots=True)
 class _Job:
-    """One composition on its way. `missing` are the members that are not whole yet."""
+    """One composition on its way. `names` are its members; `on_end` is called once, when it is over."""
 
     composition: Composition
     sink: AdapterSink
     span: Span
-    missing: set[str]
+    names: tuple[str, ...]
     submit: Callable[[Callable[[], None]], object]
+    on_end: Callable[[], None]
     members: dict[str, Member] = field(default_factory=dict)
     room: int = MAX_COMPOSED_BYTES
     ended: bool = False
@@ -133,9 +155,10 @@ class _Job:
 
     def arrived(self, digest: str, member: Member) -> None:
         with self.lock:
+            if self.ended:
+                return
             self.members[digest] = member
-            self.missing.discard(digest)
-            if self.missing or self.ended:
+            if len(self.members) < len(self.names):
                 return
         self.submit(self._compose)
 
@@ -148,7 +171,10 @@ class _Job:
         self.span.set_attribute("error.type", error.reason.value)
         self.span.set_status(StatusCode.ERROR, error.message[:256])
         self.span.end()
-        self.sink.fail(error)
+        try:
+            self.sink.fail(error)
+        finally:
+            self.on_end()
 
     def _compose(self) -> None:
         try:
@@ -170,6 +196,7 @@ class _Job:
                 self.members.clear()
             self.span.set_attribute("adaptermesh.adapter.bytes", len(data))
             self.span.end()
+            self.on_end()
 
     def _fail_quietly(self, error: MeshError) -> None:
         try:

@@ -55,15 +55,11 @@ class GrpcAdapterSource:
 
     def fetch(self, digest: str, sink: AdapterSink, context: object | None) -> None:
         """Starts to fetch; the sink hears of the end. `context` is the first requester's trace context."""
-        try:
-            self._loop.call_soon_threadsafe(self._start, digest, sink, context)
-        except RuntimeError:
-            # The loop is closed: the process is on its way out.
-            sink.fail(unavailable(Reason.DRAINING, "the worker has stopped", 1.0, digest=digest))
+        self._begin(digest, sink, context, member=False)
 
     def fetch_member(self, digest: str, sink: AdapterSink, context: object | None) -> None:
         """The same for a part of something else: `cancel` does not reach it."""
-        self._loop.call_soon_threadsafe(self._start, digest, sink, context, True)
+        self._begin(digest, sink, context, member=True)
 
     def cancel(self, digest: str) -> None:
         """Gives a fetch up; its sink gets CANCELLED when no thread touches it any more."""
@@ -81,7 +77,14 @@ class GrpcAdapterSource:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._executor.shutdown(wait=False)
 
-    def _start(self, digest: str, sink: AdapterSink, context: object | None, member: bool = False) -> None:
+    def _begin(self, digest: str, sink: AdapterSink, context: object | None, *, member: bool) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._start, digest, sink, context, member)
+        except RuntimeError:
+            # The loop is closed: the process is on its way out.
+            sink.fail(unavailable(Reason.DRAINING, "the worker has stopped", 1.0, digest=digest))
+
+    def _start(self, digest: str, sink: AdapterSink, context: object | None, member: bool) -> None:
         span = self._tracer.start_span(
             "adapter.fetch",
             context=context if isinstance(context, Context) else Context(),

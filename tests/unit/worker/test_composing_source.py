@@ -180,6 +180,36 @@ def test_a_member_that_is_not_what_its_digest_says_fails_it() -> None:
         assert error.reason is Reason.DATA_CORRUPT
 
 
+def test_a_few_are_on_their_way_at_a_time_and_each_has_its_turn() -> None:
+    store = Store()
+    source = ComposingSource(store, TRACER)
+    lost = MeshError(Code.UNAVAILABLE, Reason.STORE_UNREACHABLE, "gone")
+    engines = [Engine(refuses=number == 5) for number in range(12)]
+    started = list[AdapterSink]()
+
+    def fetch_member(digest: str, sink: AdapterSink, context: object | None) -> None:
+        started.append(sink)
+
+    store.fetch_member = fetch_member  # type: ignore[method-assign]
+    for number, engine in enumerate(engines):
+        tree = parse_resolved(f"{number + 2}*{NAMES[0]}")
+        digest = composition_digest(tree)
+        source.learn(digest, tree)
+        source.fetch(digest, engine, None)
+    for number in range(len(engines)):
+        assert len(started) == min(number + 4, len(engines))
+        if number % 3 == 0:
+            started[number].fail(lost)
+        else:
+            started[number].begin(MEMBERS[NAMES[0]][0])
+            started[number].write(MEMBERS[NAMES[0]][1])
+            started[number].finish()
+        settle(source)
+    assert [engine.ends for engine in engines] == [
+        [lost] if number % 3 == 0 else [None] for number in range(len(engines))
+    ]
+
+
 def test_what_is_no_composition_is_passed_on() -> None:
     store = Store()
     source = make_source(store)
