@@ -1,6 +1,7 @@
 """The SQL database: connections, read and write transactions."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from adaptermesh.store.ownership import OwnedWork
 T = TypeVar("T")
 
 _WRITES = "adaptermesh_writes"
+_PRAGMA_SECONDS = 10.0
+_PRAGMA_PAUSE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +129,30 @@ def _open_engine(config: DatabaseConfig) -> AsyncEngine:
 
 
 def _prepare(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
+    connection.run_async(_set_pragmas)
+
+
+async def _set_pragmas(connection: Any) -> None:
     # WAL lets readers go on during a write; FULL makes a commit survive a power cut.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+        async with asyncio.timeout(_PRAGMA_SECONDS):
+            while not await _set_pragma(connection, pragma):  # noqa: ASYNC110 (no event tells of another process)
+                await asyncio.sleep(_PRAGMA_PAUSE)
+
+
+async def _set_pragma(connection: Any, pragma: str) -> bool:
+    """False if another connection holds the file.
+
+    SQLite does not wait for that itself where waiting could last for ever: when several open a new file at
+    once, of which each wants to make one of WAL.
+    """
+    try:
+        async with connection.execute(f"PRAGMA {pragma}"):
+            return True
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
 
 
 def _begin(connection: Connection) -> None:
