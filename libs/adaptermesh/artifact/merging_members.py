@@ -121,7 +121,7 @@ def check_members(members: Sequence[Member], base_digest: str, sites: SiteMap) -
             raise base_mismatch(member.ref, manifest.base.digest, base_digest)
         if not manifest.servable:
             raise _unsupported(member, f"it can't be served either: {manifest.unservable_reason}")
-        for what in ("activation", "head", "composition"):
+        for what in ("activation", "head"):
             if getattr(manifest, what) is not None:
                 raise _unsupported(member, f"it has a part that no weights hold: {what}")
         for op in manifest.modules:

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from adaptermesh.artifact import merging_members
 from adaptermesh.artifact.canonical import open_buffer, tensors
 from adaptermesh.artifact.composing import Member, compose
 from adaptermesh.artifact.manifest import Manifest
+from adaptermesh.artifact.sites import site_map
 from adaptermesh.core.composition import parse_resolved
 from adaptermesh.core.errors import MeshError, Reason
 from tests.parity.adapters.goldens import ingest_folder, load_goldens
@@ -164,3 +166,9 @@ def test_any_tree_is_read_stored_or_refused(tmp_path: Path, tree: Any) -> None:
         assert error.reason is Reason.ADAPTER_REJECTED
     else:
         assert manifest.servable != bool(manifest.unservable_reason)
+
+
+def test_a_setup_of_low_rank_adapters_may_be_merged_as_the_one_that_it_is(tmp_path: Path) -> None:
+    manifest = ingested(tmp_path, block("Stack", *XY), LORAS)
+    member = merging_members.Member("acme/both:v1", manifest.digest, manifest, tmp_path / "out")
+    merging_members.check_members([member], GOLDENS.facts.digest, site_map(GOLDENS.facts))

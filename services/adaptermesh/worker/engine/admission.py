@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from adaptermesh.artifact.manifest import Manifest, ModuleOp, TensorEntry
+from adaptermesh.artifact.manifest import BaseRef, Manifest, ModuleOp, TensorEntry
 from adaptermesh.artifact.ops import BOTTLENECK, KV_PREFIX, LOWRANK, REFT, STRUCTURED
 from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
@@ -27,6 +27,7 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
     """
     if manifest.base.digest != base.facts.digest:
         raise base_mismatch(f"{manifest.namespace}/{manifest.name}", manifest.base.digest, base.facts.digest)
+    _check_sizes(digest, manifest.base, base)
     check_servable(digest, manifest, OP_KINDS)
     entries = {entry.name: entry for entry in manifest.tensors}
     for module in manifest.modules:
@@ -35,7 +36,7 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
             continue
         site = base.sites.get(module.site)
         if module.op in (BOTTLENECK, REFT) and module.site in base.sites.blocks:
-            # Their shapes, by the base's hidden size, are among the manifest's own checks.
+            # Their shapes, by the hidden size, are among the manifest's own checks.
             continue
         if site is None or not 0 <= module.layer < base.sites.num_layers:
             raise corrupt(digest, f"the base has no site {module.site} in layer {module.layer}")
@@ -46,6 +47,15 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
             if entry is None or entry.shape != shapes.get(slot):
                 problem = f"is not {list(shapes.get(slot, ()))}"
                 raise corrupt(digest, f"{slot} of {module.site} in layer {module.layer} {problem}")
+
+
+def _check_sizes(digest: str, described: BaseRef, base: Base) -> None:
+    """The manifest's own checks are of the sizes that it says its base has: they must be this base's."""
+    facts = base.facts
+    sizes = (facts.hidden_size, facts.num_layers, facts.vocab_size)
+    found = (described.hidden_size, described.num_layers, described.vocab_size)
+    if found != sizes:
+        raise corrupt(digest, f"it says that its base has the sizes {list(found)}, they are {list(sizes)}")
 
 
 def _check_virtual(digest: str, module: ModuleOp, entries: Mapping[str, TensorEntry], base: Base) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from adaptermesh.artifact.sites import site_map
 from adaptermesh.core.errors import MeshError, Reason
 from adaptermesh.worker.engine.admission import check_adapter
+from tests.parity.adapters.goldens import ingest_folder, load_goldens
 from tests.unit.artifact.boft_blocks import stand_in
 from tests.unit.artifact.test_peft_written import SMALL, ingested, write
 
@@ -61,4 +62,21 @@ def test_what_has_a_structure_fits_the_sites_widths(
         return
     with pytest.raises(MeshError, match="of q in layer 0 is not") as caught:
         check_adapter("d", other, base)
+    assert caught.value.reason is Reason.DATA_CORRUPT
+
+
+@pytest.mark.parametrize("method", ["double_seq_bn", "loreft", "prefix_tuning", "lora"])
+@pytest.mark.parametrize("size", ["hidden_size", "num_layers", "vocab_size"])
+def test_the_sizes_that_a_manifest_is_checked_by_are_those_of_the_base(
+    tmp_path: Path, method: str, size: str
+) -> None:
+    goldens = load_goldens("llama")
+    manifest = ingest_folder(goldens.folder(method), goldens.facts, tmp_path / "out")
+    base = cast(
+        "Any", SimpleNamespace(facts=goldens.facts, sites=site_map(goldens.facts), kv_heads=2, head_dim=8)
+    )
+    check_adapter("d", manifest, base)
+    lie = replace(manifest.base, **{size: getattr(manifest.base, size) + 1})
+    with pytest.raises(MeshError, match="it says that its base has the sizes") as caught:
+        check_adapter("d", replace(manifest, base=lie), base)
     assert caught.value.reason is Reason.DATA_CORRUPT
