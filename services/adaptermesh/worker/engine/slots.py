@@ -75,7 +75,7 @@ class AdapterPlan:
         if plans and self.waits is not None:
             self.waits.before(layer)
         for plan in plans:
-            x = plan.scale(layer, x)
+            x = plan.change(layer, x)
         return x
 
     def apply(self, site: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:

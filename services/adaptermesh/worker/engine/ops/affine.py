@@ -199,7 +199,7 @@ class _ScaledInput:
     factors: torch.Tensor
     rows: torch.Tensor
 
-    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def change(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         return x * self.factors[:, layer].index_select(0, self.rows)
 
 

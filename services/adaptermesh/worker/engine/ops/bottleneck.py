@@ -12,6 +12,7 @@ from torch.nn import functional as f
 
 from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.worker.engine.ops.op import BlockPlan, SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.segment_op import SegmentOp
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "linear": lambda x: x,
@@ -55,22 +56,17 @@ class _Module:
         return self.scale * f.linear(ACTIVATIONS[self.activation](inner), self.up, self.up_bias)
 
     @property
-    def size_bytes(self) -> int:
-        parts = (self.down, self.down_bias, self.up, self.up_bias)
-        return sum(part.numel() * part.element_size() for part in parts)
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.down, self.down_bias, self.up, self.up_bias
 
 
-class Bottleneck:
+class Bottleneck(SegmentOp[_Module]):
     """`stream += s (up act(down v + b) + c)` for each segment."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
         self._dtype = dtype
         self._device = device
-        self._slots: dict[int, dict[tuple[str, int], _Module]] = {}
-
-    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:
-        if modules:
-            self._slots[slot] = {}
 
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
         for module in modules:
@@ -79,30 +75,21 @@ class Bottleneck:
                 for name, tensor in module.tensors.items()
             }
             activation, source = options_of(module)
-            self._slots[slot][module.site, layer] = _Module(
-                **parts, scale=module.scale, activation=activation, input=source
-            )
-
-    def unload(self, slot: int) -> None:
-        self._slots.pop(slot, None)
+            held = _Module(**parts, scale=module.scale, activation=activation, input=source)
+            self.hold(slot, module.site, layer, held)
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (it has no part at a site)
         return {}
 
     def plan_blocks(self, tokens: StepTokens) -> Mapping[str, BlockPlan]:
-        blocks = {block for slot in tokens.active_slots for block, _ in self._slots.get(slot, ())}
-        return {block: _Plan(block, tokens, self._slots) for block in blocks}
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(module.size_bytes for modules in self._slots.values() for module in modules.values())
+        return {block: _Plan(self, block, tokens) for block in self.sites(tokens)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    op: Bottleneck
     block: str
     tokens: StepTokens
-    slots: Mapping[int, Mapping[tuple[str, int], _Module]]
 
     def term(
         self,
@@ -112,9 +99,6 @@ class _Plan:
         stream: torch.Tensor,  # noqa: ARG002 (a BlockPlan's)
     ) -> torch.Tensor:
         found = torch.zeros_like(output)
-        for segment in self.tokens.segments:
-            module = self.slots.get(segment.slot, {}).get((self.block, layer))
-            if module is not None:
-                rows = slice(segment.start, segment.end)
-                found[rows] = module.term(residual[rows], output[rows])
+        for rows, module in self.op.parts(self.tokens, self.block, layer):
+            found[rows] = module.term(residual[rows], output[rows])
         return found

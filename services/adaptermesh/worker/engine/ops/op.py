@@ -62,7 +62,7 @@ class SitePlan(Protocol):
 class InputPlan(Protocol):
     """What adapters do in one step to what goes into one site."""
 
-    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def change(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in] -> what the site gets instead; x itself stays as it is."""
         ...
 

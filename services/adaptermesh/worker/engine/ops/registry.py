@@ -60,7 +60,7 @@ def plain_ops(
         "affine": PlainAffine(sites, dtype, device, weights),
         "bottleneck": Bottleneck(dtype, device),
         "reft": Reft(dtype, device),
-        "structured": PlainStructured(sites, dtype, device, weights),
+        "structured": PlainStructured(sites, weights),
         "prompt": PromptRows(dtype, device),
         "kv_prefix": PrefixRows(dtype, device),
     }

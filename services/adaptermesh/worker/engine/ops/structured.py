@@ -223,7 +223,7 @@ class _TurnedInput:
     turns: _Parts[_Turn]
     step: _Step
 
-    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def change(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         turned = x.clone()
         groups, alone = self.step.split(self.site, layer, self.turns)
         for group, turns in groups:

@@ -1,6 +1,6 @@
 """The plain twin of `structured`: one adapter after the other, with whole matrices, in float64."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from adaptermesh.artifact.sites import Site, SiteMap
 from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.ops.affine import need_weights
 from adaptermesh.worker.engine.ops.op import InputPlan, SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.segment_op import SegmentOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,49 +22,32 @@ class _Module:
     factors: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [one for one in (self.added, self.turn, self.factors, self.shift) if one is not None]
 
-_Modules = dict[tuple[str, int], _Module]
 
-
-class PlainStructured:
+class PlainStructured(SegmentOp[_Module]):
     """`y = row_scale * W (x R) + b + scale * kron(w1, w2) x` for each segment; see `Structured`."""
 
-    def __init__(
-        self, sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
-    ) -> None:
-        self._sites = {site.name: site for site in sites.sites}
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, sites: SiteMap, weights: BaseWeights | None = None) -> None:
+        super().__init__()
+        self._by_name = {site.name: site for site in sites.sites}
         self._weights = weights
-        self._slots: dict[int, _Modules] = {}
-
-    def reserve(self, slot: int, modules: Sequence[ModuleOp]) -> None:  # noqa: ARG002 (it has no arena)
-        self._slots[slot] = {}
 
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
         for module in modules:
-            site = self._sites[module.site]
+            site = self._by_name[module.site]
             given = {name: read(tensor).double() for name, tensor in module.tensors.items()}
-            self._slots[slot][site.name, layer] = self._module(site, layer, module.scale, given)
-
-    def unload(self, slot: int) -> None:
-        self._slots.pop(slot, None)
+            self.hold(slot, site.name, layer, self._module(site, layer, module.scale, given))
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:
-        return self._plans(tokens, lambda module: module.added is not None or module.factors is not None)
+        acting = self.sites(tokens, lambda module: module.added is not None or module.factors is not None)
+        return {site: _PlainPlan(self, site, tokens) for site in acting}
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
-        return self._plans(tokens, lambda module: module.turn is not None)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(
-            one.nbytes
-            for modules in self._slots.values()
-            for module in modules.values()
-            for one in (module.added, module.turn, module.factors, module.shift)
-            if one is not None
-        )
+        acting = self.sites(tokens, lambda module: module.turn is not None)
+        return {site: _PlainPlan(self, site, tokens) for site in acting}
 
     def _module(self, site: Site, layer: int, scale: float, given: Mapping[str, torch.Tensor]) -> _Module:
         if "w1" in given:
@@ -76,37 +60,28 @@ class PlainStructured:
             shift = None if bias is None else (1.0 - factors) * bias.double()
         return _Module(turn=_dense(given["R"], site.in_features), factors=factors, shift=shift)
 
-    def _plans(self, tokens: StepTokens, acts: Callable[[_Module], bool]) -> dict[str, "_PlainPlan"]:
-        modules = [one for slot in tokens.active_slots for one in self._slots.get(slot, {}).items()]
-        sites = {site for (site, _), module in modules if acts(module)}
-        return {site: _PlainPlan(site, tokens, self._slots) for site in sites}
-
 
 @dataclass(frozen=True, slots=True)
 class _PlainPlan:
+    op: PlainStructured
     site: str
     tokens: StepTokens
-    slots: Mapping[int, _Modules]
 
     def apply(self, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        for segment in self.tokens.segments:
-            module = self.slots.get(segment.slot, {}).get((self.site, layer), _Module())
-            out = y[segment.start : segment.end]
+        for rows, module in self.op.parts(self.tokens, self.site, layer):
+            out = y[rows]
             if module.factors is not None:
                 out.copy_(out.double() * module.factors)
             if module.shift is not None:
                 out.copy_(out.double() + module.shift)
             if module.added is not None:
-                out.copy_(out.double() + x[segment.start : segment.end].double() @ module.added.T)
+                out.copy_(out.double() + x[rows].double() @ module.added.T)
 
-    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def change(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         turned = x.clone()
-        for segment in self.tokens.segments:
-            module = self.slots.get(segment.slot, {}).get((self.site, layer), _Module())
+        for rows, module in self.op.parts(self.tokens, self.site, layer):
             if module.turn is not None:
-                turned[segment.start : segment.end] = (
-                    x[segment.start : segment.end].double() @ module.turn
-                ).to(x.dtype)
+                turned[rows] = (x[rows].double() @ module.turn).to(x.dtype)
         return turned
 
 

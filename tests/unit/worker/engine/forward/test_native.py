@@ -149,7 +149,7 @@ class ForeignPlan:
         for rows in self.rows:
             y[rows] = 0.9 * y[rows] + 0.1 * (layer + 1) * x[rows].mean(-1, keepdim=True)
 
-    def scale(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def change(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         found = x.clone()
         for rows in self.rows:
             found[rows] = 0.7 * x[rows] + 0.3 * x[rows].roll(len(self.site) + layer, -1)

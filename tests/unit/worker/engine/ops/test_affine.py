@@ -87,7 +87,7 @@ class Pair:
                     plan, inputs = op.plan(tokens).get(site.name), op.plan_inputs(tokens).get(site.name)
                     if plan is not None:
                         plan.apply(layer, x, changed)
-                    ins.append(x if inputs is None else inputs.scale(layer, x))
+                    ins.append(x if inputs is None else inputs.change(layer, x))
                     outs.append(changed)
                     assert torch.equal(x, before)
                 assert torch.equal(*ins)

@@ -91,7 +91,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.fast = Structured(SITES, torch.float32, CPU, Biases())
-        self.plain = PlainStructured(SITES, torch.float32, CPU, Biases())
+        self.plain = PlainStructured(SITES, Biases())
         self.held: set[int] = set()
 
     def load(self, slot: int, kind: str, seed: int) -> None:
@@ -126,7 +126,7 @@ class Pair:
                     plan, inputs = op.plan(tokens).get(site.name), op.plan_inputs(tokens).get(site.name)
                     if plan is not None:
                         plan.apply(layer, x, changed)
-                    ins.append(x if inputs is None else inputs.scale(layer, x))
+                    ins.append(x if inputs is None else inputs.change(layer, x))
                     outs.append(changed)
                     assert torch.equal(x, before)
                     assert torch.equal(whole[:, :1], y[:, :1])
@@ -200,7 +200,7 @@ def test_a_step_knows_its_sites_before_their_layers_are_there() -> None:
         pair.fast.load_layer(4, layer, here, tensors.__getitem__)
     x, y = torch.randn(3, 16), torch.randn(3, 16)
     before = y.clone()
-    assert not torch.equal(inputs["o"].scale(1, x), x)
+    assert not torch.equal(inputs["o"].change(1, x), x)
     plan["o"].apply(1, x, y)
     assert not torch.equal(y, before)
 
