@@ -9,7 +9,7 @@ import numpy as np
 from adaptermesh.artifact import adapters_phm
 from adaptermesh.artifact.adapters_methods import BottleneckConfig
 from adaptermesh.artifact.adapters_places import Places
-from adaptermesh.artifact.adapters_tensors import Grouped, check_slots, compare, group
+from adaptermesh.artifact.adapters_tensors import Grouped, Reading, check_slots, compare, group
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest_parts import ModuleOp
 from adaptermesh.artifact.ops import BOTTLENECK
@@ -54,29 +54,24 @@ class _Block:
 
 def plan_bottleneck(
     config: BottleneckConfig,
-    name: str,
-    upload: Uploaded,
-    places: Places,
-    sites: SiteMap,
-    base: BaseFacts,
-    problems: Problems,
+    reading: Reading,
 ) -> Plan:
-    """What a bottleneck adapter of that name becomes; of use only if no problem was noted."""
+    """What a bottleneck adapter becomes; of use only if no problem was noted."""
+    places, sites, base, problems = reading.places, reading.sites, reading.base, reading.problems
     if places.post_norm:
         return Plan(unservable=f"not served yet: bottlenecks in a {base.architecture}, after its layer norms")
-    known = len(problems)
     blocks = {block.module: block for block in _blocks(config, places, sites, base, problems)}
-    found = group(upload.weights.tensors, name, "adapters", sites, problems)
-    compare(found, blocks, sites, base, problems)
-    if len(problems) > known:
+    found = group(reading, config.container)
+    compare(reading, found, blocks)
+    if reading.failed:
         return Plan()
     _check(config, found, blocks, base, problems)
-    if len(problems) > known:
+    if reading.failed:
         return Plan()
     if not blocks:
         problems.add("the adapter has no bottleneck in any layer: no module would be changed")
         return Plan()
-    reader = _Reader(config, found.shared, upload, base.hidden_size)
+    reader = _Reader(config, found.shared, reading.upload, base.hidden_size)
     pieces = [reader.piece(block, found.modules[module]) for module, block in blocks.items()]
     return Plan(
         modules=tuple(op for op, _ in pieces),

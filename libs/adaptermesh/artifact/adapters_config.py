@@ -28,6 +28,7 @@ from adaptermesh.artifact.adapters_methods import (
 from adaptermesh.artifact.adapters_places import PLACES
 from adaptermesh.artifact.adapters_prefix import plan_prefix
 from adaptermesh.artifact.adapters_reft import plan_reft
+from adaptermesh.artifact.adapters_tensors import Reading
 from adaptermesh.artifact.adapters_union import plan_union, why_not_together
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
@@ -98,19 +99,20 @@ class AdaptersConfig:
             )
         if not self.methods:
             return Plan(unservable=self.unservable)
-
-        def plan(method: MethodConfig, part: Uploaded) -> Plan:
-            if isinstance(method, BottleneckConfig):
-                return plan_bottleneck(method, self.name, part, places, sites, base, problems)
-            if isinstance(method, PrefixConfig):
-                return plan_prefix(method, self.name, part, sites, base, problems)
-            if isinstance(method, ReftConfig):
-                return plan_reft(method, self.name, part, places, sites, base, problems)
-            return plan_lora(method, self.name, part, places, sites, base, problems)
-
+        reading = Reading(self.name, upload, places, sites, base, problems, len(problems))
         if len(self.methods) > 1:
-            return plan_union(self.methods, self.name, upload, plan)
-        return plan(self.methods[0], upload)
+            return plan_union(self.methods, reading, _plan_method)
+        return _plan_method(self.methods[0], reading)
+
+
+def _plan_method(method: MethodConfig, reading: Reading) -> Plan:
+    if isinstance(method, BottleneckConfig):
+        return plan_bottleneck(method, reading)
+    if isinstance(method, PrefixConfig):
+        return plan_prefix(method, reading)
+    if isinstance(method, ReftConfig):
+        return plan_reft(method, reading)
+    return plan_lora(method, reading)
 
 
 def is_written_by_adapters(raw: Mapping[str, Any]) -> bool:

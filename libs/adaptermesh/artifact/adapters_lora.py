@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping
 
 from adaptermesh.artifact.adapters_methods import LoraConfig
 from adaptermesh.artifact.adapters_places import Places
-from adaptermesh.artifact.adapters_tensors import Grouped, check_slots, compare, group
+from adaptermesh.artifact.adapters_tensors import Grouped, Reading, check_slots, compare, group
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.ordered_product import matmul
 from adaptermesh.artifact.pieces import computed_lowrank, lowrank, vector
 from adaptermesh.artifact.plan import Entries, Piece, Plan, Shape, Values, check_one_dtype, values_of
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.sites import Site, SiteMap
-from adaptermesh.artifact.uploaded import Uploaded
 
 MAX_VERA_RANK = 256
 """Its matrices are multiplied at ingest, which takes the longer the higher the rank is."""
@@ -23,28 +22,23 @@ _Targets = Mapping[str, tuple[tuple[Site, ...], int]]
 
 def plan_lora(
     config: LoraConfig,
-    name: str,
-    upload: Uploaded,
-    places: Places,
-    sites: SiteMap,
-    base: BaseFacts,
-    problems: Problems,
+    reading: Reading,
 ) -> Plan:
-    """What an adapter of that name becomes; of use only if no problem was noted."""
-    reason = "; ".join(_unserved(config, places, base))
+    """What the adapter becomes; of use only if no problem was noted."""
+    places, problems = reading.places, reading.problems
+    reason = "; ".join(_unserved(config, places, reading.base))
     if reason:
         return Plan(unservable=f"not served: {reason}")
-    known = len(problems)
-    targets = _targets(config, places, sites)
-    found = group(upload.weights.tensors, name, "loras", sites, problems)
-    compare(found, targets, sites, base, problems)
-    if len(problems) > known:
+    targets = _targets(config, places, reading.sites)
+    found = group(reading, config.container)
+    compare(reading, found, targets)
+    if reading.failed:
         return Plan()
     if not targets:
         problems.add("the adapter has no LoRA in any layer: no module would be changed")
         return Plan()
     _check(config, found, targets, problems)
-    if len(problems) > known:
+    if reading.failed:
         return Plan()
     pieces = [
         piece

@@ -52,6 +52,8 @@ class BottleneckConfig(_Config):
     No key may be null but those that say so: to the library a null is something else than the default.
     """
 
+    container: ClassVar[str] = "adapters"
+
     mh_adapter: bool
     output_adapter: bool
     reduction_factor: _Reduction | dict[_Text, _Reduction]
@@ -145,6 +147,8 @@ class LoraConfig(_Config):
     `alpha` is what the library of today takes it for: before 1.1.0 it had no effect.
     """
 
+    container: ClassVar[str] = "loras"
+
     selfattn_lora: bool = True
     intermediate_lora: bool = False
     output_lora: bool = False
@@ -206,6 +210,8 @@ class ReftConfig(BaseModel):
     The library does not save whether a projection is subtracted, so the last two look alike.
     """
 
+    container: ClassVar[str] = "refts"
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     layers: Literal["all"] | _Layers = "all"
@@ -255,6 +261,8 @@ class ReftConfig(BaseModel):
 
 class PrefixConfig(_Config):
     """Prefix tuning (arXiv:2101.00190), `flat` where its keys and values are parameters themselves."""
+
+    container: ClassVar[str] = "prefix_tunings"
 
     flat: bool = False
     prefix_length: _Small = 30

@@ -11,8 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from adaptermesh.artifact.adapters_methods import PrefixConfig
-from adaptermesh.artifact.adapters_tensors import check_slots, group
-from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.adapters_tensors import Reading, check_slots, group
 from adaptermesh.artifact.canonical import tensor_from_file
 from adaptermesh.artifact.manifest_parts import MAX_VIRTUAL_TOKENS, TensorEntry
 from adaptermesh.artifact.matrices import Doubles, product, tanh
@@ -20,7 +19,7 @@ from adaptermesh.artifact.ops import START
 from adaptermesh.artifact.plan import Blocks, Entries, Plan, Shape, check_one_dtype
 from adaptermesh.artifact.prefix_parts import prefix_of, stored_part
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.sites import SiteMap, key_heads
+from adaptermesh.artifact.sites import key_heads
 from adaptermesh.artifact.uploaded import Uploaded
 
 _WHERE = "self_prefix"
@@ -29,16 +28,12 @@ _ENDS = (".prefix_tuning", ".prefix_tuning.pool")
 
 def plan_prefix(
     config: PrefixConfig,
-    name: str,
-    upload: Uploaded,
-    sites: SiteMap,
-    base: BaseFacts,
-    problems: Problems,
+    reading: Reading,
 ) -> Plan:
-    """What a prefix tuning of that name becomes; of use only if no problem was noted."""
+    """What a prefix tuning becomes; of use only if no problem was noted."""
+    sites, base, problems = reading.sites, reading.base, reading.problems
     heads, dim = key_heads(base)
-    known = len(problems)
-    found = group(upload.weights.tensors, name, "prefix_tunings", sites, problems)
+    found = group(reading, config.container)
     check_slots("what all modules share", found.shared, {}, "a prefix shares nothing else", problems)
     shapes = _shapes(config, base.hidden_size, 2 * sites.num_layers * heads * dim)
     why = f"prefix_length {config.prefix_length} from the config, the widths from {base.title}"
@@ -48,12 +43,12 @@ def plan_prefix(
         check_slots(f"module {shown(module)}", entries, shapes, why, problems)
         check_one_dtype(module, entries, problems)
     if not found.modules:
-        problems.add(f"the file has no prefix of the name {shown(name)}")
-    if len(problems) > known:
+        problems.add(f"the file has no prefix of the name {shown(reading.name)}")
+    if reading.failed:
         return Plan()
     entries = next(iter(found.modules.values()))
-    _compare(found.modules, entries, upload, problems)
-    if len(problems) > known:
+    _compare(found.modules, entries, reading.upload, problems)
+    if reading.failed:
         return Plan()
     if config.prefix_length > MAX_VIRTUAL_TOKENS:
         length = config.prefix_length

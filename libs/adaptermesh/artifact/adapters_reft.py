@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptermesh.artifact.adapters_methods import ReftConfig
-from adaptermesh.artifact.adapters_places import Places
-from adaptermesh.artifact.adapters_tensors import check_slots, compare, group
+from adaptermesh.artifact.adapters_tensors import Reading, check_slots, compare, group
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest_parts import ModuleOp
 from adaptermesh.artifact.ops import MAX_POSITIONS, REFT
@@ -36,7 +35,6 @@ from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import SiteMap
 from adaptermesh.artifact.source_files import CONFIG_FILE
-from adaptermesh.artifact.uploaded import Uploaded
 
 _SITE = "ffn"
 _PLAIN = "projection.weight"
@@ -46,15 +44,11 @@ _BEGAN = "projection.parametrizations.weight.0.base"
 
 def plan_reft(
     config: ReftConfig,
-    name: str,
-    upload: Uploaded,
-    places: Places,
-    sites: SiteMap,
-    base: BaseFacts,
-    problems: Problems,
+    reading: Reading,
 ) -> Plan:
-    """What a ReFT of that name becomes; of use only if no problem was noted."""
-    if places.post_norm:
+    """What a ReFT becomes; of use only if no problem was noted."""
+    sites, base, problems = reading.sites, reading.base, reading.problems
+    if reading.places.post_norm:
         return Plan(unservable=f"not served yet: ReFT in a {base.architecture}")
     if max(config.prefix_positions, config.suffix_positions) > MAX_POSITIONS:
         return Plan(
@@ -62,12 +56,11 @@ def plan_reft(
         )
     if config.orthogonality and config.r >= base.hidden_size:
         return Plan(unservable=f"not served: an orthogonal ReFT of rank {config.r}, as wide as the base")
-    known = len(problems)
     layers = _layers(config, sites, base, problems)
     modules = {f"{sites.layer_path}.reft_layer".replace("{layer}", str(layer)): layer for layer in layers}
-    found = group(upload.weights.tensors, name, "refts", sites, problems)
-    compare(found, modules, sites, base, problems)
-    if len(problems) > known:
+    found = group(reading, config.container)
+    compare(reading, found, modules)
+    if reading.failed:
         return Plan()
     shapes = _shapes(config, base.hidden_size)
     for module in modules:
@@ -75,9 +68,9 @@ def plan_reft(
         check_slots(f"module {shown(module)}", found.modules[module], shapes, why, problems)
         check_one_dtype(module, found.modules[module], problems)
     check_slots("what all modules share", found.shared, {}, "a ReFT shares nothing", problems)
-    if len(problems) > known or not modules:
-        if not modules:
-            problems.add("the adapter acts in no layer: no module would be changed")
+    if not modules:
+        problems.add("the adapter acts in no layer: no module would be changed")
+    if reading.failed:
         return Plan()
     pieces = [
         _piece(config, layer, found.modules[module], base.hidden_size) for module, layer in modules.items()

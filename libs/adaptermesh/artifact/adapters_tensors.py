@@ -3,11 +3,13 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from adaptermesh.artifact.adapters_places import Places
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest_parts import TensorEntry
 from adaptermesh.artifact.plan import Entries, Shape, check_entry
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.artifact.uploaded import Uploaded
 
 SHARED = "shared_parameters"
 # The library's containers: each holds its modules by the adapters' names.
@@ -25,14 +27,36 @@ class Grouped:
     shared: Entries
 
 
-def group(
-    tensors: Mapping[str, TensorEntry], name: str, container: str, sites: SiteMap, problems: Problems
-) -> Grouped:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An adapter's file on its way to a plan: whose it is, which base it is for, and what is wrong with it.
+
+    `name` is the adapter's, which the library puts into the names of its tensors. `places` are those of the
+    base's architecture.
+    """
+
+    name: str
+    upload: Uploaded
+    places: Places
+    sites: SiteMap
+    base: BaseFacts
+    problems: Problems
+    known: int
+    """How many problems there were before: all of an upload's are told at once."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is wrong with what was read since: then there is nothing to plan."""
+        return len(self.problems) > self.known
+
+
+def group(reading: Reading, container: str) -> Grouped:
     """Strips the adapter's name, and gives paths that a headless model saved the prefix they lack."""
-    prefix = sites.layer_path.partition(".")[0]
+    name, problems = reading.name, reading.problems
+    prefix = reading.sites.layer_path.partition(".")[0]
     modules: dict[str, dict[str, TensorEntry]] = {}
     shared: dict[str, TensorEntry] = {}
-    for entry in tensors.values():
+    for entry in reading.upload.weights.tensors.values():
         parts = entry.name.split(".")
         at = _container(parts, name)
         if at is None:
@@ -72,16 +96,15 @@ def _why(parts: list[str], name: str) -> str:
     return f"it is of no part of the adapter {shown(name)}"
 
 
-def compare(
-    found: Grouped, wanted: Collection[str], sites: SiteMap, base: BaseFacts, problems: Problems
-) -> None:
+def compare(reading: Reading, found: Grouped, wanted: Collection[str]) -> None:
     """Notes modules that are not in the base, not asked for by the config, or asked for and absent."""
+    sites, problems = reading.sites, reading.problems
     for module in found.modules:
         if module in wanted:
             continue
         place = sites.within_layer(module)
         if place is not None and place[1] >= sites.num_layers:
-            why = f"is in layer {place[1]}, but {base.title} has layers 0 to {sites.num_layers - 1}"
+            why = f"is in layer {place[1]}, but {reading.base.title} has layers 0 to {sites.num_layers - 1}"
         else:
             why = "has tensors, but the config asks for nothing there"
         problems.add(f"module {shown(module)} {why}")

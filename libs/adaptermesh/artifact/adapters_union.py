@@ -4,40 +4,28 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from adaptermesh.artifact.adapters_methods import (
-    BottleneckConfig,
-    LoraConfig,
-    MethodConfig,
-    PrefixConfig,
-    ReftConfig,
-)
-from adaptermesh.artifact.adapters_tensors import SHARED, container_of
+from adaptermesh.artifact.adapters_methods import BottleneckConfig, LoraConfig, MethodConfig
+from adaptermesh.artifact.adapters_tensors import SHARED, Reading, container_of
 from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.uploaded import Uploaded
-
-_CONTAINERS: dict[type[MethodConfig], str] = {
-    BottleneckConfig: "adapters",
-    LoraConfig: "loras",
-    PrefixConfig: "prefix_tunings",
-    ReftConfig: "refts",
-}
 
 
 def why_not_together(methods: Sequence[MethodConfig]) -> str:
     """Why some methods can't be told apart in one file; empty if they can."""
-    counts = Counter(_CONTAINERS[type(method)] for method in methods)
+    counts = Counter(method.container for method in methods)
     twice = [name for name, count in counts.items() if count > 1]
     return f"a union of several methods that keep their tensors in '{twice[0]}'" if twice else ""
 
 
 def plan_union(
-    methods: Sequence[MethodConfig],
-    name: str,
-    upload: Uploaded,
-    plan: Callable[[MethodConfig, Uploaded], Plan],
+    methods: Sequence[MethodConfig], reading: Reading, plan: Callable[[MethodConfig, Reading], Plan]
 ) -> Plan:
     """What the methods become together; `plan` gives what one of them makes of its own tensors."""
-    plans = [plan(method, part) for method, part in zip(methods, _parts(methods, name, upload), strict=True)]
+    parts = _parts(methods, reading.name, reading.upload)
+    plans = [
+        plan(method, replace(reading, upload=part, known=len(reading.problems)))
+        for method, part in zip(methods, parts, strict=True)
+    ]
     unservable = next((one.unservable for one in plans if one.unservable), "")
     if unservable:
         return Plan(unservable=unservable)
@@ -49,7 +37,7 @@ def plan_union(
 
 def _parts(methods: Sequence[MethodConfig], name: str, upload: Uploaded) -> list[Uploaded]:
     """The upload with each method's tensors alone; what is nobody's goes to the first, which refuses it."""
-    names = [_CONTAINERS[type(method)] for method in methods]
+    names = [method.container for method in methods]
     sharing = next((number for number, method in enumerate(methods) if _shares(method)), 0)
     found: list[set[str]] = [set() for _ in methods]
     for tensor in upload.weights.tensors:
