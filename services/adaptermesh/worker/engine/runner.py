@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.attention import Span
 from adaptermesh.worker.engine.attention_choice import AttentionFacts, choose_attention
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import HostStep, StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
-from adaptermesh.worker.engine.forward.forward import Forward
+from adaptermesh.worker.engine.forward.forward import Forward, ResumableForward
 from adaptermesh.worker.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.logprobs import score, token_logprobs
@@ -36,6 +37,7 @@ class Runner:
         self._cache = KvCache(shape, base.dtype, base.device)
         self._virtual = VirtualTokens(slots, self._cache, heads_apart=forward.heads_apart)
         self._forward = forward
+        self._resumable = forward if isinstance(forward, ResumableForward) else None
         text = base.model.config.get_text_config()
         caps = getattr(text, "attn_logit_softcapping", None) is not None
         facts = AttentionFacts(shape, text.num_attention_heads, base.dtype, base.device, caps)
@@ -70,7 +72,7 @@ class Runner:
     @property
     def resumable_layers(self) -> int:
         """Layers between which a batch can stop; 0 if it can't."""
-        return self._base.sites.num_layers if self._forward.resumable else 0
+        return 0 if self._resumable is None else self._base.sites.num_layers
 
     def advance(self, advance: Advance, fresh_blocks: list[int]) -> StepResult:
         """Draws tokens for the rows of an early prefill that sample, if this finishes it.
@@ -78,12 +80,15 @@ class Runner:
         Raises:
             MeshError: INTERNAL if the slot doesn't hold those layers of the digest that is asked for.
         """
-        early, plan = advance.early, StepPlan((), advance.early.rows)
+        forward, early = self._resumable, advance.early
+        if forward is None:
+            raise MeshError(Code.INTERNAL, Reason.INTERNAL, "this forward can't stop between layers")
+        plan = StepPlan((), early.rows)
         with torch.inference_mode():
             self._cache.zero(fresh_blocks)
             self._slots.check(_wanted(early.rows), advance.until)
             if early.passage is None:
-                early.passage = self._forward.start(self._upload(_host_step(plan)), self._cache)
+                early.passage = forward.start(self._upload(_host_step(plan)), self._cache)
             # Anew each time: the slots' memory may have moved since the last layers.
             adapters = self._slots.plan(StepTokens(_segments(plan), _row_tokens(plan.rows)))
             early.passage.advance(advance.until, adapters)

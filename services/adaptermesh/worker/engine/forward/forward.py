@@ -1,7 +1,7 @@
 """What a way through the base model offers, and which one a model takes."""
 
 import logging
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -27,12 +27,10 @@ log = logging.getLogger(__name__)
 class Forward(Protocol):
     """Runs a packed batch through the base model and the adapters.
 
-    `resumable`: it can stop between layers, so `start` may be called. `weights`: the base's, for adapters
-    that depend on them; None where they are not kept as they were. `heads_apart`: it keeps the cache as
-    `KvCache.write_apart` does.
+    `weights`: the base's, for adapters that depend on them; None where they are not kept as they were.
+    `heads_apart`: it keeps the cache as `KvCache.write_apart` does.
     """
 
-    resumable: bool
     heads_apart: bool
 
     @property
@@ -41,6 +39,11 @@ class Forward(Protocol):
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         """Fills the cache and gives the logits of the batch's outputs: [outputs, vocabulary] float32."""
         ...
+
+
+@runtime_checkable
+class ResumableForward(Forward, Protocol):
+    """One that can stop between layers."""
 
     def start(self, batch: StepBatch, cache: KvCache) -> Passage:
         """Begins to run a batch, before its first layer. Its tokens' places in the cache are its own."""

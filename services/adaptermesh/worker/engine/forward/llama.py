@@ -47,7 +47,6 @@ class LlamaForward:
     product in many and the one whose errors reach the tokens directly.
     """
 
-    resumable = True
     heads_apart = False
 
     def __init__(self, base: Base, linears: LinearKind) -> None:

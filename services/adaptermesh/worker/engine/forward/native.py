@@ -58,7 +58,6 @@ class NativeForward:
         NoKernels: The kernels can't compute this base; the message says why.
     """
 
-    resumable = True
     heads_apart = True
 
     def __init__(self, base: Base, kernels: Kernels | None, block_tokens: int) -> None:

@@ -17,7 +17,6 @@ from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.engine.attention import Span, plan_attention
 from adaptermesh.worker.engine.base import Base
 from adaptermesh.worker.engine.batch import StepBatch
-from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.forward.weights import BaseWeights, ModuleWeights
 from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.slots import AdapterPlan
@@ -37,13 +36,12 @@ class _Step:
 
 
 class PlainForward:
-    """Runs a packed batch as one sequence of [1, tokens] through the model.
+    """Runs a packed batch as one sequence of [1, tokens] through the model, whose loop can't stop.
 
     Raises:
         MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for a model that would be computed wrong.
     """
 
-    resumable = False
     heads_apart = False
 
     def __init__(self, base: Base) -> None:
@@ -83,10 +81,6 @@ class PlainForward:
         finally:
             self._step.batch = None
         return logits[0].float()
-
-    def start(self, batch: StepBatch, cache: KvCache) -> Passage:
-        """The model's own loop over its layers can't stop; adapters have to be whole."""
-        raise NotImplementedError
 
     def _try(self) -> None:
         """One small step, so that a model that asks attention for what it lacks is refused at the start."""

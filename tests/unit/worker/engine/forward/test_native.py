@@ -30,7 +30,7 @@ from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.forward import forward as forwards
 from adaptermesh.worker.engine.forward import panels
-from adaptermesh.worker.engine.forward.forward import make_forward
+from adaptermesh.worker.engine.forward.forward import ResumableForward, make_forward
 from adaptermesh.worker.engine.forward.llama import LlamaForward
 from adaptermesh.worker.engine.forward.native import NativeForward
 from adaptermesh.worker.engine.forward.plain import PlainForward
@@ -411,6 +411,7 @@ class Stopping:
     """Runs a batch layer by layer, with another one between two layers."""
 
     def __init__(self, way: Way) -> None:
+        assert isinstance(way.forward, ResumableForward)
         self._way = way
         self._forward = way.forward
         self.between: Callable[[], object] = lambda: None
