@@ -31,23 +31,20 @@ from adaptermesh.client.records import (
     UploadResult,
     Version,
 )
-from adaptermesh.client.source_folder import FolderFile, read_folder
+from adaptermesh.client.source_folder import read_folder
 from adaptermesh.client.transfer import (
     Progress,
     ProgressCallback,
     destination,
     fetch_file,
     is_there,
+    send_upload,
     upload_header,
-    upload_messages,
 )
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName, Ref, parse_ref
 
 EVERY_TENANT = "*"
-
-_STATUS_LOST = "Internal error from Core"
-_UPLOAD_PAUSES = (0.0, 0.05, 0.5)
 
 
 class StoreClient(Connection):
@@ -91,7 +88,7 @@ class StoreClient(Connection):
             header = upload_header(
                 name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
             )
-            response = await self._send(header, files, progress)
+            response = await send_upload(self._upload, header, files, progress)
         return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
 
     async def download(
@@ -342,34 +339,9 @@ class StoreClient(Connection):
 
         return await all_pages(page)
 
-    async def _send(
-        self,
-        header: store_pb2.UploadHeader,
-        files: Sequence[FolderFile],
-        progress: ProgressCallback | None,
+    async def _upload(
+        self, messages: AsyncIterator[store_pb2.UploadAdapterRequest]
     ) -> store_pb2.UploadAdapterResponse:
-        """Sends an upload, once more with pauses if gRPC lost the store's refusal on the way.
-
-        A store may refuse before it has all bytes. grpc.aio then reports its own failed write instead of the
-        refusal when the two cross (grpc/grpc#36066); a pause after each message lets the refusal arrive. The
-        same content again is the same version, so sending it twice does no harm.
-        """
-        for pause_seconds in _UPLOAD_PAUSES[:-1]:
-            try:
-                return await self._send_once(header, files, progress, pause_seconds)
-            except MeshError as error:
-                if error.message != _STATUS_LOST:
-                    raise
-        return await self._send_once(header, files, progress, _UPLOAD_PAUSES[-1])
-
-    async def _send_once(
-        self,
-        header: store_pb2.UploadHeader,
-        files: Sequence[FolderFile],
-        progress: ProgressCallback | None,
-        pause_seconds: float,
-    ) -> store_pb2.UploadAdapterResponse:
-        messages = upload_messages(header, files, progress, pause_seconds)
         return await self._call(self._stub.UploadAdapter, messages, self.deadlines.transfer_seconds)
 
     async def _file_bytes(self, digest: str, path: str, offset: int) -> AsyncIterator[bytes]:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,8 @@ from adaptermesh.core.refs import AdapterName
 
 MESSAGE_BYTES = 512 * 2**10
 _NOT_A_FILE = "not a file"
+_STATUS_LOST = "Internal error from Core"
+_UPLOAD_PAUSES = (0.0, 0.05, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,29 @@ def upload_header(
         parents=lineage.parents,
         merge_recipe_json="" if lineage.merge_recipe is None else json.dumps(lineage.merge_recipe),
     )
+
+
+async def send_upload(
+    upload: Callable[
+        [AsyncIterator[store_pb2.UploadAdapterRequest]], Awaitable[store_pb2.UploadAdapterResponse]
+    ],
+    header: store_pb2.UploadHeader,
+    files: Sequence[FolderFile],
+    progress: ProgressCallback | None,
+) -> store_pb2.UploadAdapterResponse:
+    """Sends an upload, once more with pauses if gRPC lost the store's refusal on the way.
+
+    A store may refuse before it has all bytes. grpc.aio then reports its own failed write instead of the
+    refusal when the two cross (grpc/grpc#36066); a pause after each message lets the refusal arrive. The same
+    content again is the same version, so sending it twice does no harm.
+    """
+    for pause_seconds in _UPLOAD_PAUSES[:-1]:
+        try:
+            return await upload(upload_messages(header, files, progress, pause_seconds))
+        except MeshError as error:
+            if error.message != _STATUS_LOST:
+                raise
+    return await upload(upload_messages(header, files, progress, _UPLOAD_PAUSES[-1]))
 
 
 async def upload_messages(
