@@ -16,7 +16,7 @@ from adaptermesh.worker.engine.base import load_base
 from adaptermesh.worker.engine.engine import Engine
 from adaptermesh.worker.engine.request import Request
 from tests.parity.adapters.goldens import TOLERANCE, Goldens, ingest_folder, load_goldens
-from tests.parity.engine.test_families import Memory, make_config
+from tests.parity.engine.test_families import Memory, make_config, step_to_the_end
 from tests.parity.engine.test_kinds import HeardLogprobs
 
 FORWARDS = [("llama", "native"), ("llama", "lean"), ("llama", "plain"), ("gpt2", "plain")]
@@ -72,11 +72,7 @@ class World:
             request = Request(f"r{self.count}", "t", self.digests[method], tokens, params)
             self.engine.submit(request, heard)
             answers.append(heard)
-        for _ in range(400):
-            self.engine.step()
-            if all(heard.ended.is_set() for heard in answers):
-                break
-        assert [heard.error for heard in answers] == [None] * len(answers)
+        step_to_the_end(self.engine, answers)
         return answers
 
 

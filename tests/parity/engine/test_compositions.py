@@ -23,6 +23,7 @@ from tests.parity.engine.test_families import (
     make_config,
     make_prompts,
     save_base,
+    step_to_the_end,
 )
 
 LLAMA = "LlamaForCausalLM"
@@ -65,11 +66,7 @@ class World:
             params = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
             self.engine.submit(Request(f"r{self.count}", "t", digest, tuple(prompt), params), heard)
             answers.append(heard)
-        for _ in range(300):
-            self.engine.step()
-            if all(heard.ended.is_set() for heard in answers):
-                break
-        assert [heard.error for heard in answers] == [None] * len(answers)
+        step_to_the_end(self.engine, answers)
         return [heard.tokens for heard in answers]
 
 

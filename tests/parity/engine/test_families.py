@@ -129,6 +129,15 @@ class Heard:
         self.ended.set()
 
 
+def step_to_the_end(engine: Engine, asked: Sequence[Heard]) -> None:
+    """By hand, until every answer has ended; none with an error."""
+    for _ in range(400):
+        engine.step()
+        if all(heard.ended.is_set() for heard in asked):
+            break
+    assert [heard.error for heard in asked] == [None] * len(asked)
+
+
 class Memory:
     """The adapters of one test."""
 
@@ -251,10 +260,7 @@ def test_mixed_rows_of_a_family_equal_what_transformers_and_peft_generate(
         digest = None if adapter is None else digests[adapter]
         engine.submit(Request(f"r{number}", "t", digest, tuple(prompt), params), heard)
         asked.append((adapter, prompt, heard))
-    for _ in range(200):
-        engine.step()
-        if all(heard.ended.is_set() for *_, heard in asked):
-            break
+    step_to_the_end(engine, [heard for *_, heard in asked])
     engine.stop()
     for adapter, prompt, heard in asked:
         assert heard.error is None
@@ -287,10 +293,7 @@ def test_a_dummy_base_of_the_config_alone_serves_adapters_as_its_own_random_weig
     [prompt], heard = make_prompts([30]), Heard()
     params = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
     engine.submit(Request("r", "t", digest, tuple(prompt), params), heard)
-    for _ in range(100):
-        engine.step()
-        if heard.ended.is_set():
-            break
+    step_to_the_end(engine, [heard])
     engine.stop()
     model.set_adapter("a0")
     assert heard.tokens == generate(model, prompt)

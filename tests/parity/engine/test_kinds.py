@@ -28,6 +28,7 @@ from tests.parity.engine.test_families import (
     make_config,
     make_prompts,
     save_base,
+    step_to_the_end,
 )
 from tests.unit.artifact.boft_blocks import stand_in
 
@@ -178,11 +179,7 @@ class World:
             )
             self.engine.submit(request, heard)
             asked.append(heard)
-        for _ in range(300):
-            self.engine.step()
-            if all(heard.ended.is_set() for heard in asked):
-                break
-        assert [heard.error for heard in asked] == [None] * len(asked)
+        step_to_the_end(self.engine, asked)
         return asked
 
     def prompt(self, name: str) -> list[int]:

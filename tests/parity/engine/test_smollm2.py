@@ -25,6 +25,7 @@ from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.engine import Engine
 from adaptermesh.worker.engine.request import Outcome, Request
 from adaptermesh.worker.engine.source import AdapterSink
+from tests.parity.engine.test_families import step_to_the_end
 from tests.parity.engine.test_kinds import HeardLogprobs, make_kind
 
 MODEL = Path.home() / ".adaptermesh" / "models" / "smollm2-135m-instruct"
@@ -137,10 +138,7 @@ def test_mixed_rows_on_the_default_base_equal_transformers_and_peft(tmp_path: Pa
         digest = None if adapter is None else digests[adapter]
         engine.submit(Request(f"r{number}", "t", digest, tuple(prompt), params), heard)
         asked.append((adapter, prompt, heard))
-    for _ in range(200):
-        engine.step()
-        if all(heard.ended.is_set() for *_, heard in asked):
-            break
+    step_to_the_end(engine, [heard for *_, heard in asked])
     engine.stop()
     for adapter, prompt, heard in asked:
         assert heard.tokens == reference(peft_model, adapter, prompt)
@@ -177,10 +175,7 @@ def test_common_kinds_in_one_batch_on_the_default_base_equal_peft(tmp_path: Path
         asked.append((name, tokens, logits.log_softmax(-1).topk(4).values, heard))
         params = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True, logprobs=4)
         engine.submit(Request(name, "t", kind.digest, tuple(prompt), params), heard)
-    for _ in range(200):
-        engine.step()
-        if all(heard.ended.is_set() for *_, heard in asked):
-            break
+    step_to_the_end(engine, [heard for *_, heard in asked])
     engine.stop()
     assert len({tuple(tokens) for _, tokens, *_ in asked}) > 1, "the adapters would prove nothing"
     for name, tokens, likeliest, heard in asked:

@@ -21,6 +21,7 @@ from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.merging import merge
 from adaptermesh.artifact.merging_members import Member
 from adaptermesh.artifact.merging_recipe import MergeMethod, recipe_of
+from tests.unit.artifact.test_peft_written import SMALL
 
 # peft 0.21 reads a property that transformers 5.23 has renamed, and warns of a missing model card.
 pytestmark = [
@@ -28,17 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 BASES: dict[str, tuple[Any, list[str], bool]] = {
     "llama": (LlamaConfig(**SMALL), ["q_proj", "v_proj", "down_proj"], False),
     "gpt2": (GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=64), ["c_attn", "c_proj"], True),

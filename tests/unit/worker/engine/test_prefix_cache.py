@@ -47,6 +47,22 @@ def ask(
     return heard
 
 
+def answer_as_from_an_empty_cache(bench: Any, asked: Sequence[tuple[Any, list[int]]]) -> None:
+    """Each answer, whatever was asked before it, is the one that takes nothing from the prefix cache."""
+
+    def logprobs(adapter: Any, prompt: list[int], **options: Any) -> Heard:
+        heard = ask(bench, adapter, prompt, 3, logprobs=3, **options)
+        bench.run(heard)
+        return heard
+
+    for adapter, prompt in asked:
+        expected = logprobs(adapter, prompt, reuse_prefix=False, tenant="fresh")
+        found = logprobs(adapter, prompt)
+        assert found.tokens == expected.tokens
+        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def count_computed(bench: Bench) -> list[int]:
     """The number of tokens of each step from now on."""
     counts: list[int] = []

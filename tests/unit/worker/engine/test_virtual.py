@@ -15,10 +15,15 @@ from adaptermesh.worker.engine.kv import KvCache, KvShape
 from adaptermesh.worker.engine.prefix_cache import BlockKeys
 from adaptermesh.worker.engine.request import FinishReason
 from adaptermesh.worker.engine.traits import Traits
-from tests.unit.worker.engine.conftest import LAYERS, Heard
+from tests.unit.worker.engine.conftest import LAYERS
 from tests.unit.worker.engine.test_graphs import Graphed
 from tests.unit.worker.engine.test_logprobs import assert_scored
-from tests.unit.worker.engine.test_prefix_cache import ask, cached_tokens, count_computed
+from tests.unit.worker.engine.test_prefix_cache import (
+    answer_as_from_an_empty_cache,
+    ask,
+    cached_tokens,
+    count_computed,
+)
 
 KINDS = ["prompt", "prefix"]
 PROMPT = [(7 * place) % 250 for place in range(20)]
@@ -196,18 +201,7 @@ def test_whatever_was_asked_before_the_answer_is_that_of_an_empty_cache(
     make_bench: Any, short: dict[str, Any], asked: list[tuple[str, list[int]]]
 ) -> None:
     bench = make_bench(kv_tokens=256, step_tokens=32)
-
-    def logprobs(name: str, prompt: list[int], **options: Any) -> Heard:
-        heard = ask(bench, short[name], prompt, 3, logprobs=3, **options)
-        bench.run(heard)
-        return heard
-
-    for name, prompt in asked:
-        expected = logprobs(name, prompt, reuse_prefix=False, tenant="fresh")
-        found = logprobs(name, prompt)
-        assert found.tokens == expected.tokens
-        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    answer_as_from_an_empty_cache(bench, [(short[name], prompt) for name, prompt in asked])
     bench.engine.stop()
 
 

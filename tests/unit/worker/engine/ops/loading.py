@@ -1,6 +1,8 @@
-"""An adapter into an op, whole."""
+"""Adapters into an op, whole; and into an op and its twin alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.worker.engine.ops.op import Op, TensorReader
@@ -11,3 +13,23 @@ def load(op: Op, slot: int, modules: Sequence[ModuleOp], read: TensorReader, lay
     op.reserve(slot, modules)
     for layer in range(layers):
         op.load_layer(slot, layer, [module for module in modules if module.layer == layer], read)
+
+
+class Twins:
+    """An op and its plain twin, with the same adapters in the slots `held`."""
+
+    def __init__(self, fast: Op, plain: Op, layers: int) -> None:
+        self.ops = fast, plain
+        self.held: set[int] = set()
+        self._layers = layers
+
+    def hold(self, slot: int, modules: Sequence[ModuleOp], tensors: Mapping[str, torch.Tensor]) -> None:
+        for op in self.ops:
+            op.unload(slot)
+            load(op, slot, modules, tensors.__getitem__, self._layers)
+        self.held.add(slot)
+
+    def unload(self, slot: int) -> None:
+        for op in self.ops:
+            op.unload(slot)
+        self.held.discard(slot)

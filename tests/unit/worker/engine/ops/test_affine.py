@@ -14,7 +14,7 @@ from adaptermesh.artifact.sites import site_map
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
-from tests.unit.worker.engine.ops.loading import load
+from tests.unit.worker.engine.ops.loading import Twins
 
 LAYERS, SLOTS = 2, 7
 CPU = torch.device("cpu")
@@ -52,25 +52,16 @@ def modules(places: Places, seed: int) -> tuple[list[ModuleOp], Mapping[str, tor
     return found, tensors
 
 
-class Pair:
+class Pair(Twins):
     """The op and its twin, with the same adapters."""
 
     def __init__(self) -> None:
         self.fast = Affine(SITES, torch.float32, CPU)
         self.plain = PlainAffine(SITES, torch.float32, CPU)
-        self.held: set[int] = set()
+        super().__init__(self.fast, self.plain, LAYERS)
 
     def load(self, slot: int, places: Places, seed: int) -> None:
-        found, tensors = modules(places, seed)
-        for op in (self.fast, self.plain):
-            op.unload(slot)
-            load(op, slot, found, tensors.__getitem__, LAYERS)
-        self.held.add(slot)
-
-    def unload(self, slot: int) -> None:
-        for op in (self.fast, self.plain):
-            op.unload(slot)
-        self.held.discard(slot)
+        self.hold(slot, *modules(places, seed))
 
     def check(self) -> None:
         """A token of each slot, and of the base before, between and after."""

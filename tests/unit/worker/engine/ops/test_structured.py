@@ -15,7 +15,7 @@ from adaptermesh.worker.engine.ops import structured
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.ops.structured import Structured, butterfly
 from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
-from tests.unit.worker.engine.ops.loading import load
+from tests.unit.worker.engine.ops.loading import Twins, load
 
 LAYERS, SLOTS = 2, 7
 CPU = torch.device("cpu")
@@ -86,25 +86,16 @@ def modules(kind: str, seed: int) -> tuple[list[ModuleOp], Mapping[str, torch.Te
     return found, tensors
 
 
-class Pair:
+class Pair(Twins):
     """The op and its twin, with the same adapters."""
 
     def __init__(self) -> None:
         self.fast = Structured(SITES, torch.float32, CPU, Biases())
         self.plain = PlainStructured(SITES, Biases())
-        self.held: set[int] = set()
+        super().__init__(self.fast, self.plain, LAYERS)
 
     def load(self, slot: int, kind: str, seed: int) -> None:
-        found, tensors = modules(kind, seed)
-        for op in (self.fast, self.plain):
-            op.unload(slot)
-            load(op, slot, found, tensors.__getitem__, LAYERS)
-        self.held.add(slot)
-
-    def unload(self, slot: int) -> None:
-        for op in (self.fast, self.plain):
-            op.unload(slot)
-        self.held.discard(slot)
+        self.hold(slot, *modules(kind, seed))
 
     def check(self) -> None:
         """One to seven tokens of each slot, and of the base before and after, in columns of wider buffers."""
