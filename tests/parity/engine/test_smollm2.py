@@ -1,9 +1,7 @@
 """The real base model: random LoRA on SmolLM2-135M, alone and mixed, against transformers and peft."""
 
 import json
-import threading
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,18 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.clock import SystemClock
-from adaptermesh.core.errors import MeshError
-from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import load_base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.engine import Engine
-from adaptermesh.worker.engine.request import Outcome, Request
+from adaptermesh.worker.engine.request import Request
 from adaptermesh.worker.engine.source import AdapterSink
-from tests.parity.engine.test_families import step_to_the_end
+from tests.parity.engine.test_families import Heard, step_to_the_end
 from tests.parity.engine.test_kinds import HeardLogprobs, make_kind
 
 MODEL = Path.home() / ".adaptermesh" / "models" / "smollm2-135m-instruct"
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COUNT = 6
-
-
-class Heard:
-    """Remembers one answer."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.error: MeshError | None = None
-        self.ended = threading.Event()
-
-    def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None: ...
-
-    def on_tokens(self, text: str, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
-        self.tokens.extend(token_ids)
-
-    def on_finish(self, outcome: Outcome) -> None:
-        self.ended.set()
-
-    def on_error(self, error: MeshError) -> None:
-        self.error = error
-        self.ended.set()
 
 
 class Memory:
