@@ -23,6 +23,7 @@ from adaptermesh.worker.engine.native.library import (
 )
 from adaptermesh.worker.engine.ops.bottleneck import options_of, read_by
 from adaptermesh.worker.engine.ops.op import BlockPlan, SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.token_tables import TokenTables, token_tables
 
 _LINE = 16
 """Floats of a cache line: where each tensor begins."""
@@ -37,7 +38,7 @@ class _Adapter:
     table: _Table
     memory: dict[int, torch.Tensor]
     inputs: dict[tuple[str, int], str]
-    max_width: int = 0
+    widest: int = 0
     used: int = 0
 
 
@@ -46,7 +47,7 @@ class StepBottlenecks:
     """Those of one step: what the kernels take, and the memory that it points to."""
 
     bottlenecks: Bottlenecks
-    held: tuple[object, ...]
+    held: TokenTables
 
 
 class NativeBottleneck:
@@ -87,7 +88,7 @@ class NativeBottleneck:
                 memory[first : first + len(part[name])] = part[name]
             adapter.table[BLOCKS.index(module.site), layer] = row
             adapter.inputs[module.site, layer] = source
-        adapter.max_width = max(adapter.max_width, int(rows["rank"].max()))
+        adapter.widest = max(adapter.widest, int(rows["rank"].max()))
 
     def unload(self, slot: int) -> None:
         self._slots.pop(slot, None)
@@ -105,22 +106,14 @@ class NativeBottleneck:
 
     def rows_of(self, tokens: StepTokens) -> StepBottlenecks:
         """Which table each token has. Built once a step, shared by all layers."""
-        count = tokens.segments[-1].end
-        tables = np.zeros(count, np.int64)
-        held: list[object] = [tables]
-        widest, used = 0, 0
-        for segment in tokens.segments:
-            adapter = self._slots.get(segment.slot)
-            if adapter is not None:
-                tables[segment.start : segment.end] = adapter.table.ctypes.data
-                held.append(adapter)
-                widest, used = max(widest, adapter.max_width), used | adapter.used
-        inner = torch.empty(len(BLOCKS) * count * widest)
-        held.append(inner)
-        found = Bottlenecks(
-            tables=tables.ctypes.data, inner=inner.data_ptr(), max_width=widest, used=used if widest else 0
+        found = token_tables(tokens, self._slots, len(BLOCKS))
+        bottlenecks = Bottlenecks(
+            tables=found.tables,
+            inner=found.inner,
+            max_width=found.widest,
+            used=found.used if found.widest else 0,
         )
-        return StepBottlenecks(found, tuple(held))
+        return StepBottlenecks(bottlenecks, found)
 
     @property
     def size_bytes(self) -> int:

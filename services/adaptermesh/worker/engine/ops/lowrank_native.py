@@ -20,6 +20,7 @@ from adaptermesh.artifact.sites import Site, SiteMap
 from adaptermesh.worker.engine.native.library import LOAD, Adapters, Kernels, Loads
 from adaptermesh.worker.engine.native.memory import page_memory
 from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
+from adaptermesh.worker.engine.ops.token_tables import TokenTables, token_tables
 
 _LINE = 16
 """Floats of a cache line: where each tensor begins."""
@@ -37,7 +38,7 @@ class AdapterRows:
 
     memory: torch.Tensor
     table: _Longs
-    max_rank: int
+    widest: int
     used: int
     modules: Sequence[ModuleOp]
     loads: Loads
@@ -49,7 +50,7 @@ class StepRows:
     """The adapters of one step: what the kernels take, and the memory that it points to."""
 
     adapters: Adapters
-    held: tuple[object, ...]
+    held: TokenTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +128,9 @@ class NativeLowRank:
 
     def rows_of(self, tokens: StepTokens) -> StepRows:
         """Which table each token has. Built once a step, shared by all sites and layers."""
-        count = tokens.segments[-1].end
-        tables = np.zeros(count, np.int64)
-        held: list[object] = [tables]
-        most, used = 0, 0
-        for segment in tokens.segments:
-            rows = self._slots.get(segment.slot)
-            if rows is not None:
-                tables[segment.start : segment.end] = rows.table.ctypes.data
-                held.append(rows)
-                most, used = max(most, rows.max_rank), used | rows.used
-        inner = torch.empty(len(self._sites) * count * most)
-        held.append(inner)
-        adapters = Adapters(tables=tables.ctypes.data, inner=inner.data_ptr(), max_rank=most, used=used)
-        return StepRows(adapters, tuple(held))
+        found = token_tables(tokens, self._slots, len(self._sites))
+        adapters = Adapters(tables=found.tables, inner=found.inner, max_rank=found.widest, used=found.used)
+        return StepRows(adapters, found)
 
     @property
     def size_bytes(self) -> int:
