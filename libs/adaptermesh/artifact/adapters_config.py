@@ -6,36 +6,41 @@ for everything else.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adaptermesh.artifact.adapters_bottleneck import plan_bottleneck
 from adaptermesh.artifact.adapters_head import read_head
+from adaptermesh.artifact.adapters_invertible import plan_invertible
 from adaptermesh.artifact.adapters_lora import plan_lora
 from adaptermesh.artifact.adapters_methods import (
     BOTTLENECK_NO_EFFECT,
     LORA_NO_EFFECT,
     PREFIX_NO_EFFECT,
+    PROMPT_NO_EFFECT,
     REFT_NO_EFFECT,
     BottleneckConfig,
     LoraConfig,
     MethodConfig,
     PrefixConfig,
+    PromptConfig,
     ReftConfig,
 )
 from adaptermesh.artifact.adapters_places import PLACES
 from adaptermesh.artifact.adapters_prefix import plan_prefix
+from adaptermesh.artifact.adapters_prompt import plan_prompt
 from adaptermesh.artifact.adapters_reft import plan_reft
 from adaptermesh.artifact.adapters_tensors import Reading
 from adaptermesh.artifact.adapters_union import plan_union, why_not_together
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, validated
+from adaptermesh.artifact.manifest_parts import TensorEntry
 from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.sites import SiteMap
-from adaptermesh.artifact.source_files import CONFIG_FILE
+from adaptermesh.artifact.sites import HEAD, SiteMap
+from adaptermesh.artifact.source_files import CONFIG_FILE, HEAD_FILE
 from adaptermesh.artifact.uploaded import Uploaded
 
 _VERSION = re.compile(
@@ -53,7 +58,6 @@ _KNOWN = frozenset(
 )
 _LATER = {
     "mtl_lora": "MTL-LoRA, whose projections depend on the task",
-    "prompt_tuning": "prompt tuning",
 }
 
 
@@ -83,6 +87,7 @@ class AdaptersConfig:
     methods: tuple[MethodConfig, ...]
     head: Mapping[str, Any] | None = None
     unservable: str = ""
+    head_copy: TensorEntry | None = None
 
     @property
     def named_base(self) -> object:
@@ -101,18 +106,25 @@ class AdaptersConfig:
             return Plan(unservable=self.unservable)
         reading = Reading(self.name, upload, places, sites, base, problems, len(problems))
         if len(self.methods) > 1:
-            return plan_union(self.methods, reading, _plan_method)
-        return _plan_method(self.methods[0], reading)
+            found = plan_union(self.methods, reading, self._plan_method)
+        else:
+            found = self._plan_method(self.methods[0], reading)
+        if self.head_copy is None or found.unservable:
+            return found
+        return replace(found, copies={HEAD: (HEAD_FILE, self.head_copy)})
 
-
-def _plan_method(method: MethodConfig, reading: Reading) -> Plan:
-    if isinstance(method, BottleneckConfig):
-        return plan_bottleneck(method, reading)
-    if isinstance(method, PrefixConfig):
-        return plan_prefix(method, reading)
-    if isinstance(method, ReftConfig):
-        return plan_reft(method, reading)
-    return plan_lora(method, reading)
+    def _plan_method(self, method: MethodConfig, reading: Reading) -> Plan:
+        if isinstance(method, BottleneckConfig):
+            if method.inv_adapter is None or reading.places.post_norm:
+                return plan_bottleneck(method, reading)
+            return plan_invertible(method, str(self.raw.get("model_class")), reading, plan_bottleneck)
+        if isinstance(method, PrefixConfig):
+            return plan_prefix(method, reading)
+        if isinstance(method, PromptConfig):
+            return plan_prompt(method, reading)
+        if isinstance(method, ReftConfig):
+            return plan_reft(method, reading)
+        return plan_lora(method, reading)
 
 
 def is_written_by_adapters(raw: Mapping[str, Any]) -> bool:
@@ -158,6 +170,7 @@ def read_config(
         () if unservable else methods,
         None if head is None else head.described,
         unservable,
+        None if head is None else head.copy,
     )
 
 
@@ -187,6 +200,8 @@ def _read_method(config: Mapping[str, Any], version: str, problems: Problems) ->
         return _read_reft(config, where, problems)
     if architecture == "prefix_tuning":
         return _read_prefix(config, where, problems)
+    if architecture == "prompt_tuning":
+        return _read_prompt(config, where, problems)
     if not isinstance(architecture, str) or _NAMED_ARCHITECTURE.fullmatch(architecture) is None:
         problems.add(
             f"{where}: architecture is {shown(repr(architecture), 60)}, expected a name such as 'lora'"
@@ -232,6 +247,13 @@ def _read_prefix(config: Mapping[str, Any], where: str, problems: Problems) -> _
     check_unknown_keys(config, known, where, problems)
     read = validated(PrefixConfig, config, where, problems)
     return ("prefix_tuning", (), []) if read is None else (read.kind, (read,), list(read.unserved()))
+
+
+def _read_prompt(config: Mapping[str, Any], where: str, problems: Problems) -> _Read:
+    known = PromptConfig.model_fields.keys() | PROMPT_NO_EFFECT | {"architecture"}
+    check_unknown_keys(config, known, where, problems)
+    read = validated(PromptConfig, config, where, problems)
+    return ("prompt_tuning", (), []) if read is None else (read.kind, (read,), [])
 
 
 def _is_before_1_1(version: str) -> bool:

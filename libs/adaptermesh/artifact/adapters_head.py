@@ -2,8 +2,8 @@
 
 A causal model's own output layer makes the logits, so an adapter is served without a head that it came with:
 one for classes or spans says nothing of the next token. An lm head does. It is taken for the base's own where
-the base ties it to the embeddings, which such an adapter never trains; anywhere else the uploader has to say
-that it is the base's by leaving it out, since the base's weights are not at hand to compare.
+the base ties it to the embeddings, which such an adapter never trains; anywhere else its digest is kept, and
+a worker serves the adapter only if the base's head is the same.
 """
 
 import re
@@ -17,6 +17,7 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import check_unknown_keys, read_config_file, validated
 from adaptermesh.artifact.manifest_parts import TensorEntry
 from adaptermesh.artifact.problems import Problems, shown
+from adaptermesh.artifact.sites import is_tied
 from adaptermesh.artifact.source_files import HEAD_CONFIG_FILE, HEAD_FILE
 from adaptermesh.artifact.uploaded import Uploaded
 
@@ -41,8 +42,6 @@ _PLAIN_TYPES = (
     ("ForTokenClassification", "tagging"),
     ("ForQuestionAnswering", "question_answering"),
 )
-# Classes whose config ties the lm head to the embeddings unless it says otherwise.
-_TIED = frozenset({"GPT2LMHeadModel"})
 
 
 class _FlexConfig(BaseModel):
@@ -70,10 +69,14 @@ class _HeadConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the manifest says of a head, and why the adapter can't be served beside it; empty if it can."""
+    """What the manifest says of a head, and why the adapter can't be served beside it; empty if it can.
+
+    `copy` is a weight that has to be the base's.
+    """
 
     described: Mapping[str, Any]
     unservable: str = ""
+    copy: TensorEntry | None = None
 
 
 def read_head(upload: Uploaded, base: BaseFacts, problems: Problems) -> Head | None:
@@ -143,12 +146,10 @@ def _plain(head: _HeadConfig, tensors: Mapping[str, TensorEntry], base: BaseFact
     if kind != "lm_head":
         return Head(_described(kind, head.name, head.num_labels, head.label2id, tensors))
     described = _described(kind, head.name, None, None, tensors)
-    tied = base.config.get("tie_word_embeddings", base.architecture in _TIED) is True
-    only = tensors.get("lm_head.weight")
-    same = tied and len(tensors) == 1 and only is not None
-    if same and only is not None and only.shape == (base.vocab_size, base.hidden_size):
-        return Head(described)
-    return Head(described, _unservable_lm_head())
+    only = tensors.get("lm_head.weight") if len(tensors) == 1 else None
+    if only is None or only.shape != (base.vocab_size, base.hidden_size):
+        return Head(described, _unservable_lm_head())
+    return Head(described, copy=None if is_tied(base) else only)
 
 
 def _unservable_lm_head() -> str:

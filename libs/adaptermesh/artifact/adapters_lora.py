@@ -156,7 +156,8 @@ def _pieces(
                 b_row=row,
             )
         if config.use_dora:
-            yield vector(site, layer, "magnitude", entries[_MAGNITUDE], config.scale, row=row)
+            # The library's norm is of W + B A, without the scale that the sum has.
+            yield vector(site, layer, "magnitude", entries[_MAGNITUDE], 1.0, row=row)
         row += site.out_features
 
 

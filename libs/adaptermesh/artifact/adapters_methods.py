@@ -66,6 +66,7 @@ class BottleneckConfig(_Config):
     scaling: _Scale | Literal["learned", "channel"] = 1.0
     residual_before_ln: bool | Literal["post_add"] = True
     inv_adapter: _Text | None = None
+    inv_adapter_reduction_factor: Annotated[float, Field(ge=1, le=1e6)] | None = None
     cross_adapter: bool = False
     phm_layer: bool = False
     phm_dim: _Small = 4
@@ -111,8 +112,10 @@ class BottleneckConfig(_Config):
         """Why it can't be served, whatever the base."""
         if self.use_gating:
             yield "use_gating: a learned gate on each bottleneck"
-        if self.inv_adapter is not None:
-            yield f"inv_adapter '{self.inv_adapter}': an invertible adapter after the embeddings"
+        if self.inv_adapter not in (None, "nice"):
+            yield f"inv_adapter {self.inv_adapter!r}: of the invertible adapters only 'nice' is served"
+        elif self.inv_adapter is not None and not self.inv_adapter_reduction_factor:
+            yield "inv_adapter without an inv_adapter_reduction_factor"
         if self.cross_adapter:
             yield "cross_adapter: bottlenecks after cross-attention"
         if self.ln_before or self.ln_after:
@@ -197,11 +200,6 @@ class LoraConfig(_Config):
             yield "use_gating: a learned gate in place of alpha/r"
         if self.is_ia3 and self.alpha != 1:
             yield f"composition_mode 'scale' with an alpha of {self.alpha:g}, only 1 is served"
-        if self.use_dora and self.scale != 1:
-            yield (
-                f"DoRA with alpha {self.alpha:g} and r {self.r}: the library leaves alpha/r out of the norm, "
-                "which can be served only where it is 1; train it with alpha equal to r, or with peft"
-            )
 
 
 class ReftConfig(BaseModel):
@@ -287,14 +285,24 @@ class PrefixConfig(_Config):
             yield f"non_linearity {self.non_linearity!r}: a projected prefix is served with tanh or relu"
 
 
-MethodConfig = BottleneckConfig | LoraConfig | PrefixConfig | ReftConfig
+class PromptConfig(BaseModel):
+    """Prompt tuning (arXiv:2104.08691)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    container: ClassVar[str] = "prompt_tunings"
+    kind: ClassVar[str] = "prompt_tuning"
+
+    prompt_length: _Small = 10
+    combine: Literal["prefix", "prefix_after_bos"] = "prefix"
+
+
+MethodConfig = BottleneckConfig | LoraConfig | PrefixConfig | PromptConfig | ReftConfig
 
 BOTTLENECK_NO_EFFECT = frozenset(
     {
         # Only where ln_after is set, which is not served.
         "adapter_residual_before_ln",
-        # Only where inv_adapter is set, which is not served.
-        "inv_adapter_reduction_factor",
         "dropout",
         "hypercomplex_nonlinearity",
         "init_weights",
@@ -309,5 +317,6 @@ PREFIX_NO_EFFECT = frozenset(
     # Where a decoder has one prefix, they choose nothing.
     {"encoder_prefix", "cross_prefix", "dropout", "init_weights_seed", "shared_gating"}
 )
+PROMPT_NO_EFFECT = frozenset({"init_weights_seed", "prompt_init", "prompt_init_text", "random_uniform_scale"})
 REFT_NO_EFFECT = frozenset({"dropout", "dtype", "init_weights_seed"})
 LORA_NO_EFFECT = frozenset({"dropout", "dtype", "init_weights", "init_weights_seed"})

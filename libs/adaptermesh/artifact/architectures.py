@@ -1,7 +1,7 @@
 """The module map of each architecture: where its sites are and how wide. Adding one is one entry here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 
@@ -11,12 +11,14 @@ class ModuleRow:
 
     `path` is relative to the layer. `parts` lists the sites in it in the order of its output rows, each with
     the dimension it is wide; more than one part means a fused projection. Dimensions are `hidden`, `q`, `kv`
-    and `ffn`.
+    and `ffn`. `bias` is the key of the config that gives it a bias, "" where it always has one, None where it
+    never has.
     """
 
     path: str
     in_dim: str
     parts: tuple[tuple[str, str], ...]
+    bias: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +52,29 @@ class Family:
 
     `conv1d` modules hold their weight as (in, out). Without `grouped_heads` the config's head_dim and
     num_key_value_heads mean nothing. `other_modules` are modules outside of the layers that an adapter may
-    name but that are no site yet. `blocks` has the place of each block site.
+    name but that are no site. `blocks` has the place of each block site. `embeddings`, `head` and
+    `final_norm` are the modules around the layers, "" where they are no sites; `tied` says that head and
+    embeddings share their weight unless the config says otherwise. A norm multiplies by its weight plus
+    `norm_offset`, and `norm_bias` says whether it adds one.
     """
 
     layer_path: str
     modules: tuple[ModuleRow, ...]
-    other_modules: tuple[str, ...]
+    other_modules: tuple[str, ...] = ()
     defaults: Mapping[str, int | None] = field(default_factory=dict)
     conv1d: bool = False
     grouped_heads: bool = True
     blocks: Mapping[str, Block] = field(default_factory=lambda: _PRE_NORM)
+    embeddings: str = "model.embed_tokens"
+    head: str = "lm_head"
+    final_norm: str = "model.norm"
+    tied: bool = False
+    norm_offset: float = 0.0
+    norm_bias: bool = False
+
+
+def _biased(rows: tuple[ModuleRow, ...], key: str) -> tuple[ModuleRow, ...]:
+    return tuple(replace(row, bias=key) for row in rows)
 
 
 _ATTENTION = (
@@ -83,30 +98,44 @@ _GPT2 = (
 )
 
 _LAYERS = "model.layers.{layer}"
-_OTHER = ("model.embed_tokens", "lm_head")
 _PLAIN = _ATTENTION + _OUT + _GATED + _DOWN
+_SOME_BIASES = _biased(_ATTENTION + _OUT, "attention_bias") + _GATED + _DOWN
+_GEMMA = Family(
+    _LAYERS,
+    _SOME_BIASES,
+    defaults={"num_key_value_heads": 4, "head_dim": 256},
+    blocks=_BOTH_NORMS,
+    tied=True,
+    norm_offset=1.0,
+)
 
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
     {
-        "LlamaForCausalLM": Family(_LAYERS, _PLAIN, _OTHER),
-        "MistralForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 8}),
-        "Qwen2ForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 32}),
-        "Qwen3ForCausalLM": Family(_LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 32, "head_dim": 128}),
-        "Gemma2ForCausalLM": Family(
-            _LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 4, "head_dim": 256}, blocks=_BOTH_NORMS
+        "LlamaForCausalLM": Family(
+            _LAYERS, _biased(_ATTENTION + _OUT, "attention_bias") + _biased(_GATED + _DOWN, "mlp_bias")
         ),
-        "Gemma3ForCausalLM": Family(
-            _LAYERS, _PLAIN, _OTHER, {"num_key_value_heads": 4, "head_dim": 256}, blocks=_BOTH_NORMS
+        "MistralForCausalLM": Family(_LAYERS, _PLAIN, defaults={"num_key_value_heads": 8}),
+        "Qwen2ForCausalLM": Family(
+            _LAYERS, _biased(_ATTENTION, "") + _OUT + _GATED + _DOWN, defaults={"num_key_value_heads": 32}
         ),
-        "Phi3ForCausalLM": Family(_LAYERS, _FUSED_ATTENTION + _OUT + _FUSED_GATED + _DOWN, _OTHER),
+        "Qwen3ForCausalLM": Family(
+            _LAYERS, _SOME_BIASES, defaults={"num_key_value_heads": 32, "head_dim": 128}
+        ),
+        "Gemma2ForCausalLM": _GEMMA,
+        "Gemma3ForCausalLM": _GEMMA,
+        "Phi3ForCausalLM": Family(_LAYERS, _FUSED_ATTENTION + _OUT + _FUSED_GATED + _DOWN),
         "GPT2LMHeadModel": Family(
             "transformer.h.{layer}",
-            _GPT2,
-            ("transformer.wte", "transformer.wpe", "lm_head"),
+            _biased(_GPT2, ""),
+            ("transformer.wpe",),
             {"n_inner": None},
             conv1d=True,
             grouped_heads=False,
             blocks=_GPT2_BLOCKS,
+            embeddings="transformer.wte",
+            final_norm="transformer.ln_f",
+            tied=True,
+            norm_bias=True,
         ),
     }
 )
@@ -152,6 +181,9 @@ ENCODERS: Mapping[str, Family] = MappingProxyType(
             (*_embeddings("bert"), "cls.predictions.transform.dense", "cls.predictions.decoder"),
             grouped_heads=False,
             blocks=_NO_BLOCKS,
+            embeddings="",
+            head="",
+            final_norm="",
         ),
         "RobertaForMaskedLM": Family(
             f"roberta.{_ENCODER_LAYERS}",
@@ -159,6 +191,9 @@ ENCODERS: Mapping[str, Family] = MappingProxyType(
             (*_embeddings("roberta"), "lm_head.dense", "lm_head.decoder"),
             grouped_heads=False,
             blocks=_NO_BLOCKS,
+            embeddings="",
+            head="",
+            final_norm="",
         ),
         "DistilBertForMaskedLM": Family(
             "distilbert.transformer.layer.{layer}",
@@ -166,6 +201,9 @@ ENCODERS: Mapping[str, Family] = MappingProxyType(
             (*_embeddings("distilbert"), "vocab_transform", "vocab_projector"),
             grouped_heads=False,
             blocks=_NO_BLOCKS,
+            embeddings="",
+            head="",
+            final_norm="",
         ),
         "ModernBertForMaskedLM": Family(
             _LAYERS,
@@ -173,6 +211,9 @@ ENCODERS: Mapping[str, Family] = MappingProxyType(
             ("model.embeddings.tok_embeddings", "head.dense", "decoder"),
             grouped_heads=False,
             blocks=_NO_BLOCKS,
+            embeddings="",
+            head="",
+            final_norm="",
         ),
     }
 )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptermesh.artifact.base_copies import digest_copies
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.chunking import cut, hash_spans
 from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES, BaseRef, Cost, Manifest, Source, TensorEntry
@@ -154,6 +155,7 @@ def _write(
         composition=plan.composition,
         parents=bundle.parents,
         merge_recipe=None if bundle.merge_recipe is None else bundle.merge_recipe.to_json(),
+        same_as_base=digest_copies(plan.copies, bundle.files),
     )
     return _readable(manifest)
 

@@ -5,10 +5,10 @@ upload: the same files under the same name on the same base give the same digest
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from adaptermesh.artifact.manifest_checks import check_manifest
 from adaptermesh.artifact.manifest_parts import (
@@ -54,7 +54,8 @@ class Manifest:
     """Everything about one version that never changes. See FORMATS.md, "The canonical form".
 
     `servable` False means that it is stored and refused at serving with `unservable_reason`; such a manifest
-    has no modules and no tensors.
+    has no modules and no tensors. `same_as_base` has, by the site, the `rounded_digest` of each weight that
+    was uploaded as a copy of the base's and is not kept: it can be served only where the base's is the same.
     """
 
     namespace: str
@@ -86,6 +87,9 @@ class Manifest:
     training_data: tuple[Mapping[str, Any], ...] = ()
     metrics: tuple[Mapping[str, Any], ...] = ()
     golden_probe: Mapping[str, Any] | None = None
+    same_as_base: Annotated[Mapping[str, str], Field(exclude_if=lambda value: not value)] = field(
+        default_factory=dict
+    )
     schema: str = SCHEMA
 
     @property

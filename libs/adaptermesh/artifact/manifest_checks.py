@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adaptermesh.artifact.manifest_edges import what_is_wrong
 from adaptermesh.artifact.manifest_parts import (
     HEADER_LAYER,
     MAX_CHUNK_BYTES,
@@ -31,7 +32,7 @@ from adaptermesh.artifact.ops import (
     REFT,
     STRUCTURED,
 )
-from adaptermesh.artifact.sites import ATTENTION, BLOCKS, EMBED
+from adaptermesh.artifact.sites import ATTENTION, BLOCKS, EDGES, EMBED
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import check_name
@@ -63,8 +64,10 @@ def _check_identity(manifest: "Manifest") -> None:
     except MeshError as error:
         raise corrupt(error.message) from None
     base = manifest.base
-    for digest in (base.digest, base.config_digest, base.weights_digest):
+    for digest in (base.digest, base.config_digest, base.weights_digest, *manifest.same_as_base.values()):
         _need(is_digest(digest), "{!r} is not a digest", digest[:80])
+    copied = set(manifest.same_as_base) - set(EDGES)
+    _need(not copied, "same_as_base names {}, which is no such site", sorted(copied)[:4])
     _need(
         min(base.hidden_size, base.num_layers, base.vocab_size) > 0,
         "the base has a size that is not positive",
@@ -138,6 +141,9 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             layer, dtype = layers[name], entries[name].dtype
             _need(layer == module.layer, "{} has tensor {!r} in chunks of layer {}", what, short, layer)
             _need(dtype == module.dtype, "{} has a tensor of dtype {}", what, dtype)
+        shapes = {slot: entries[name].shape for slot, name in module.tensors.items()}
+        wrong = what_is_wrong(module, shapes, manifest.base)
+        _need(not wrong, "{} {}", what, wrong)
         if module.op == LOWRANK:
             _check_lowrank(module, entries, what)
         elif module.op == BOTTLENECK:
@@ -272,10 +278,10 @@ def _check_affine(module: ModuleOp, entries: Mapping[str, TensorEntry], what: "_
 
 
 def _check_magnitude(module: ModuleOp, beside: ModuleOp | None, what: "_Named") -> None:
-    """What it is the magnitude of is found by name: it must be there, with the same scale."""
+    """What it is the magnitude of is found by name: it must be there."""
     _need("out_scale" not in module.tensors, "{} has a magnitude and an out_scale", what)
     names = {slot: f"L{module.layer}.{module.site}.{slot}" for slot in ("A", "B")}
-    found = beside is not None and beside.scale == module.scale and dict(beside.tensors) == names
+    found = beside is not None and dict(beside.tensors) == names
     _need(found, "{} has a magnitude, but not its low-rank part", what)
 
 

@@ -74,7 +74,8 @@ class ModuleOp:
     """One op at one site of one layer. `tensors` gives the tensor's name for each slot of the op.
 
     For `lowrank`: slots `A` (rank, in) and `B` (out, rank); `scale` is kept apart from B. `options` are the
-    op's choices by name, absent from the JSON where it has none.
+    op's choices by name, `tokens` are ids of the base's vocabulary; both are absent from the JSON where the
+    op has none.
     """
 
     site: str
@@ -86,6 +87,7 @@ class ModuleOp:
     dtype: str = "F32"
     expert: int | None = None
     options: Annotated[Mapping[str, str] | None, Field(exclude_if=lambda value: not value)] = None
+    tokens: Annotated[tuple[int, ...], Field(exclude_if=lambda value: not value)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ MAX_VIRTUAL_TOKENS = 4096
 """That an adapter may put in front of every prompt."""
 MAX_INVOCATION_TOKENS = 256
 """Of an activated LoRA."""
+MAX_TOKEN_ROWS = 65536
+"""Tokens whose rows an adapter may have of its own."""
 
 
 @dataclass(frozen=True, slots=True)

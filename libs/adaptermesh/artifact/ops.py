@@ -28,6 +28,9 @@ BOTTLENECK = "bottleneck"
 REFT = "reft"
 KV_PREFIX = "kv_prefix"
 PROMPT = "prompt"
+TOKEN_ROWS = "token_rows"  # noqa: S105 (rows of tokens, no secret)
+REPLACE = "replace"
+COUPLING = "coupling"
 
 AFTER = "after"
 """The positions of a prompt's tokens begin after those of its prefix."""
@@ -46,7 +49,7 @@ POSITIONS = frozenset(map(str, range(MAX_POSITIONS + 1)))
 """How many tokens at an end of a prompt a reft may act on."""
 
 _ROWS = (
-    # y += scale * B A x; A: [rank, in], B: [out, rank].
+    # y += scale * B A x; A: [rank, in], B: [out, rank]. At the embeddings x is one-hot.
     Op(LOWRANK, ("A", "B"), served=True),
     # y = out_scale * (W (in_scale * x) + bias + lowrank) + scale * bias_delta; vectors of the site's widths.
     # magnitude, beside a lowrank s B A: out_scale is magnitude / |W + s B A| and leaves the bias alone.
@@ -85,9 +88,19 @@ _ROWS = (
     # Embeddings in front of the first token's. E: [length, hidden].
     Op(PROMPT, ("E",), served=True, options={"place": frozenset({FRONT})}),
     Op("fusion", ("query", "key", "value"), ("query_bias", "key_bias", "value_bias")),
-    # ids: [n], rows: [n, hidden].
-    Op("token_rows", ("ids", "rows")),
-    Op("replace", ("tensor",)),
+    # At the embeddings or the head, rows of their weight in place of the base's, for the module's tokens.
+    # rows: [tokens, hidden].
+    Op(TOKEN_ROWS, ("rows",), served=True),
+    # A module's weight or bias, or both, in place of the base's. weight: [out, in], of a norm [hidden].
+    Op(REPLACE, (), ("weight", "bias"), served=True),
+    # What goes into the first layer, in halves a and b: a += F(b), then b += G(a), with two nets
+    # up act(down x + down_bias) + up_bias. down: [width, half], up: [other half, width].
+    Op(
+        COUPLING,
+        tuple(f"{net}_{slot}" for net in "FG" for slot in ("down", "down_bias", "up", "up_bias")),
+        served=True,
+        options={"activation": ACTIVATIONS},
+    ),
 )
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ROWS})

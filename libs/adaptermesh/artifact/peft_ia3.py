@@ -13,13 +13,14 @@ from adaptermesh.artifact.pieces import vector, width_out
 from adaptermesh.artifact.plan import Entries, Piece, PlannedTensor, Shape, copied, tensor_name
 from adaptermesh.artifact.problems import Problems
 from adaptermesh.artifact.safetensors_file import TensorSpec
-from adaptermesh.artifact.sites import Site
+from adaptermesh.artifact.sites import HEAD, Site
 
 
 class Ia3Reader(Reader):
     """`ia3_l`: [out, 1] scales what comes out, the bias too; of feed-forward modules [1, in] what goes in."""
 
     method = "IA3"
+    edges = frozenset({HEAD})
     suffixes: Mapping[str, str] = {".ia3_l": "ia3_l"}
     decider = ""
 

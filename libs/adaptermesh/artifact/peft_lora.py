@@ -4,16 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from typing_extensions import override
 
+from adaptermesh.artifact.manifest_parts import TensorEntry
 from adaptermesh.artifact.peft_models import LoraConfig
 from adaptermesh.artifact.peft_plan import PREFIX, Reader
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.pieces import lowrank, vector, width_out
 from adaptermesh.artifact.plan import Entries, Piece, Shape
-from adaptermesh.artifact.sites import Site
+from adaptermesh.artifact.sites import EDGES, EMBED, HEAD, Site
+
+_EMBEDDING = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 
 
 class LoraReader(Reader):
-    """`lora_A` [r, in] and `lora_B` [out, r]; of a DoRA the magnitude [out]; of lora_bias the bias [out]."""
+    """`lora_A` [r, in] and `lora_B` [out, r]; of a DoRA the magnitude [out]; of lora_bias the bias [out].
+
+    Those of the embeddings have names of their own: `lora_embedding_A` [r, vocabulary], `lora_embedding_B`.
+    """
 
     method = "LoRA"
 
@@ -23,9 +29,12 @@ class LoraReader(Reader):
         if config.lora_bias:
             self._vectors["lora_B.bias"] = "bias_delta"
         names = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
-        self.suffixes: Mapping[str, str] = {
-            f".{end}": slot for end, slot in (*names.items(), *((one, one) for one in self._vectors))
-        }
+        own = (*names.items(), *((one, one) for one in (*_EMBEDDING, *self._vectors)))
+        self.suffixes: Mapping[str, str] = {f".{end}": slot for end, slot in own}
+        if config.use_dora:
+            self.method = "DoRA"
+        else:
+            self.edges = frozenset({HEAD} if config.lora_bias else EDGES)
         # A DoRA changes what it touches even where B is zero.
         self.decider = "" if config.use_dora else "lora_B"
 
@@ -50,7 +59,12 @@ class LoraReader(Reader):
         rank = self._targets.rank(module)
         outputs = width_out(sites)
         vectors = dict.fromkeys(self._vectors, (outputs,))
-        return {"lora_A": (rank, sites[0].in_features), "lora_B": (outputs, rank), **vectors}
+        a, b = _EMBEDDING if sites[0].name == EMBED else _EMBEDDING.values()
+        return {a: (rank, sites[0].in_features), b: (outputs, rank), **vectors}
+
+    @override
+    def deciding(self, entries: Entries) -> TensorEntry:
+        return entries["lora_embedding_B" if "lora_embedding_B" in entries else "lora_B"]
 
     @override
     def pieces(self, module: str, sites: Sequence[Site], layer: int, entries: Entries) -> Iterator[Piece]:
@@ -58,7 +72,7 @@ class LoraReader(Reader):
 
         So each part is a low-rank op with the same A and its own rows of B; rows are consecutive bytes.
         """
-        a, b = entries["lora_A"], entries["lora_B"]
+        a, b = (entries[end if end in entries else slot] for end, slot in _EMBEDDING.items())
         rank, scale = self._targets.rank(module), self._targets.scale(module)
         for site in sites:
             yield lowrank(site, layer, scale, a, b, rank=rank, a_row=0, b_row=site.out_offset)

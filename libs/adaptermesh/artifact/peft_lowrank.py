@@ -12,7 +12,7 @@ from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.pieces import computed_lowrank, width_out
 from adaptermesh.artifact.plan import Entries, Floats, Piece, Shape, values_of
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.sites import Site
+from adaptermesh.artifact.sites import HEAD, Site
 
 MAX_LOHA_RANK = 64
 """Its square is the rank of the LoRA that a LoHa is."""
@@ -25,6 +25,7 @@ class AdaLoraReader(Reader):
     """`s B (E * A)`: E [r, 1] scales the rows of A; s = alpha / (init_r + 1e-5), also after pruning."""
 
     method = "AdaLoRA"
+    edges = frozenset({HEAD})
     suffixes: Mapping[str, str] = {".lora_A": "lora_A", ".lora_B": "lora_B", ".lora_E": "lora_E"}
     decider = "lora_E"
 
@@ -75,6 +76,7 @@ class LohaReader(Reader):
     """
 
     method = "LoHa"
+    edges = frozenset({HEAD})
     suffixes: Mapping[str, str] = {
         ".hada_w1_a": "hada_w1_a",
         ".hada_w1_b": "hada_w1_b",
@@ -121,6 +123,7 @@ class VeraReader(Reader):
     """
 
     method = "VeRA"
+    edges = frozenset({HEAD})
     suffixes: Mapping[str, str] = {".vera_lambda_b": "vera_lambda_b", ".vera_lambda_d": "vera_lambda_d"}
     decider = "vera_lambda_b"
 

@@ -16,6 +16,7 @@ from adaptermesh.artifact.peft_models import (
     PrefixConfig,
     PromptConfig,
     TargetConfig,
+    TokensConfig,
     VeraConfig,
     VirtualConfig,
 )
@@ -58,8 +59,9 @@ _COMMON_NO_EFFECT = frozenset(
     }
 )
 _LAYERS: Mapping[str, Any] = MappingProxyType({"layers_pattern": None, "layers_to_transform": None})
+_NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 _SAVED: Mapping[str, str] = MappingProxyType(
-    {"modules_to_save": "whole modules saved in place of the base's"}
+    {"modules_to_save": "whole modules saved in place of the base's beside virtual tokens"}
 )
 
 # Every key of peft 0.21's LoraConfig and its default.
@@ -111,7 +113,6 @@ LORA_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 _LORA_NO_EFFECT = _COMMON_NO_EFFECT | {
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "init_lora_weights",
     "loftq_config",
@@ -123,14 +124,11 @@ _LORA_NO_EFFECT = _COMMON_NO_EFFECT | {
 _LORA_OTHERS: Mapping[str, str] = MappingProxyType(
     {
         "arrow_config": "Arrow routing",
-        "bias": "trained biases",
         "kasa_config": "KaSA",
         "layer_replication": "layer replication",
         "megatron_config": "Megatron parallel layers",
-        "modules_to_save": "whole modules saved in place of the base's",
         "monteclora_config": "MonteCLoRA",
         "target_parameters": "LoRA on parameters of experts",
-        "trainable_token_indices": "trained token rows",
         "use_bdlora": "block-diagonal LoRA",
         "use_qalora": "QALoRA",
         "velora_config": "VeLoRA",
@@ -217,7 +215,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "use_effective_conv2d": False,
             },
             _COMMON_NO_EFFECT | {"init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d"},
-            _SAVED,
+            _NO_OTHERS,
         ),
         "VERA": Method(
             VeraConfig,
@@ -236,8 +234,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             _COMMON_NO_EFFECT | {"d_initial", "init_weights", "projection_prng_key", "vera_dropout"},
             {
-                **_SAVED,
-                "bias": "trained biases",
                 "save_projection": "projections that are not in the file: save it again with save_projection",
             },
         ),
@@ -252,7 +248,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "init_ia3_weights": True,
             },
             _COMMON_NO_EFFECT | {"init_ia3_weights"},
-            _SAVED,
+            _NO_OTHERS,
         ),
         "LOKR": Method(
             LokrConfig,
@@ -281,7 +277,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "rank_dropout_scale",
                 "use_effective_conv2d",
             },
-            _SAVED,
+            _NO_OTHERS,
         ),
         "OFT": Method(
             OftConfig,
@@ -303,7 +299,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "use_cayley_neumann": True,
             },
             _COMMON_NO_EFFECT | {"init_weights", "module_dropout"},
-            {**_SAVED, "bias": "trained biases"},
+            _NO_OTHERS,
         ),
         "BOFT": Method(
             BoftConfig,
@@ -321,7 +317,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "init_weights": True,
             },
             _COMMON_NO_EFFECT | {"boft_dropout", "init_weights"},
-            {**_SAVED, "bias": "trained biases"},
+            _NO_OTHERS,
+        ),
+        "TRAINABLE_TOKENS": Method(
+            TokensConfig,
+            {
+                **_COMMON,
+                "peft_type": "TRAINABLE_TOKENS",
+                "init_weights": True,
+                "token_indices": [],
+            },
+            _COMMON_NO_EFFECT | {"init_weights"},
+            _NO_OTHERS,
         ),
         "PROMPT_TUNING": Method(
             PromptConfig,

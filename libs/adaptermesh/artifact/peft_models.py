@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from adaptermesh.artifact.manifest_parts import MAX_INVOCATION_TOKENS
+from adaptermesh.artifact.manifest_parts import MAX_INVOCATION_TOKENS, MAX_TOKEN_ROWS
 
 PREFIX = "base_model.model."
 """How the name of every module begins in a file of peft."""
@@ -19,6 +19,7 @@ _Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Names = Annotated[list[_Name], Field(max_length=MAX_PATTERNS)]
+_Tokens = Annotated[list[_Token], Field(max_length=MAX_TOKEN_ROWS)]
 
 
 class TargetConfig(BaseModel):
@@ -31,6 +32,8 @@ class TargetConfig(BaseModel):
     layers_to_transform: _Layer | list[_Layer] | None = None
     layers_pattern: str | _Names | None = None
     fan_in_fan_out: bool = False
+    modules_to_save: _Names | None = None
+    bias: Annotated[str, Field(pattern=r"^(none|all|[a-z]{1,16}_only)$")] = "none"
 
 
 class RankedConfig(TargetConfig):
@@ -52,6 +55,8 @@ class LoraConfig(RankedConfig):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    ensure_weight_tying: bool = False
+    trainable_token_indices: _Tokens | Annotated[dict[_Name, _Tokens], Field(max_length=8)] | None = None
     invocation_tokens: Annotated[list[_Token], Field(max_length=MAX_INVOCATION_TOKENS)] = Field(
         default=[], alias="alora_invocation_tokens"
     )
@@ -62,6 +67,13 @@ class LoraConfig(RankedConfig):
         if tokens and info.data.get("use_dora"):
             raise ValueError("a DoRA can't be activated: peft has no such variant")
         return tokens
+
+
+class TokensConfig(TargetConfig):
+    """Trainable tokens: rows of the embeddings, and of a head that is tied to them."""
+
+    target_modules: _Name | _Names = []
+    token_indices: _Tokens
 
 
 class LohaConfig(RankedConfig):

@@ -12,19 +12,20 @@ from adaptermesh.artifact.peft_models import TargetConfig
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.plan import Entries, Piece, Plan, Shape, check_entry, check_one_dtype
 from adaptermesh.artifact.problems import Problems, shown
-from adaptermesh.artifact.sites import Site, SiteMap
+from adaptermesh.artifact.sites import EMBED, HEAD, Site, SiteMap
 
 
 class Reader(ABC):
     """One method: which tensors a module has, of which shapes, and what they become.
 
     `suffixes` gives the slot of a tensor by how its name ends; `decider` what the tensor is called that
-    decides whether a module does anything, or "".
+    decides whether a module does anything, or "". `edges` are the sites around the layers where it can act.
     """
 
     method: str
     suffixes: Mapping[str, str]
     decider: str
+    edges: frozenset[str] = frozenset()
 
     def why_unexpected(self, name: str) -> str:  # noqa: ARG002 (one answer for all, unless a method knows more)
         """Why a tensor of that name is none of this method's."""
@@ -71,6 +72,13 @@ def plan(
         return Plan(
             unservable=f"not served yet: it acts on {', '.join(elsewhere)}, which is no site of this base"
         )
+    strange = [
+        site.module
+        for name, site in sites.edges.items()
+        if site.module in targets.modules and name not in reader.edges
+    ]
+    if strange:
+        return Plan(unservable=f"not served: a {reader.method} of {' and '.join(strange)}")
     found = _group(tensors, reader, problems)
     _compare(found, targets, reader, sites, base_name, problems)
     for module, entries in found.items():
@@ -79,7 +87,9 @@ def plan(
             _check(module, entries, reader, place[0], problems)
     if len(problems):
         return Plan()
-    ordered = [module for module in sites.module_paths() if module in found]
+    edges = {name: site.module for name, site in sites.edges.items()}
+    paths = [edges.get(EMBED), *sites.module_paths(), edges.get(HEAD)]
+    ordered = [module for module in paths if module in found]
     if not ordered:
         problems.add("the adapter has no tensors: no module would be changed")
         return Plan()
@@ -118,7 +128,8 @@ def _group(
         if suffix is None or not name.startswith(PREFIX):
             problems.add(f"tensor {shown(name)} is not expected: {reader.why_unexpected(name)}")
             continue
-        found.setdefault(name[len(PREFIX) : -len(suffix)], {})[reader.suffixes[suffix]] = entry
+        module, slot = name[len(PREFIX) : -len(suffix)], reader.suffixes[suffix]
+        found.setdefault(module, {})[slot] = entry
     return found
 
 

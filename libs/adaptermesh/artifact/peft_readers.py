@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from adaptermesh.artifact import peft_beside
 from adaptermesh.artifact.manifest_parts import Activation, TensorEntry
 from adaptermesh.artifact.peft_ia3 import Ia3Reader
 from adaptermesh.artifact.peft_lora import LoraReader
@@ -20,14 +21,16 @@ from adaptermesh.artifact.peft_models import (
     LohaConfig,
     LoraConfig,
     TargetConfig,
+    TokensConfig,
     VeraConfig,
 )
 from adaptermesh.artifact.peft_plan import Reader, plan
 from adaptermesh.artifact.peft_structured import StructuredConfig, structured_reader, why_not_served
 from adaptermesh.artifact.peft_targets import Targets
 from adaptermesh.artifact.plan import Plan
-from adaptermesh.artifact.problems import Problems
-from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.artifact.problems import Problems, shown
+from adaptermesh.artifact.sites import EMBED, SiteMap
+from adaptermesh.artifact.source_files import PEFT
 
 
 def plan_method(
@@ -40,7 +43,36 @@ def plan_method(
     """What an upload becomes, whatever its method; of use only if no problem was noted."""
     known = len(problems)
     targets = Targets(config, sites, problems)
-    reader = None if len(problems) > known else _reader(config, targets, tensors, sites, problems)
+    if len(problems) > known:
+        return Plan()
+    beside = peft_beside.split(config, targets, tensors, sites)
+    unservable = peft_beside.check(beside, config, targets, sites, base_name, problems)
+    if unservable:
+        return Plan(unservable=unservable)
+    if isinstance(config, TokensConfig):
+        for name in beside.own:
+            problems.add(f"tensor {shown(name)} is not expected: only rows of tokens are")
+        found = Plan()
+    else:
+        found = _plan_own(config, targets, beside.own, sites, base_name, problems)
+    if len(problems) > known:
+        return Plan()
+    more = peft_beside.pieces(beside, config, targets, sites)
+    copies = {site: (PEFT.weights, entry) for site, entry in beside.copies.items()}
+    return dataclasses.replace(found.with_pieces(more), copies={} if found.unservable else copies)
+
+
+def _plan_own(
+    config: TargetConfig,
+    targets: Targets,
+    tensors: Mapping[str, TensorEntry],
+    sites: SiteMap,
+    base_name: str,
+    problems: Problems,
+) -> Plan:
+    """What becomes of the method's own tensors."""
+    known = len(problems)
+    reader = _reader(config, targets, tensors, sites, problems)
     if reader is None or len(problems) > known:
         return Plan()
     if isinstance(config, LohaConfig):
@@ -57,15 +89,17 @@ def plan_method(
         tensors = {name: entry for name, entry in tensors.items() if name not in VERA_SHARED}
     found = plan(config, targets, reader, tensors, sites, base_name, problems)
     if isinstance(config, LoraConfig):
-        return _activated(found, config)
+        return _activated(found, config, targets, sites)
     if isinstance(config, Ia3Config):
         return found
     return found.bounded(reader.method if isinstance(config, StructuredConfig) else "LoRA")
 
 
-def _activated(found: Plan, config: LoraConfig) -> Plan:
+def _activated(found: Plan, config: LoraConfig, targets: Targets, sites: SiteMap) -> Plan:
     if not config.invocation_tokens or found.unservable:
         return found
+    if EMBED in sites.edges and sites.edges[EMBED].module in targets.modules:
+        return Plan(unservable="not served: an activated LoRA of the embeddings, which peft does not have")
     return dataclasses.replace(found, activation=Activation(tuple(config.invocation_tokens)))
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 from adaptermesh.artifact.patterns import Budget, Matcher, PatternError, full_matcher, suffix_matcher
 from adaptermesh.artifact.peft_models import LoraConfig, RankedConfig, TargetConfig
 from adaptermesh.artifact.problems import Problems
-from adaptermesh.artifact.sites import SiteMap
+from adaptermesh.artifact.sites import EDGES, EMBED, HEAD, SiteMap
 
 _Value = TypeVar("_Value", int, float)
 
@@ -17,7 +17,8 @@ class Targets:
     """A config's choice among the modules of one base.
 
     `modules` are the targeted modules that hold sites, in order; `others` the targeted real modules that are
-    no site. Patterns that can't be matched safely are noted as problems.
+    no site. A module that is saved whole is not targeted. Patterns that can't be matched safely are noted as
+    problems.
     """
 
     def __init__(self, config: TargetConfig, sites: SiteMap, problems: Problems) -> None:
@@ -31,8 +32,10 @@ class Targets:
         key = "target_modules"
         try:
             wanted = self._wanted(sites, budget)
-            self.modules = tuple(path for path in sites.module_paths() if wanted(path))
+            layered = [path for path in sites.module_paths() if wanted(path)]
             # peft's "all-linear" leaves out the output layer and the embedding.
+            before, after = ([], []) if _is_all_linear(config.target_modules) else self._edges(wanted)
+            self.modules = (*before, *layered, *after)
             if not _is_all_linear(config.target_modules):
                 self.others = tuple(path for path in sites.other_modules if wanted(path))
             if isinstance(config, RankedConfig):
@@ -51,6 +54,17 @@ class Targets:
             max((parts[0].in_features for parts in found), default=0),
             max((sum(site.out_features for site in parts) for parts in found), default=0),
         )
+
+    def is_saved(self, path: str) -> bool:
+        """Whether a module, or one that it is in, is saved whole: as peft matches, by the end of its path."""
+        names = self._config.modules_to_save
+        if not names:
+            return False
+        if self._is_tied and path == self._sites.edges[HEAD].module:
+            path = self._sites.edges[EMBED].module
+        parts = path.split(".")
+        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        return any(one.endswith(tuple(names)) for one in above)
 
     def rank(self, module: str) -> int:
         """The rank of a module."""
@@ -71,6 +85,20 @@ class Targets:
             raise TypeError(f"{type(self._config).__name__} gives its modules no ranks")
         return self._config
 
+    @property
+    def _is_tied(self) -> bool:
+        """Whether the head follows whatever is done to the embeddings."""
+        config = self._config
+        return self._sites.tied and isinstance(config, LoraConfig) and config.ensure_weight_tying
+
+    def _edges(self, wanted: Matcher) -> tuple[list[str], list[str]]:
+        """The targeted ones of the modules before the layers and after them."""
+        found = {name: site.module for name, site in self._sites.edges.items() if wanted(site.module)}
+        if self._is_tied and EMBED in found:
+            found[HEAD] = self._sites.edges[HEAD].module
+        before, after = ([found[name]] if name in found else [] for name in EDGES)
+        return before, after
+
     def _wanted(self, sites: SiteMap, budget: Budget) -> Matcher:
         config = self._config
         included = _choice(config.target_modules, budget)
@@ -80,11 +108,11 @@ class Targets:
         pattern_fits = self._layer_pattern_fits(sites, budget)
 
         def wanted(path: str) -> bool:
-            if (excluded is not None and excluded(path)) or not included(path):
+            if (excluded is not None and excluded(path)) or not included(path) or self.is_saved(path):
                 return False
             if not chosen or isinstance(config.target_modules, str):
                 return True
-            found = sites.parts(path)
+            found = sites.parts(path) if sites.within_layer(path) else None
             return found is not None and pattern_fits and found[1] in chosen
 
         return wanted

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from adaptermesh.artifact.manifest_parts import ModuleOp, TensorEntry
-from adaptermesh.artifact.ops import AFFINE, LOWRANK
+from adaptermesh.artifact.ops import AFFINE, LOWRANK, TOKEN_ROWS
 from adaptermesh.artifact.plan import Piece, PlannedTensor, Values, computed, copied, tensor_name
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import Site
@@ -64,6 +64,15 @@ def vector(
     return (
         ModuleOp(site.name, layer, AFFINE, 0, scale, {slot: spec.name}, entry.dtype),
         (PlannedTensor(spec, layer, copied(entry.offset + start * _row_bytes(entry), spec.size)),),
+    )
+
+
+def token_rows(site: str, layer: int, tokens: tuple[int, ...], entry: TensorEntry) -> Piece:
+    """Rows of the vocabulary, [tokens, hidden], in place of the base's."""
+    spec = TensorSpec(tensor_name(site, layer, "rows"), entry.dtype, entry.shape)
+    return (
+        ModuleOp(site, layer, TOKEN_ROWS, 0, 1.0, {"rows": spec.name}, entry.dtype, tokens=tokens),
+        (PlannedTensor(spec, layer, copied(entry.offset, entry.size)),),
     )
 
 

@@ -1,7 +1,7 @@
 """What an upload becomes: its ops, its canonical tensors, and where the bytes of each come from."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -45,6 +45,7 @@ class Plan:
     `deciding` names, for every module, the uploaded tensor that makes it do nothing when it is zero, and
     `decider` is what its library calls such a tensor; none where zeros do something. `unservable` is set, and
     all else empty, when the adapter acts where nothing is served yet. `composition` is the manifest's.
+    `copies` are the uploaded copies of the base's own weights, by the site: a file and what of it.
     """
 
     modules: tuple[ModuleOp, ...] = ()
@@ -54,6 +55,20 @@ class Plan:
     activation: Activation | None = None
     unservable: str = ""
     composition: Mapping[str, Any] | None = None
+    copies: Mapping[str, tuple[str, TensorEntry]] = field(default_factory=dict)
+
+    def with_pieces(self, pieces: Iterable[Piece]) -> "Plan":
+        """This plan with more ops, all of it in the order of the layers; itself if it is not served."""
+        if self.unservable:
+            return self
+        more = list(pieces)
+        modules = (*self.modules, *(op for op, _ in more))
+        tensors = (*self.tensors, *(tensor for _, parts in more for tensor in parts))
+        return replace(
+            self,
+            modules=tuple(sorted(modules, key=lambda op: op.layer)),
+            tensors=tuple(sorted(tensors, key=lambda tensor: tensor.layer)),
+        )
 
     def bounded(self, becomes: str) -> "Plan":
         """This plan, or why it is not served if its tensors take more room than `MAX_EXPANDED_BYTES`."""

@@ -32,6 +32,7 @@ from adapters import (
     NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
+    PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
 )
@@ -109,6 +110,7 @@ SERVED: dict[str, Callable[[], Any]] = {
     "seq_bn_by_layer": lambda: SeqBnConfig(reduction_factor={"1": 2.5, "default": 64}, non_linearity="tanh"),
     "seq_bn_left_out": lambda: SeqBnConfig(reduction_factor=4, leave_out=[0], non_linearity="leakyrelu"),
     "adapter_plus": lambda: SeqBnConfig(reduction_factor=4, scaling="channel", non_linearity="gelu", **PLUS),
+    "seq_bn_inv": lambda: SeqBnInvConfig(reduction_factor=4),
     "double_seq_bn": lambda: DoubleSeqBnConfig(reduction_factor=4),
     "par_bn": lambda: ParBnConfig(reduction_factor=2),
     "scaled_par_bn": lambda: ParBnConfig(reduction_factor=4, scaling="learned"),
@@ -143,13 +145,14 @@ SERVED_ON: dict[str, dict[str, Callable[[], Any]]] = {
     "llama": {
         "vera": lambda: LoRAConfig(**VERA, attn_matrices=["q"]),
         "dora": lambda: LoRAConfig(r=4, alpha=4, use_dora=True),
+        "dora_scaled": lambda: LoRAConfig(r=4, alpha=10, use_dora=True),
         "dvora": lambda: LoRAConfig(**{**VERA, "alpha": 4}, attn_matrices=["q"], use_dora=True),
     },
     "gpt2": {"vera": lambda: LoRAConfig(**VERA, selfattn_lora=False, intermediate_lora=True)},
     "mistral": {},
 }
 STORED: dict[str, Callable[[], Any]] = {
-    "seq_bn_inv": lambda: SeqBnInvConfig(reduction_factor=4),
+    "seq_bn_glow": lambda: SeqBnInvConfig(reduction_factor=4, inv_adapter="glow"),
     "seq_bn_gated": lambda: SeqBnConfig(reduction_factor=4, use_gating=True),
     "seq_bn_ln_before": lambda: SeqBnConfig(reduction_factor=4, ln_before=True),
     "seq_bn_ln_after": lambda: SeqBnConfig(reduction_factor=4, ln_after=True),
@@ -163,7 +166,6 @@ STORED: dict[str, Callable[[], Any]] = {
     ),
     "seq_bn_mish": lambda: SeqBnConfig(reduction_factor=4, non_linearity="mish"),
     "lora_gated": lambda: LoRAConfig(r=4, use_gating=True),
-    "dora_scaled": lambda: LoRAConfig(r=4, alpha=10, use_dora=True),
     "mtl_lora": lambda: MTLLoRAConfig(r=4),
     "noreft": lambda: NoReftConfig(),
     "direft": lambda: DiReftConfig(),
@@ -297,11 +299,12 @@ def write_encoder() -> None:
     folder = ROOT / "bert"
     (folder / "base").mkdir(parents=True)
     (folder / "base" / "config.json").write_text(json.dumps(BERT, indent=2, sort_keys=True) + "\n")
-    for method in ("double_seq_bn", "lora_everywhere", "ia3"):
+    for method in ("double_seq_bn", "lora_everywhere", "ia3", "prompt_tuning"):
         torch.manual_seed(0)
         model = transformers.AutoModelForMaskedLM.from_config(config)
         adapters.init(model)
-        model.add_adapter(NAME, config=SERVED[method]())
+        make = SERVED.get(method, lambda: PromptTuningConfig(prompt_length=3))
+        model.add_adapter(NAME, config=make())
         fill(model, NAME)
         model.save_adapter(str(folder / method), NAME, with_head=False, use_safetensors=True)
 

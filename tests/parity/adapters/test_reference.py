@@ -73,16 +73,17 @@ def site_hook(
         rows = slice(site.out_offset, site.out_offset + site.out_features)
         y = output[..., rows]
         bias = module.bias[rows] if module.bias is not None else torch.zeros(())
-        weight = weight_of(module, site)
+        delta = torch.zeros(())
         for op in ops:
             slots = {slot: tensors[name] for slot, name in op.tensors.items()}
             if op.op == "lowrank":
-                delta = op.scale * slots["B"] @ slots["A"]
-                y, weight = y + inputs[0] @ delta.T, weight + delta
+                delta = slots["B"] @ slots["A"]
+                y = y + op.scale * inputs[0] @ delta.T
             elif "out_scale" in slots:
                 y = y * slots["out_scale"]
             else:
-                y = (y - bias) * slots["magnitude"] / weight.norm(dim=1) + bias
+                norm = (weight_of(module, site) + op.scale * delta).norm(dim=1)
+                y = (y - bias) * slots["magnitude"] / norm + bias
         return torch.cat([output[..., : rows.start], y, output[..., rows.stop :]], dim=-1)
 
     return hook
@@ -108,6 +109,23 @@ def block_hooks(
         return h + op.scale * (inner @ slots["up"].T + slots["up_bias"])
 
     return before, after
+
+
+def coupling_hook(op: ModuleOp, tensors: Tensors) -> Callable[[Any, Any], Any]:
+    """The halves a and b of the stream before the first layer: a + F(b), then b + G of that."""
+    slots = {slot: tensors[name] for slot, name in op.tensors.items()}
+    activation = ACTIVATIONS[dict(op.options or {})["activation"]]
+
+    def net(name: str, x: torch.Tensor) -> torch.Tensor:
+        inner = activation(x @ slots[f"{name}_down"].T + slots[f"{name}_down_bias"])
+        return inner @ slots[f"{name}_up"].T + slots[f"{name}_up_bias"]
+
+    def hook(_: Any, inputs: Any) -> Any:
+        a, b = inputs[0].tensor_split([inputs[0].shape[-1] // 2], -1)
+        a = a + net("F", b)
+        return (torch.cat([a, b + net("G", a)], -1), *inputs[1:])
+
+    return hook
 
 
 def intervention(options: dict[str, str], slots: Tensors, x: torch.Tensor) -> torch.Tensor:
@@ -139,6 +157,10 @@ def applied(model: Any, kind: str, manifest: Manifest, sites: SiteMap, tensors: 
     for op in manifest.modules:
         if op.op == "kv_prefix":
             # Not a hook: it is in the cache before the prompt.
+            continue
+        if op.op == "coupling":
+            first = model.get_submodule(sites.layer_path.replace("{layer}", "0"))
+            hooks.append(first.register_forward_pre_hook(coupling_hook(op, tensors)))
             continue
         if op.site not in BLOCKS:
             at_sites.setdefault((op.site, op.layer), []).append(op)

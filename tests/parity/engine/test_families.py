@@ -114,6 +114,7 @@ class Heard:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.error: MeshError | None = None
+        self.outcome: Outcome | None = None
         self.ended = threading.Event()
 
     def on_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None: ...
@@ -122,6 +123,7 @@ class Heard:
         self.tokens.extend(token_ids)
 
     def on_finish(self, outcome: Outcome) -> None:
+        self.outcome = outcome
         self.ended.set()
 
     def on_error(self, error: MeshError) -> None:

@@ -218,7 +218,7 @@ def test_a_half_precision_bottleneck_is_copied_as_it_is(make: Any) -> None:
         ({"residual_before_ln": "post_add"}, "residual_before_ln 'post_add'"),
         ({"use_gating": True, "ln_after": True}, "bottleneck; ln_before or ln_after"),
         ({"architecture": "brand_new"}, "the method brand_new"),
-        ({"architecture": "prompt_tuning"}, "prompt tuning"),
+        ({"inv_adapter": "nice"}, "inv_adapter without an inv_adapter_reduction_factor"),
     ],
 )
 def test_a_configuration_that_would_be_computed_otherwise_is_stored(
@@ -293,8 +293,6 @@ def test_an_integer_is_no_value_for_vera_d_as_in_the_library(make: Any) -> None:
     [
         ("lora", {"use_gating": True}, "a learned gate in place of alpha/r"),
         ("ia3", {"alpha": 2}, "composition_mode 'scale' with an alpha of 2, only 1 is served"),
-        ("dora", {"alpha": 8}, "DoRA with alpha 8 and r 4"),
-        ("dvora", {"alpha": 8}, "DoRA with alpha 8 and r 4"),
         ("vera", {"r": 257}, "a VeRA of rank 257, the highest that is served is 256"),
     ],
 )

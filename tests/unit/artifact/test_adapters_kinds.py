@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from adaptermesh.artifact.base_copies import rounded_digest
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import open_buffer, tensor_view, to_float32, verify_file
 from adaptermesh.artifact.manifest import Manifest
@@ -26,6 +27,7 @@ BOTH = [("attention", 0), ("ffn", 0), ("attention", 1), ("ffn", 1)]
 # By method: the places in order, activation, input, scale of each, inner widths.
 BOTTLENECKS: dict[str, tuple[list[tuple[str, int]], str, str, list[float] | None, list[int]]] = {
     "seq_bn": (FFN, "relu", "sum", [1.0] * 2, [8] * 2),
+    "seq_bn_inv": (FFN, "relu", "sum", [1.0] * 2, [8] * 2),
     "seq_bn_by_layer": (FFN, "tanh", "sum", [1.0] * 2, [1, 12]),
     "seq_bn_left_out": ([("ffn", 1)], "leaky_relu", "sum", [1.0], [8]),
     "adapter_plus": (FFN, "gelu", "sum", [1.0] * 2, [8] * 2),
@@ -39,6 +41,7 @@ BOTTLENECKS: dict[str, tuple[list[tuple[str, int]], str, str, list[float] | None
     "compacter_shared": (BOTH, "gelu", "output", [1.0] * 4, [8] * 4),
     "with_class_head": (FFN, "relu", "sum", [1.0] * 2, [4] * 2),
 }
+COUPLED = ("seq_bn_inv",)
 LORAS: dict[tuple[str, str], tuple[str, list[str], int, float]] = {
     ("llama", "lora"): ("lora", ["q", "v"], 4, 2.5),
     ("gpt2", "lora"): ("lora", ["q", "v"], 4, 2.5),
@@ -47,6 +50,7 @@ LORAS: dict[tuple[str, str], tuple[str, list[str], int, float]] = {
     ("llama", "vera"): ("vera", ["q"], 4, 1.5),
     ("gpt2", "vera"): ("vera", ["up"], 4, 1.5),
     ("llama", "dora"): ("dora", ["q", "v"], 4, 1.0),
+    ("llama", "dora_scaled"): ("dora", ["q", "v"], 4, 2.5),
     ("llama", "dvora"): ("dvora", ["q"], 4, 1.0),
 }
 DIGESTS = {
@@ -288,16 +292,17 @@ def test_a_bottleneck_becomes_one_op_for_each_block(tmp_path: Path, base: str, m
     places, activation, reads, scales, widths = BOTTLENECKS[method]
     manifest, tensors = read(base, method, tmp_path)
     assert manifest.servable
-    assert manifest.op_kinds == ("bottleneck",)
-    assert [(op.site, op.layer) for op in manifest.modules] == places
-    for op, width in zip(manifest.modules, widths, strict=True):
+    modules = [op for op in manifest.modules if op.op == "bottleneck"]
+    assert manifest.op_kinds == (("bottleneck", "coupling") if method in COUPLED else ("bottleneck",))
+    assert [(op.site, op.layer) for op in modules] == places
+    for op, width in zip(modules, widths, strict=True):
         assert dict(op.options or {}) == {"activation": activation, "input": reads}
         assert tensors[f"L{op.layer}.{op.site}.down"].shape == (width, 32)
         assert dict(op.tensors) == {
             slot: f"L{op.layer}.{op.site}.{slot}" for slot in ("down", "down_bias", "up", "up_bias")
         }
     if scales is not None:
-        assert [op.scale for op in manifest.modules] == scales
+        assert [op.scale for op in modules] == scales
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -376,6 +381,8 @@ def test_the_lora_family_becomes_lowrank_with_its_scale(tmp_path: Path, base: st
     )
     for op in magnitudes:
         (name,) = op.tensors.values()
+        # The norm is of W + B A, whatever the sum's own scale.
+        assert op.scale == 1.0
         path = f"model.layers.{op.layer}.self_attn.{op.site}_proj.loras.task_1.m.weight"
         np.testing.assert_array_equal(tensors[name], source(base, method)[path][:, 0])
 
@@ -430,7 +437,7 @@ def test_ia3_scales_outputs_where_its_tensors_are(
 @pytest.mark.parametrize(
     ("method", "kind", "why"),
     [
-        ("seq_bn_inv", "bottleneck", "inv_adapter 'nice': an invertible adapter after the embeddings"),
+        ("seq_bn_glow", "bottleneck", "inv_adapter 'glow': of the invertible adapters only 'nice' is served"),
         ("seq_bn_gated", "bottleneck", "use_gating: a learned gate on each bottleneck"),
         ("seq_bn_ln_before", "bottleneck", "a layer norm of its own"),
         ("seq_bn_ln_after", "bottleneck", "a layer norm of its own"),
@@ -438,14 +445,11 @@ def test_ia3_scales_outputs_where_its_tensors_are(
         ("bn_without_residual", "bottleneck", "which add the residual stream not at all"),
         ("seq_bn_mish", "bottleneck", "non_linearity 'mish'"),
         ("lora_gated", "lora", "use_gating: a learned gate in place of alpha/r"),
-        ("dora_scaled", "dora", "train it with alpha equal to r, or with peft"),
         ("mtl_lora", "mtl_lora", "MTL-LoRA"),
         ("noreft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("direft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("unipelt", "union", "in a union, prefix_tuning: use_gating"),
         ("fusion", "fusion", "AdapterFusion over the adapters a, b; upload the adapters one by one"),
-        ("stack", "stack", "member 'a': not served yet: an lm head of its own"),
-        ("with_lm_head", "bottleneck", "an lm head of its own"),
     ],
 )
 def test_what_is_not_served_is_stored_with_the_reason(
@@ -515,3 +519,89 @@ def test_an_lm_head_that_is_tied_to_the_embeddings_is_the_bases_own(tmp_path: Pa
     manifest, _ = read("gpt2", "with_lm_head", tmp_path)
     assert manifest.servable
     assert (manifest.head or {})["type"] == "lm_head"
+    assert not manifest.same_as_base
+
+
+def test_an_lm_head_that_is_not_tied_has_to_be_the_bases(tmp_path: Path) -> None:
+    manifest, _ = read("llama", "with_lm_head", tmp_path)
+    assert manifest.servable
+    head = load_file(ROOT / "llama" / "with_lm_head" / "model_head.safetensors")["lm_head.weight"]
+    assert manifest.same_as_base == {"lm_head": rounded_digest([head])}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_an_invertible_adapter_changes_what_goes_into_the_first_layer(tmp_path: Path, base: str) -> None:
+    manifest, tensors = read(base, "seq_bn_inv", tmp_path)
+    [op] = [op for op in manifest.modules if op.op == "coupling"]
+    assert (op.site, op.layer, dict(op.options or {})) == ("stream", 0, {"activation": "relu"})
+    uploaded = source(base, "seq_bn_inv")
+    path = f"{LAYERS[base].partition('.')[0]}.invertible_adapters.task_1"
+    for net in "FG":
+        for slot, number in (("down", 0), ("down_bias", 0), ("up", 2), ("up_bias", 2)):
+            part = "bias" if slot.endswith("bias") else "weight"
+            expected = uploaded[f"{path}.{net}.{number}.{part}"]
+            np.testing.assert_array_equal(tensors[op.tensors[f"{net}_{slot}"]], expected)
+
+
+def changed_tensors(method: str, change: dict[str, Any], tmp_path: Path) -> Path:
+    """A golden of the llama with other tensors; None takes one away."""
+    folder = tmp_path / "changed"
+    shutil.copytree(load_goldens("llama").folder(method), folder)
+    found = load_file(folder / "adapter.safetensors")
+    for name, values in change.items():
+        found.pop(name, None)
+        if values is not None:
+            found[name] = values
+    save_file(found, folder / "adapter.safetensors")
+    return folder
+
+
+INVERTIBLE = "model.invertible_adapters.task_1"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({f"{INVERTIBLE}.F.0.weight": np.ones((8, 15), np.float32)}, "expected [8, 16]: halves of 32"),
+        ({f"{INVERTIBLE}.G.2.bias": None}, "but no G.2.bias"),
+        ({f"{INVERTIBLE}.H.2.bias": np.ones(4, np.float32)}, "is not expected"),
+        ({"x.invertible_adapters.task_1.F.0.bias": np.ones(8, np.float32)}, "2 invertible adapters"),
+    ],
+)
+def test_an_invertible_adapter_that_its_file_contradicts_is_refused(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    folder = changed_tensors("seq_bn_inv", change, tmp_path)
+    with pytest.raises(MeshError) as caught:
+        ingest_folder(folder, FACTS["llama"], tmp_path / "out")
+    assert why in caught.value.message
+
+
+def test_an_invertible_adapter_of_a_flexible_model_is_stored(tmp_path: Path) -> None:
+    folder = changed_tensors("seq_bn_inv", {}, tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_class": "LlamaAdapterModel"}))
+    manifest = ingest_folder(folder, FACTS["llama"], tmp_path / "out")
+    assert "whose causal head undoes it" in manifest.unservable_reason
+
+
+def test_a_prompt_tuning_is_checked_and_stored(tmp_path: Path) -> None:
+    config = json.loads((ROOT / "bert" / "base" / "config.json").read_text())
+    facts = BaseFacts.from_config("golden", config, "sha256:" + "0" * 64)
+    manifest = ingest_folder(ROOT / "bert" / "prompt_tuning", facts, tmp_path / "out")
+    assert (manifest.kind, manifest.unservable_reason) == (
+        "prompt_tuning",
+        "not served yet: prompt tuning in a BertForMaskedLM",
+    )
+    folder = tmp_path / "changed"
+    shutil.copytree(ROOT / "bert" / "prompt_tuning", folder)
+    file = folder / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    saved["config"]["prompt_length"] = 4
+    file.write_text(json.dumps(saved))
+    with pytest.raises(MeshError, match="prompt_length 4 from the config"):
+        ingest_folder(folder, facts, tmp_path / "out")
+    saved["config"]["prompt_length"] = 3
+    file.write_text(json.dumps({**saved, "model_type": "llama"}))
+    manifest = ingest_folder(folder, FACTS["llama"], tmp_path / "out")
+    assert "no prompt tuning in a LlamaForCausalLM; train it with peft" in manifest.unservable_reason

@@ -162,7 +162,7 @@ def test_a_manifest_that_is_not_servable_has_no_modules(manifest: Manifest) -> N
 
 
 def test_a_manifest_that_is_not_servable_has_no_activation(folder: Any) -> None:
-    folder.config["bias"] = "all"
+    folder.config["use_qalora"] = True
     value = json.loads(folder.fill().ingest().manifest.to_bytes())
     value["activation"] = {"invocation_tokens": [1]}
     assert "not servable has an activation" in corruption(canonical_json(value))

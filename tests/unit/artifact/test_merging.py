@@ -345,10 +345,8 @@ def test_an_ia3_is_refused(kit: Kit, base: BaseFacts) -> None:
 
 
 def test_what_can_not_be_served_is_refused_with_that_reason(kit: Kit, base: BaseFacts) -> None:
-    kit.member(base, bias="all")
-    assert "can't be served either: not served yet: trained biases" in refusal(
-        kit, base, Reason.ADAPTER_UNSUPPORTED
-    )
+    kit.member(base, use_qalora=True)
+    assert "can't be served either: not served yet: QALoRA" in refusal(kit, base, Reason.ADAPTER_UNSUPPORTED)
 
 
 def test_a_member_with_something_beside_its_weights_is_refused(kit: Kit, base: BaseFacts) -> None:

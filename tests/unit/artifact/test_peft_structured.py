@@ -214,11 +214,8 @@ def test_peft_has_none_of_them_for_conv1d_so_that_a_claim_to_one_is_stored(
             "peft 0.17.1 computed use_cayley_neumann in another way",
         ),
         (peft.OFTConfig, {"peft_version": None}, "peft of unknown version"),
-        (peft.OFTConfig, {"bias": "oft_only"}, "trained biases (bias)"),
-        (peft.OFTConfig, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        (peft.BOFTConfig, {"bias": "all"}, "trained biases (bias)"),
-        (peft.BOFTConfig, {"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        (peft.LoKrConfig, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (peft.BOFTConfig, {"target_modules": ["q_proj", "lm_head"]}, "a BOFT of lm_head"),
+        (peft.LoKrConfig, {"target_modules": ["q_proj", "embed_tokens"]}, "a LoKr of model.embed_tokens"),
         (peft.LoKrConfig, {"task_type": "SEQ_CLS"}, "SEQ_CLS"),
     ],
 )

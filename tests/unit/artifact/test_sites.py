@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from adaptermesh.artifact.architectures import ARCHITECTURES, ENCODERS
 from adaptermesh.artifact.base_facts import BaseFacts
-from adaptermesh.artifact.sites import site_map
+from adaptermesh.artifact.sites import EMBED, HEAD, SiteMap, site_map
 from adaptermesh.core.errors import MeshError, Reason
 
 SMALL = {
@@ -66,7 +66,9 @@ def test_every_site_is_where_and_as_wide_as_in_the_real_model(architecture: str)
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D") and name not in sites.other_modules
     }
-    assert set(sites.module_paths()) == set(linear)
+    ends = {site.module: site for site in sites.edges.values()}
+    assert set(sites.module_paths()) == set(linear) - set(ends)
+    check_around_the_layers(sites, model)
     for path, module in linear.items():
         found = sites.parts(path)
         assert found is not None
@@ -80,8 +82,44 @@ def test_every_site_is_where_and_as_wide_as_in_the_real_model(architecture: str)
         ]
         assert all(part.transposed == (type(module).__name__ == "Conv1D") for part in parts)
         assert all(part.fused == (len(parts) > 1) for part in parts)
+        assert sites.has_bias(path) == (module.bias is not None) or architecture in ENCODERS
     for name in sites.other_modules:
         model.get_submodule(name)
+
+
+def check_around_the_layers(sites: SiteMap, model: Any) -> None:
+    """Embeddings, head and norms are where the model has them; an encoder has none as a site."""
+    if not sites.edges:
+        assert not sites.norms
+        return
+    assert model.get_submodule(sites.edges[EMBED].module) is model.get_input_embeddings()
+    head = model.get_submodule(sites.edges[HEAD].module)
+    assert head is model.get_output_embeddings()
+    assert tuple(head.weight.shape) == (sites.edges[HEAD].out_features, sites.edges[HEAD].in_features)
+    assert sites.tied == bool(model.config.tie_word_embeddings)
+    for path in sites.norm_paths():
+        norm = model.get_submodule(path)
+        assert tuple(norm.weight.shape) == (sites.hidden_size,)
+        assert sites.has_bias(path) == (getattr(norm, "bias", None) is not None)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_norm_multiplies_by_its_weight_and_what_is_added_to_it(architecture: str) -> None:
+    model_type, values = CONFIGS[architecture]
+    config = AutoConfig.for_model(model_type, **values)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    facts = BaseFacts.from_config(
+        "x", {**config.to_dict(), "architectures": [architecture]}, "sha256:" + "0" * 64
+    )
+    sites = site_map(facts)
+    x = torch.randn(3, sites.hidden_size)
+    for path in sites.norm_paths():
+        norm = model.get_submodule(path)
+        with torch.no_grad():
+            norm.weight.fill_(-sites.norm_offset)
+            assert not norm(x).any()
+            norm.weight.fill_(1.0 - sites.norm_offset)
+            assert norm(x).any()
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)
@@ -96,17 +134,17 @@ def test_an_encoder_has_sites_only_for_those_who_ask(architecture: str) -> None:
 
 def test_a_path_matches_its_site_and_layer(base: BaseFacts) -> None:
     sites = site_map(base)
-    match = sites.match("model.layers.2.mlp.down_proj")
-    assert match is not None
-    assert (match[0].name, match[1], match[0].in_features, match[0].out_features) == ("down", 2, 24, 16)
-    assert sites.get("down") == match[0]
+    found = sites.parts("model.layers.2.mlp.down_proj")
+    assert found is not None
+    (site,), layer = found
+    assert (site.name, layer, site.in_features, site.out_features) == ("down", 2, 24, 16)
+    assert sites.get("down") == site
     assert sites.get("nowhere") is None
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "model.layers.3.mlp.down_proj",
         "model.layers.-1.mlp.down_proj",
         "model.layers.01.mlp.down_proj",
         "model.layers.١.mlp.down_proj",
@@ -116,17 +154,16 @@ def test_a_path_matches_its_site_and_layer(base: BaseFacts) -> None:
         "model.layers.0.mlp",
         "model.layers.0.mlp.down_proj.more",
         "x.model.layers.0.mlp.down_proj",
-        "lm_head",
+        "lm_heads",
         "",
     ],
 )
 def test_a_path_that_is_no_site_does_not_match(base: BaseFacts, path: str) -> None:
-    assert site_map(base).match(path) is None
+    assert site_map(base).parts(path) is None
 
 
 def test_a_fused_module_is_no_single_site(make_base: Callable[..., BaseFacts]) -> None:
     sites = site_map(make_base(architectures=["Phi3ForCausalLM"]))
-    assert sites.match("model.layers.0.self_attn.qkv_proj") is None
     found = sites.parts("model.layers.0.self_attn.qkv_proj")
     assert found is not None
     assert [(part.name, part.out_offset, part.out_features) for part in found[0]] == [

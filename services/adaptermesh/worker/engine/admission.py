@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 
 from adaptermesh.artifact.manifest import BaseRef, Manifest, ModuleOp, TensorEntry
-from adaptermesh.artifact.ops import BOTTLENECK, KV_PREFIX, LOWRANK, REFT, STRUCTURED
-from adaptermesh.artifact.sites import Site
+from adaptermesh.artifact.manifest_edges import is_around
+from adaptermesh.artifact.ops import BOTTLENECK, KV_PREFIX, LOWRANK, REFT, REPLACE, STRUCTURED
+from adaptermesh.artifact.sites import LAYER_NORMS, STREAM, Site
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.priority import check_priority
 from adaptermesh.worker.engine.base import Base
@@ -29,8 +30,14 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
         raise base_mismatch(f"{manifest.namespace}/{manifest.name}", manifest.base.digest, base.facts.digest)
     _check_sizes(digest, manifest.base, base)
     check_servable(digest, manifest, OP_KINDS)
+    _check_copies(digest, manifest, base)
     entries = {entry.name: entry for entry in manifest.tensors}
     for module in manifest.modules:
+        if is_around(module) or module.site in (STREAM, *LAYER_NORMS):
+            # Their shapes, by the sizes of the base, are among the manifest's own checks.
+            if module.site not in (STREAM, *base.sites.edges, *base.sites.norms):
+                raise corrupt(digest, f"the base has no site {module.site}")
+            continue
         if module.op in WITHOUT_SITES:
             _check_virtual(digest, module, entries, base)
             continue
@@ -58,6 +65,20 @@ def _check_sizes(digest: str, described: BaseRef, base: Base) -> None:
         raise corrupt(digest, f"it says that its base has the sizes {list(found)}, they are {list(sizes)}")
 
 
+def _check_copies(digest: str, manifest: Manifest, base: Base) -> None:
+    """What was uploaded as a copy of the base's own weights, and dropped for it, must be just that."""
+    for site, expected in manifest.same_as_base.items():
+        if base.edge_digest(site) != expected:
+            path = base.sites.edges[site].module
+            raise MeshError(
+                Code.FAILED_PRECONDITION,
+                Reason.ADAPTER_UNSUPPORTED,
+                f"adapter {digest} can't be served: it came with a weight of {path} that is not the base's; "
+                "if that was trained, say so in its config (peft: modules_to_save), if not, save it without",
+                metadata={"digest": digest},
+            )
+
+
 def _check_virtual(digest: str, module: ModuleOp, entries: Mapping[str, TensorEntry], base: Base) -> None:
     """What the manifest's own checks don't say: shapes agree, and every layer of the base has its part."""
     for slot, name in module.tensors.items():
@@ -74,6 +95,8 @@ def _shapes(module: ModuleOp, site: Site) -> Mapping[str, tuple[int, ...]]:
     if module.op == LOWRANK:
         return {"A": (module.rank, site.in_features), "B": (site.out_features, module.rank)}
     outputs = (site.out_features,)
+    if module.op == REPLACE:
+        return {"weight": (site.out_features, site.in_features), "bias": outputs}
     return {
         "in_scale": (site.in_features,),
         "out_scale": outputs,

@@ -4,13 +4,14 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from adaptermesh.artifact.base_copies import rounded_digest
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.sites import SiteMap, site_map
 from adaptermesh.core.digests import digest_bytes
@@ -19,6 +20,7 @@ from adaptermesh.worker.engine.config import EngineConfig
 
 log = logging.getLogger(__name__)
 
+_DIGEST_ROWS = 8192
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,6 +41,15 @@ class Base:
     max_context_tokens: int
     kv_heads: int
     head_dim: int
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def edge_digest(self, site: str) -> str:
+        """The `rounded_digest` of the weight of the embeddings or the head; computed once."""
+        if site not in self._digests:
+            weight = self.model.get_submodule(self.sites.edges[site].module).weight.detach()
+            rows = (part.float().cpu().numpy() for part in weight.split(_DIGEST_ROWS))
+            self._digests[site] = rounded_digest(rows)
+        return self._digests[site]
 
     @property
     def weight_bytes(self) -> int:

@@ -90,7 +90,7 @@ class Runner:
             if early.passage is None:
                 early.passage = forward.start(self._upload(_host_step(plan)), self._cache)
             # Anew each time: the slots' memory may have moved since the last layers.
-            adapters = self._slots.plan(StepTokens(_segments(plan), _row_tokens(plan.rows)))
+            adapters = self._slots.plan(_host_step(plan).tokens)
             early.passage.advance(advance.until, adapters)
             return StepResult(_drawn(early.rows, early.passage.logits()) if advance.finishes else ())
 
@@ -160,7 +160,7 @@ def _host_step(plan: StepPlan) -> HostStep:
         spans=tuple(spans),
         slots=tuple(row.parts[-1][0] for row in rows),
         decodes=len(plan.decodes),
-        tokens=StepTokens(_segments(plan), _row_tokens(rows)),
+        tokens=StepTokens(_segments(plan), _row_tokens(rows), (*outputs, *scored)),
         virtual=tuple(virtual),
     )
 

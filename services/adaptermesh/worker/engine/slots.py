@@ -1,7 +1,7 @@
 """Device slots: which adapter is where on the device, and what it adds to a step."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,12 +15,16 @@ from adaptermesh.worker.engine.ops.op import (
     BlockPlan,
     CapturableOp,
     CapturedOp,
+    EdgeOp,
+    HeadProduct,
     InputOp,
     InputPlan,
     Op,
     SitePlan,
     StepTokens,
+    StreamOp,
     TensorReader,
+    kind_of,
 )
 from adaptermesh.worker.engine.ops.virtual import WITHOUT_SITES
 
@@ -56,6 +60,7 @@ class AdapterPlan:
         """By site, for those whose input is not the same for all."""
         if self._inputs is None:
             found = [op for op in self.ops.values() if isinstance(op, InputOp)]
+            found.sort(key=lambda op: op.input_place)
             active = found if self.tokens.active_slots else ()
             self._inputs = _by_site(op.plan_inputs(self.tokens) for op in active)
         return self._inputs
@@ -84,6 +89,38 @@ class AdapterPlan:
             self.waits.before(layer)
         for plan in self.sites.get(site, ()):
             plan.apply(layer, x, y)
+
+    def embed(self, ids: torch.Tensor, hidden: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """hidden: [tokens, hidden], the base's embeddings of `ids`, changed in place and given back."""
+        for op in self._edge_ops():
+            if self.waits is not None:
+                self.waits.before(0)
+            op.embed(self.tokens, ids, hidden, scale)
+        return hidden
+
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [tokens, hidden], what goes into the first layer, changed in place and given back."""
+        for op in self.ops.values() if self.tokens.active_slots else ():
+            if isinstance(op, StreamOp):
+                if self.waits is not None:
+                    self.waits.before(0)
+                op.enter(self.tokens, hidden)
+        return hidden
+
+    def head(
+        self, normed: Callable[[torch.Tensor], torch.Tensor], product: HeadProduct, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """logits: [outputs, vocabulary], the base's, changed in place and given back.
+
+        Every layer has been waited for by then. For `normed` and `product` see `EdgeOp`.
+        """
+        for op in self._edge_ops():
+            op.head(self.tokens, normed, product, logits)
+        return logits
+
+    def _edge_ops(self) -> Iterator[EdgeOp]:
+        if self.tokens.active_slots:
+            yield from (op for op in self.ops.values() if isinstance(op, EdgeOp))
 
     def term(
         self,
@@ -183,12 +220,12 @@ class DeviceSlots:
         check_servable(digest, manifest, self._ops)
         modules: dict[tuple[str, int], list[ModuleOp]] = {}
         for module in manifest.modules:
-            modules.setdefault((module.op, module.layer), []).append(module)
+            modules.setdefault((kind_of(module), module.layer), []).append(module)
         self._digests[slot] = digest
         self._parts[slot] = _Parts(manifest, modules)
         try:
             for kind, op in self._ops.items():
-                op.reserve(slot, [module for module in manifest.modules if module.op == kind])
+                op.reserve(slot, [module for module in manifest.modules if kind_of(module) == kind])
         except BaseException:
             self.unload(slot)
             raise
@@ -345,7 +382,7 @@ def _strides(shape: Sequence[int]) -> list[int]:
 def check_servable(digest: str, manifest: Manifest, ops: Mapping[str, Op] | frozenset[str]) -> None:
     """Raises MeshError FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) unless each module's op is known."""
     reason = manifest.unservable_reason if not manifest.servable else ""
-    unknown = sorted({module.op for module in manifest.modules if module.op not in ops})
+    unknown = sorted({module.op for module in manifest.modules if kind_of(module) not in ops})
     if not reason and unknown:
         reason = f"this worker has no op {', '.join(unknown)}"
     if not reason and not manifest.modules:

@@ -8,13 +8,17 @@ from typing import Any, cast
 
 import peft
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adaptermesh.artifact.sites import site_map
 from adaptermesh.core.errors import MeshError, Reason
 from adaptermesh.worker.engine.admission import check_adapter
+from adaptermesh.worker.engine.base import make_base
 from tests.parity.adapters.goldens import ingest_folder, load_goldens
+from tests.parity.engine.test_families import make_config
 from tests.unit.artifact.boft_blocks import stand_in
+from tests.unit.artifact.test_peft_beside import made
 from tests.unit.artifact.test_peft_written import SMALL, ingested, write
 
 pytestmark = [
@@ -79,4 +83,33 @@ def test_the_sizes_that_a_manifest_is_checked_by_are_those_of_the_base(
     lie = replace(manifest.base, **{size: getattr(manifest.base, size) + 1})
     with pytest.raises(MeshError, match="it says that its base has the sizes") as caught:
         check_adapter("d", replace(manifest, base=lie), base)
+    assert caught.value.reason is Reason.DATA_CORRUPT
+
+
+def test_copies_of_the_bases_weights_are_compared_with_the_base(tmp_path: Path) -> None:
+    folder, facts = made("both ends", tmp_path)
+    manifest = ingested(folder, facts).manifest
+    config = make_config(tmp_path)
+    torch.manual_seed(0)
+    base = make_base(facts, AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), None, config)
+    assert base.edge_digest("embed") != base.edge_digest("lm_head")
+    check_adapter("d", manifest, base)
+    with torch.no_grad():
+        # Another base, by one value.
+        base.model.lm_head.weight[63, 15] += 1.0
+    other = make_base(facts, base.model, None, config)
+    with pytest.raises(MeshError, match="a weight of lm_head that is not the base's") as caught:
+        check_adapter("d", manifest, other)
+    assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
+
+
+@pytest.mark.parametrize("case", ["saved norms", "head", "tokens"])
+def test_a_base_without_the_sites_refuses_what_acts_there(tmp_path: Path, case: str) -> None:
+    folder, facts = made(case, tmp_path)
+    manifest = replace(ingested(folder, facts).manifest, same_as_base={})
+    sites = site_map(facts)
+    check_adapter("d", manifest, cast("Any", SimpleNamespace(facts=facts, sites=sites)))
+    bare = cast("Any", SimpleNamespace(facts=facts, sites=replace(sites, edges={}, norms={})))
+    with pytest.raises(MeshError, match="the base has no site") as caught:
+        check_adapter("d", manifest, bare)
     assert caught.value.reason is Reason.DATA_CORRUPT

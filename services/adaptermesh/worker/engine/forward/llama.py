@@ -75,7 +75,8 @@ class LlamaForward:
         return passage.logits()
 
     def start(self, batch: StepBatch, cache: KvCache) -> Passage:
-        hidden = batch.with_virtual(self._embeddings[batch.token_ids])
+        hidden = batch.adapters.embed(batch.token_ids, self._embeddings[batch.token_ids])
+        hidden = batch.adapters.enter(batch.with_virtual(hidden))
         return _LlamaPassage(self, batch, cache, hidden, self._rotation(hidden, batch.positions))
 
     def layers(
@@ -98,9 +99,14 @@ class LlamaForward:
             hidden = _join(batch.adapters, "ffn", index, hidden, out)
         return hidden
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, adapters: AdapterPlan) -> torch.Tensor:
         """hidden: [outputs, hidden] -> [outputs, vocabulary] float32."""
-        return self._head(rms_norm(hidden, self._hidden, self._norm, self._eps)).float()
+        x = rms_norm(hidden, self._hidden, self._norm, self._eps)
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            return self._head(x).float()
+
+        return adapters.head(lambda rows: x[rows], product, product(x))
 
     def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, 1, d] each; the sine's first half is negated, so that a roll does for `rotate_half`."""
@@ -153,14 +159,16 @@ class _LlamaPassage:
         self._hidden = hidden
         self._rotation = rotation
         self._done = 0
+        self._adapters = batch.adapters
 
     def advance(self, until: int, adapters: AdapterPlan) -> None:
         batch, part = replace(self._batch, adapters=adapters), range(self._done, until)
         self._hidden = self._forward.layers(part, self._hidden, self._rotation, batch, self._cache)
         self._done = max(until, self._done)
+        self._adapters = adapters
 
     def logits(self) -> torch.Tensor:
-        return self._forward.head(self._hidden.index_select(0, self._batch.outputs))
+        return self._forward.head(self._hidden.index_select(0, self._batch.outputs), self._adapters)
 
 
 def _joint(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import rms_norm
 
 from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import Code, MeshError, Reason
@@ -18,7 +19,7 @@ from adaptermesh.worker.engine.batch import StepBatch
 from adaptermesh.worker.engine.forward.panels import Panels, Weight
 from adaptermesh.worker.engine.forward.passage import Passage
 from adaptermesh.worker.engine.forward.stages import StagedLayers
-from adaptermesh.worker.engine.forward.weights import BaseWeights
+from adaptermesh.worker.engine.forward.weights import BaseWeights, norm_weights
 from adaptermesh.worker.engine.kv import KvCache
 from adaptermesh.worker.engine.native.build import NoKernels
 from adaptermesh.worker.engine.native.library import (
@@ -77,7 +78,7 @@ class NativeForward:
 
     @property
     def weights(self) -> BaseWeights:
-        return _PanelWeights(self._panels, self._kernels, self._threads)
+        return _PanelWeights(self._base, self._panels, self._kernels, self._threads)
 
     def run(self, batch: StepBatch, cache: KvCache) -> torch.Tensor:
         passage = self.start(batch, cache)
@@ -86,7 +87,8 @@ class NativeForward:
 
     def start(self, batch: StepBatch, cache: KvCache) -> Passage:
         self._use_cache(cache)
-        hidden = batch.with_virtual(self._embeddings[batch.token_ids])
+        hidden = batch.adapters.embed(batch.token_ids, self._embeddings[batch.token_ids])
+        hidden = batch.adapters.enter(batch.with_virtual(hidden))
         cos, sin = self._decoder.rotary_emb(hidden, batch.positions[None])
         outputs = batch.outputs.to(torch.int32)
         logits = torch.empty(len(outputs), self._model.vocabulary)
@@ -104,7 +106,7 @@ class NativeForward:
             output_count=len(outputs),
             threads=self._threads,
         )
-        return _NativePassage(self, step, hidden, logits, (cos, sin, spans, tables, outputs))
+        return _NativePassage(self, batch, step, hidden, logits, (cos, sin, spans, tables, outputs))
 
     def compute(self, step: Step, hidden: torch.Tensor, until: int, adapters: AdapterPlan) -> None:
         """The layers of a step from its last one up to `until`, and the head after all of them."""
@@ -126,6 +128,21 @@ class NativeForward:
                 self._kernels.run(self._model, step)
         # What the step points to must outlive it.
         del held
+
+    def head(self, batch: StepBatch, hidden: torch.Tensor, logits: torch.Tensor, plan: AdapterPlan) -> None:
+        """What adapters do to the logits of the kernels. hidden: [tokens, hidden], after all layers."""
+        weight, epsilon = self._decoder.norm.weight, self._base.model.config.rms_norm_eps
+        head, vocabulary = self._panels.matrices[-1], self._model.vocabulary
+        bias = self._panels.biases[-1]
+
+        def normed(rows: torch.Tensor) -> torch.Tensor:
+            return rms_norm(hidden[batch.outputs[rows]], weight.shape, weight, epsilon)
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            found = self._kernels.project(head, x, vocabulary, self._threads)
+            return found if bias is None else found.add_(bias)
+
+        plan.head(normed, product, logits)
 
     def _use_cache(self, cache: KvCache) -> None:
         if self._cache is not cache:
@@ -184,7 +201,8 @@ class NativeForward:
 class _PanelWeights:
     """The base's weights out of the panels; those of one layer are in the order of SITES."""
 
-    def __init__(self, panels: Panels, kernels: Kernels, threads: int) -> None:
+    def __init__(self, base: Base, panels: Panels, kernels: Kernels, threads: int) -> None:
+        self._base = base
         self._panels = panels
         self._kernels = kernels
         self._threads = threads
@@ -199,6 +217,9 @@ class _PanelWeights:
     def bias(self, site: Site, layer: int) -> torch.Tensor | None:
         return self._panels.biases[_place(site, layer)]
 
+    def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return norm_weights(self._base, site, layer)
+
 
 def _place(site: Site, layer: int) -> int:
     return layer * len(SITES) + SITES.index(site.name)
@@ -208,19 +229,29 @@ class _NativePassage:
     """A step between two layers. `held` is what it points to."""
 
     def __init__(
-        self, forward: NativeForward, step: Step, hidden: torch.Tensor, logits: torch.Tensor, held: object
+        self,
+        forward: NativeForward,
+        batch: StepBatch,
+        step: Step,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        held: object,
     ) -> None:
         self._forward = forward
+        self._batch = batch
         self._step = step
         self._hidden = hidden
         self._logits = logits
         self._held = held
+        self._adapters = batch.adapters
 
     def advance(self, until: int, adapters: AdapterPlan) -> None:
         if until > self._step.last_layer:
             self._forward.compute(self._step, self._hidden, until, adapters)
+        self._adapters = adapters
 
     def logits(self) -> torch.Tensor:
+        self._forward.head(self._batch, self._hidden, self._logits, self._adapters)
         return self._logits
 
 

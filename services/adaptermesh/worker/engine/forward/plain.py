@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from transformers import AttentionInterface
 
 from adaptermesh.artifact.sites import Site
@@ -50,6 +51,9 @@ class PlainForward:
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._step = _Step()
         self._model.get_input_embeddings().register_forward_hook(_embedding_hook(self._step))
+        self._model.get_output_embeddings().register_forward_hook(_head_hook(self._step))
+        first = base.model.get_submodule(base.sites.layer_path.replace("{layer}", "0"))
+        first.register_forward_pre_hook(_stream_hook(self._step))
         for pattern, sites in base.sites.modules.items():
             for layer in range(base.sites.num_layers):
                 module = base.model.get_submodule(pattern.replace("{layer}", str(layer)))
@@ -137,9 +141,36 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
 def _embedding_hook(step: _Step) -> Any:
-    def hook(_module: Any, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def hook(module: Any, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        batch = step.batch
+        if batch is not None:
+            scale = float(getattr(module, "embed_scale", 1.0))
+            batch.adapters.embed(batch.token_ids, output[0], scale)
+            batch.with_virtual(output[0])
+        return output
+
+    return hook
+
+
+def _stream_hook(step: _Step) -> Any:
+    def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
         if step.batch is not None:
-            step.batch.with_virtual(output[0])
+            step.batch.adapters.enter(args[0][0])
+
+    return hook
+
+
+def _head_hook(step: _Step) -> Any:
+    def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        batch = step.batch
+        if batch is None:
+            return output
+        x = args[0][0]
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            return linear(x, module.weight, module.bias).float()
+
+        batch.adapters.head(lambda rows: x[rows], product, output[0])
         return output
 
     return hook

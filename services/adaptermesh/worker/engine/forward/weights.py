@@ -23,11 +23,16 @@ class BaseWeights(Protocol):
         """[out], or None where the module has none."""
         ...
 
+    def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The weight and the bias of a norm, [hidden] each."""
+        ...
+
 
 class ModuleWeights:
     """Those of transformers' modules."""
 
     def __init__(self, base: Base) -> None:
+        self._base = base
         self._model = base.model
 
     def squares(self, site: Site, layer: int) -> torch.Tensor:
@@ -40,6 +45,9 @@ class ModuleWeights:
         bias: torch.Tensor | None = self._module(site, layer).bias
         return None if bias is None else bias.detach()[_rows(site)]
 
+    def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return norm_weights(self._base, site, layer)
+
     def _matrix(self, site: Site, layer: int) -> torch.Tensor:
         weight = self._module(site, layer).weight.detach()
         return (weight.T if site.transposed else weight)[_rows(site)].float()
@@ -47,6 +55,12 @@ class ModuleWeights:
     def _module(self, site: Site, layer: int) -> torch.nn.Linear:
         module: torch.nn.Linear = self._model.get_submodule(site.module.replace("{layer}", str(layer)))
         return module
+
+
+def norm_weights(base: Base, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The weight and the bias of a norm, whoever computes it: [hidden] each, or None."""
+    module = base.model.get_submodule(base.sites.norms[site].replace("{layer}", str(layer)))
+    return getattr(module, "weight", None), getattr(module, "bias", None)
 
 
 def _rows(site: Site) -> slice:

@@ -37,6 +37,8 @@ class Affine:
     alone.
     """
 
+    input_place = 1
+
     def __init__(
         self, sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
     ) -> None:

@@ -29,6 +29,8 @@ class _Module:
 class PlainAffine(SegmentOp[_Module]):
     """`y = out (W (in * x) + b + low rank) + shift` for each segment; see `Affine`."""
 
+    input_place = 1
+
     def __init__(
         self, sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
     ) -> None:

@@ -7,9 +7,20 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
+from adaptermesh.artifact.manifest_edges import is_around
 
 TensorReader = Callable[[str], torch.Tensor]
 """Gives a canonical tensor by its name, in host memory or on its way to the device."""
+HeadProduct = Callable[[torch.Tensor], torch.Tensor]
+"""The base's head: [n, hidden] -> [n, vocabulary] float32."""
+
+AROUND = "around"
+"""The kind of what acts around the layers, whichever op does."""
+
+
+def kind_of(module: ModuleOp) -> str:
+    """Which of the engine's ops holds a module: the one of its kind, unless it acts around the layers."""
+    return AROUND if is_around(module) else module.op
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +51,25 @@ class StepTokens:
 
     `segments` cover all tokens, in order. A slot may have several: one of decodes, one of prefills, and one
     of each prefill whose first tokens are the base's. `rows` are for ops that ask where in its sequence a
-    token is.
+    token is; `outputs` are the tokens whose logits are wanted.
     """
 
     segments: tuple[Segment, ...]
     rows: tuple[RowTokens, ...] = ()
+    outputs: tuple[int, ...] = ()
 
     @property
     def active_slots(self) -> frozenset[int]:
         return frozenset(segment.slot for segment in self.segments if segment.slot >= 0)
+
+    def outputs_of(self, slot: int) -> list[int]:
+        """Which of the outputs are of a slot's tokens."""
+        spans = [(segment.start, segment.end) for segment in self.segments if segment.slot == slot]
+        return [
+            place
+            for place, token in enumerate(self.outputs)
+            if any(start <= token < end for start, end in spans)
+        ]
 
 
 class SitePlan(Protocol):
@@ -107,7 +128,9 @@ class Op(Protocol):
 
 @runtime_checkable
 class InputOp(Op, Protocol):
-    """An op that also changes what goes into sites."""
+    """An op that also changes what goes into sites, in the order of `input_place` among such ops."""
+
+    input_place: int
 
     def plan_inputs(self, tokens: StepTokens) -> Mapping[str, InputPlan]:
         """By site; one whose input no active adapter changes is absent."""
@@ -120,6 +143,40 @@ class BlockOp(Op, Protocol):
 
     def plan_blocks(self, tokens: StepTokens) -> Mapping[str, BlockPlan]:
         """By block site; one that no active adapter touches is absent."""
+        ...
+
+
+@runtime_checkable
+class EdgeOp(Op, Protocol):
+    """An op that acts around the layers."""
+
+    def embed(self, tokens: StepTokens, ids: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
+        """Changes embeddings in place. ids: [tokens]. hidden: [tokens, hidden].
+
+        `scale`: what the base multiplies its embeddings by.
+        """
+        ...
+
+    def head(
+        self,
+        tokens: StepTokens,
+        normed: Callable[[torch.Tensor], torch.Tensor],
+        product: HeadProduct,
+        logits: torch.Tensor,
+    ) -> None:
+        """Changes logits in place: [outputs, vocabulary], the base's.
+
+        `normed` gives for some of the outputs, [n], what the base's head reads of them: [n, hidden].
+        """
+        ...
+
+
+@runtime_checkable
+class StreamOp(Op, Protocol):
+    """An op that changes what goes into the first layer."""
+
+    def enter(self, tokens: StepTokens, hidden: torch.Tensor) -> None:
+        """hidden: [tokens, hidden], changed in place."""
         ...
 
 

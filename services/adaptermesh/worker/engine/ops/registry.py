@@ -9,19 +9,25 @@ from adaptermesh.worker.engine.forward.weights import BaseWeights
 from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
+from adaptermesh.worker.engine.ops.around import Around
 from adaptermesh.worker.engine.ops.bottleneck import Bottleneck
 from adaptermesh.worker.engine.ops.bottleneck_native import NativeBottleneck
+from adaptermesh.worker.engine.ops.coupling import Coupling
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
 from adaptermesh.worker.engine.ops.lowrank_plain import PlainLowRank
-from adaptermesh.worker.engine.ops.op import Op
+from adaptermesh.worker.engine.ops.op import AROUND, Op
 from adaptermesh.worker.engine.ops.reft import Reft
+from adaptermesh.worker.engine.ops.replaced import Replaced
 from adaptermesh.worker.engine.ops.structured import Structured
 from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
 from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 
-OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft", "structured", "prompt", "kv_prefix"})
-"""The kinds that an adapter may consist of to be served here."""
+OP_KINDS = frozenset(
+    {"lowrank", "affine", "bottleneck", "reft", "structured", "replace", "coupling", "prompt", "kv_prefix"}
+    | {AROUND}
+)
+"""The kinds that an adapter may consist of to be served here, by `kind_of`."""
 
 
 def fast_ops(
@@ -46,6 +52,9 @@ def fast_ops(
         "bottleneck": bottleneck,
         "reft": Reft(dtype, device),
         "structured": Structured(sites, dtype, device, weights),
+        "replace": Replaced(sites, dtype, device, weights),
+        AROUND: Around(sites, dtype, device, weights),
+        "coupling": Coupling(dtype, device),
         "prompt": PromptRows(dtype, device),
         "kv_prefix": PrefixRows(dtype, device),
     }
@@ -61,6 +70,9 @@ def plain_ops(
         "bottleneck": Bottleneck(dtype, device),
         "reft": Reft(dtype, device),
         "structured": PlainStructured(sites, weights),
+        "replace": Replaced(sites, dtype, device, weights),
+        AROUND: Around(sites, dtype, device, weights),
+        "coupling": Coupling(dtype, device),
         "prompt": PromptRows(dtype, device),
         "kv_prefix": PrefixRows(dtype, device),
     }

@@ -79,6 +79,8 @@ class _Gathered:
 class Structured:
     """The Kronecker products, rotations and row scales of all slots."""
 
+    input_place = 2
+
     def __init__(
         self, sites: SiteMap, dtype: torch.dtype, device: torch.device, weights: BaseWeights | None = None
     ) -> None:

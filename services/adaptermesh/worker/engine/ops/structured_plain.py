@@ -30,6 +30,8 @@ class _Module:
 class PlainStructured(SegmentOp[_Module]):
     """`y = row_scale * W (x R) + b + scale * kron(w1, w2) x` for each segment; see `Structured`."""
 
+    input_place = 2
+
     def __init__(self, sites: SiteMap, weights: BaseWeights | None = None) -> None:
         super().__init__()
         self._by_name = {site.name: site for site in sites.sites}

@@ -114,6 +114,7 @@ class Foreign:
     """An op that the kernels don't know: it turns the inputs of one slot, changes outputs and the stream."""
 
     size_bytes = 0
+    input_place = 3
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = [site.name for site in sites]

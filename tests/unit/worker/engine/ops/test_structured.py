@@ -51,6 +51,9 @@ class Biases:
             return None
         return torch.randn(site.out_features, generator=torch.Generator().manual_seed(len(site.name)))
 
+    def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        raise NotImplementedError
+
 
 def tensors_of(kind: str, site: Site, generator: torch.Generator) -> dict[str, torch.Tensor]:
     words = kind.split()
