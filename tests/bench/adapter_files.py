@@ -16,8 +16,8 @@ ALPHA = 16
 CANONICAL_FILE = "canonical.safetensors"
 MANIFEST_FILE = "manifest.json"
 
-KINDS = ("lora", "dora", "ia3", "bottleneck")
-"""Kinds that are measured beside each other."""
+KINDS = ("lora", "dora", "ia3", "bottleneck", "oft", "ends")
+"""Kinds that are measured beside each other; `ends` are LoRA of the embeddings and the head alone."""
 
 _SEED = 20260701
 # Large enough to change most answers, small enough to leave them finite.
@@ -29,6 +29,8 @@ _IA3_SITES, _IA3_INPUTS = ("k", "v", "down"), ("down",)
 # The library's default for seq_bn.
 _REDUCTION = 16
 _PER_KIND = 8
+# peft's default for OFT.
+_BLOCK = 32
 
 _Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -72,6 +74,13 @@ def _write(folder: Path, kind: str, index: int, facts: BaseFacts) -> None:
         weights_file = "adapter.safetensors"
     elif kind == "ia3":
         weights, config = _factors(index, facts.num_layers, sites), _ia3_config(sites)
+    elif kind == "oft":
+        weights, config = _rotations(index, facts.num_layers, sites), _oft_config(sites)
+    elif kind == "ends":
+        weights, config = (
+            _ends(index, facts),
+            {**_config(sites), "target_modules": ["embed_tokens", "lm_head"]},
+        )
     else:
         weights, config = _weights(index, facts.num_layers, sites), _config(sites)
     if kind == "dora":
@@ -121,6 +130,34 @@ def _factors(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Flo
             name = f"base_model.model.{site.module.format(layer=layer)}.ia3_l"
             found[name] = rng.normal(1.0, _FACTOR_STD, shape).astype(np.float32)
     return found
+
+
+def _rotations(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Floats]:
+    """oft_R: what is above the diagonal of each block, [blocks, b (b - 1) / 2]."""
+    rng = np.random.default_rng([_SEED, index, 4])
+    return {
+        f"base_model.model.{site.module.format(layer=layer)}.oft_R.weight": rng.normal(
+            0.0, _FACTOR_STD, (site.in_features // _BLOCK, _BLOCK * (_BLOCK - 1) // 2)
+        ).astype(np.float32)
+        for layer in range(layers)
+        for site in sites
+    }
+
+
+def _ends(index: int, facts: BaseFacts) -> dict[str, _Floats]:
+    """lora_embedding_A: [rank, vocabulary], lora_A: [rank, hidden]; B: [hidden or vocabulary, rank]."""
+    rng = np.random.default_rng([_SEED, index, 5])
+    hidden, vocabulary = facts.hidden_size, facts.vocab_size
+    shapes = {
+        "model.embed_tokens.lora_embedding_A": (RANK, vocabulary),
+        "model.embed_tokens.lora_embedding_B": (hidden, RANK),
+        "lm_head.lora_A.weight": (RANK, hidden),
+        "lm_head.lora_B.weight": (vocabulary, RANK),
+    }
+    return {
+        f"base_model.model.{name}": rng.normal(0.0, _UP_STD, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def _weights(index: int, layers: int, sites: tuple[Site, ...]) -> dict[str, _Floats]:
@@ -175,6 +212,19 @@ def _bottleneck_config(name: str, facts: BaseFacts) -> dict[str, object]:
         "model_type": "llama",
         "name": name,
         "version": "adapters.1.3.0",
+    }
+
+
+def _oft_config(sites: tuple[Site, ...]) -> dict[str, object]:
+    return {
+        "peft_type": "OFT",
+        "peft_version": "0.21.2",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "smollm2-135m-instruct",
+        "r": 0,
+        "oft_block_size": _BLOCK,
+        "target_modules": [site.module.rpartition(".")[2] for site in sites],
+        "inference_mode": True,
     }
 
 

@@ -27,7 +27,9 @@ def run(bench: Bench) -> Result:
         return Runner(lane, engine, lambda number: asking(lane, number))
 
     with bench.peers() as peers:
-        engine = peers.need("engine", "adaptermesh", max_batch_rows=scale.rows, device_slots=4 * len(_MIX))
+        engine = peers.need(
+            "engine", "adaptermesh", max_batch_rows=scale.rows, device_slots=len(KINDS) * len(_MIX)
+        )
         answers = bench.measure([runner(lane, engine) for lane in names])
         last = bench.settings.rounds - 1
         alone = engine.ask("run", workload=asking(mixed, last, in_flight=1).to_json())["tokens"]

@@ -52,9 +52,10 @@ SCENARIOS = {
     ),
     "kinds": Scenario(
         "Adapters of several kinds in one batch",
-        "As above, in one engine; IA3 at k, v and down, DoRA at all seven projections, bottlenecks behind "
-        "each feed-forward part (seq_bn, a sixteenth as wide as the stream). peft can't mix kinds: "
-        "the rows are compared with themselves alone, and each kind with peft by the parity tests.",
+        "As above, in one engine; IA3 at k, v and down, DoRA and OFT at all seven projections, bottlenecks "
+        "behind each feed-forward part (seq_bn, a sixteenth as wide as the stream), LoRA of the embeddings "
+        "and the head alone (ends). peft can't mix kinds: the rows are compared with themselves alone, and "
+        "each kind with peft by the parity tests.",
         kinds.run,
     ),
     "many-adapters": Scenario(
