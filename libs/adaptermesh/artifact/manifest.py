@@ -54,7 +54,7 @@ class Manifest:
     """Everything about one version that never changes. See FORMATS.md, "The canonical form".
 
     `servable` False means that it is stored and refused at serving with `unservable_reason`; such a manifest
-    has no modules and no tensors.
+    has no modules and no tensors, unless it is a fusion, which is served in a composition.
     """
 
     namespace: str

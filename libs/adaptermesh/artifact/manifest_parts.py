@@ -74,7 +74,8 @@ class ModuleOp:
     """One op at one site of one layer. `tensors` gives the tensor's name for each slot of the op.
 
     For `lowrank`: slots `A` (rank, in) and `B` (out, rank); `scale` is kept apart from B. `options` are the
-    op's choices by name, absent from the JSON where it has none.
+    op's choices by name, absent from the JSON where it has none. `member` is the place of the op among its
+    like at one site, which only a group has; 0 is absent from the JSON.
     """
 
     site: str
@@ -86,6 +87,7 @@ class ModuleOp:
     dtype: str = "F32"
     expert: int | None = None
     options: Annotated[Mapping[str, str] | None, Field(exclude_if=lambda value: not value)] = None
+    member: Annotated[int, Field(exclude_if=lambda value: value == 0)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +138,21 @@ class Activation:
 def corrupt(message: str) -> MeshError:
     """A manifest that can't be relied on."""
     return MeshError(Code.DATA_LOSS, Reason.DATA_CORRUPT, f"manifest: {message}")
+
+
+def need(condition: bool, otherwise: str, *values: object) -> None:
+    """Raises with `otherwise`, filled in only then: a manifest has thousands of things to check."""
+    if not condition:
+        raise corrupt(otherwise.format(*values))
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """How a problem names a module."""
+
+    module: ModuleOp
+
+    def __str__(self) -> str:
+        module = self.module
+        place = f"{module.op[:20]} at layer {module.layer} {module.site[:40]!r}"
+        return f"{place} member {module.member}" if module.member else place

@@ -10,6 +10,7 @@ from adaptermesh.worker.engine.native.library import Kernels
 from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
 from adaptermesh.worker.engine.ops.bottleneck import Bottleneck
+from adaptermesh.worker.engine.ops.bottleneck_group import BottleneckGroup
 from adaptermesh.worker.engine.ops.bottleneck_native import NativeBottleneck
 from adaptermesh.worker.engine.ops.lowrank import LowRank
 from adaptermesh.worker.engine.ops.lowrank_native import NativeLowRank
@@ -20,7 +21,9 @@ from adaptermesh.worker.engine.ops.structured import Structured
 from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
 from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 
-OP_KINDS = frozenset({"lowrank", "affine", "bottleneck", "reft", "structured", "prompt", "kv_prefix"})
+OP_KINDS = frozenset(
+    {"lowrank", "affine", "bottleneck", "bottleneck_group", "reft", "structured", "prompt", "kv_prefix"}
+)
 """The kinds that an adapter may consist of to be served here."""
 
 
@@ -44,6 +47,7 @@ def fast_ops(
         "lowrank": lowrank,
         "affine": Affine(sites, dtype, device, weights),
         "bottleneck": bottleneck,
+        "bottleneck_group": BottleneckGroup(dtype, device),
         "reft": Reft(dtype, device),
         "structured": Structured(sites, dtype, device, weights),
         "prompt": PromptRows(dtype, device),
@@ -59,6 +63,7 @@ def plain_ops(
         "lowrank": PlainLowRank(dtype, device),
         "affine": PlainAffine(sites, dtype, device, weights),
         "bottleneck": Bottleneck(dtype, device),
+        "bottleneck_group": BottleneckGroup(dtype, device),
         "reft": Reft(dtype, device),
         "structured": PlainStructured(sites, weights),
         "prompt": PromptRows(dtype, device),
