@@ -100,8 +100,9 @@ class AdapterFusion:
             return found
         return replace(
             found,
-            unservable="a fusion is served with the adapters that it weighs: "
-            f"ask for 'fuse(...)' with a ref of this fusion, then of {', '.join(self.names)}",
+            unservable="a fusion is served with the adapters that it weighs: ask for "
+            "'fuse(acme/fusion:v1,acme/one:v1,...)' with refs of this fusion and then of "
+            f"{', '.join(self.names)}",
         )
 
     def parts(self, upload: Uploaded, sites: SiteMap, base: BaseFacts, problems: Problems) -> Plan:
@@ -136,7 +137,7 @@ class AdapterFusion:
         wanted = {module: place for module, place in every.items() if place[0] in used}
         compare(reading, found, wanted)
         if not used:
-            reading.problems.add(f"the file has no fusion of the name {shown(self.name)} in any layer")
+            reading.problems.add(f"it has no fusion of the name {shown(self.name)} in any layer")
         shapes, why = self._shapes(hidden), f"{hidden} from the base; query, key and value from the config"
         for module, entries in found.modules.items():
             check_slots(f"module {shown(module)}", entries, shapes, why, reading.problems)

@@ -162,17 +162,18 @@ class _Tree:
         if not isinstance(first, Leaf):
             raise untaken("what stands first in a fuse is no fusion")
         check_fuse(self._members[first.name].modules, len(members))
-        found = [one for member in members if (one := self.effect(member, place)) is not None]
+        effects = [(str(member), self.effect(member, place)) for member in members]
+        found = [(name, effect) for name, effect in effects if effect is not None]
         modules = self._modules[first.name].get(place)
         if not found:
             return None
         if not modules:
-            layer, site = place
+            (name, _), (layer, site) = found[0], place
             raise untaken(
-                f"an adapter acts at layer {layer} '{site}', where its fusion has nothing: a fusion weighs "
+                f"'{name}' acts at layer {layer} '{site}', where its fusion has nothing: a fusion weighs "
                 "bottlenecks, at the blocks where it was trained"
             )
-        parts = [bottleneck_of(one) for one in found]
+        parts = [bottleneck_of(name, effect) for name, effect in found]
         return Effect(steps=(fused(modules[0], self._members[first.name].read, parts),))
 
 

@@ -27,16 +27,13 @@ def check_fuse(modules: Sequence[ModuleOp], members: int) -> None:
         )
 
 
-def bottleneck_of(effect: Effect) -> Bottleneck:
+def bottleneck_of(name: str, effect: Effect) -> Bottleneck:
     """The one bottleneck that a member of a fusion is at a place; raises as `fused` does."""
-    if (
-        effect.lowrank
-        or effect.whole
-        or any(part is not None for part in (effect.in_scale, effect.out_scale, effect.shift))
-    ):
-        raise untaken("a fusion weighs bottlenecks, and one of its adapters does something else besides")
+    vectors = (effect.in_scale, effect.out_scale, effect.shift)
+    if effect.lowrank or effect.whole or any(vector is not None for vector in vectors):
+        raise untaken(f"a fusion weighs bottlenecks alone, and '{name}' is more than that")
     if len(effect.steps) != 1 or effect.steps[0].fusing is not None:
-        raise untaken("a fusion weighs single bottlenecks, and one of its adapters has several at one place")
+        raise untaken(f"a fusion weighs single bottlenecks, and '{name}' has several at one place")
     return effect.steps[0].parts[0]
 
 

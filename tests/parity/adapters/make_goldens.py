@@ -149,16 +149,6 @@ SERVED_ON: dict[str, dict[str, Callable[[], Any]]] = {
     "gpt2": {"vera": lambda: LoRAConfig(**VERA, selfattn_lora=False, intermediate_lora=True)},
     "mistral": {},
 }
-
-
-def seq(members: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {name: SeqBnConfig(**keys) for name, keys in members.items()}
-
-
-def double(members: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {name: DoubleSeqBnConfig(**keys) for name, keys in members.items()}
-
-
 STORED: dict[str, Callable[[], Any]] = {
     "seq_bn_inv": lambda: SeqBnInvConfig(reduction_factor=4),
     "seq_bn_gated": lambda: SeqBnConfig(reduction_factor=4, use_gating=True),
@@ -189,22 +179,23 @@ STORED: dict[str, Callable[[], Any]] = {
         )
     ),
 }
-
-
-DOUBLE = {"a": {"reduction_factor": 8}, "b": {"reduction_factor": 4, "non_linearity": "tanh"}}
-SEQ: dict[str, dict[str, Any]] = {
-    "a": {"reduction_factor": 8, "leave_out": [0]},
-    "b": {"reduction_factor": 4, "non_linearity": "gelu", "scaling": 0.7},
-    "c": {"reduction_factor": 16, "non_linearity": "tanh", "scaling": "learned"},
+SEQ = {
+    "a": SeqBnConfig(reduction_factor=8, leave_out=[0]),
+    "b": SeqBnConfig(reduction_factor=4, non_linearity="gelu", scaling=0.7),
+    "c": SeqBnConfig(reduction_factor=16, non_linearity="tanh", scaling="learned"),
+}
+DOUBLE = {
+    "a": DoubleSeqBnConfig(reduction_factor=8),
+    "b": DoubleSeqBnConfig(reduction_factor=4, non_linearity="tanh"),
 }
 # What is together, its members, the fusion's config, and which parts of the latter are told otherwise.
 SETS: dict[str, tuple[Callable[[], Any], dict[str, Any], str, dict[str, Any]]] = {
-    "fuse_dynamic": (lambda: Fuse("a", "b", "c"), seq(SEQ), "dynamic", {}),
-    "fuse_static": (lambda: Fuse("a", "b"), double(DOUBLE), "static", {"query_before_ln": True}),
-    "fuse_late_value": (lambda: Fuse("b", "c"), seq(SEQ), "dynamic", {"value_before_softmax": False}),
-    "stack_seq_bn": (lambda: Stack("a", "b", "c"), seq(SEQ), "", {}),
-    "stack_double_seq_bn": (lambda: Stack("a", "b"), double(DOUBLE), "", {}),
-    "stack_on_fuse": (lambda: Stack("c", Fuse("a", "b")), seq(SEQ), "dynamic", {}),
+    "fuse_dynamic": (lambda: Fuse("a", "b", "c"), SEQ, "dynamic", {}),
+    "fuse_static": (lambda: Fuse("a", "b"), DOUBLE, "static", {"query_before_ln": True}),
+    "fuse_late_value": (lambda: Fuse("b", "c"), SEQ, "dynamic", {"value_before_softmax": False}),
+    "stack_seq_bn": (lambda: Stack("a", "b", "c"), SEQ, "", {}),
+    "stack_double_seq_bn": (lambda: Stack("a", "b"), DOUBLE, "", {}),
+    "stack_on_fuse": (lambda: Stack("c", Fuse("a", "b")), SEQ, "dynamic", {}),
 }
 
 

@@ -205,11 +205,6 @@ REFUSED: dict[str, tuple[str, Sequence[Member], str]] = {
     "a weighted DoRA": ("0.5*{0}", [dora()], "can't be weighted"),
     "a DoRA beside another": ("stack({0},{1})", [dora(), random_member("lora", 1)], "magnitude"),
     "a mean with a DoRA": ("average({0},{1})", [dora(), random_member("lora", 1)], "magnitude"),
-    "bottlenecks in a row": (
-        "stack({0},{1})",
-        [random_member("serial", 1), random_member("serial", 2)],
-        "average them",
-    ),
     "bottlenecks that read differently": (
         "average({0},{1})",
         [random_member("serial", 1), random_member("parallel", 2)],
