@@ -38,12 +38,15 @@ class _Fusion:
         bias, value = (copy(names[slot]) if slot in names else None for slot in ("query_bias", "value"))
         return cls(copy(names["query"]), bias, copy(names["key"]), value)
 
-    def weigh(self, x: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:
-        """x: [tokens, hidden], what the members read. ups: [members, tokens, hidden], what each adds."""
+    def weigh(self, x: torch.Tensor, ups: Sequence[torch.Tensor]) -> torch.Tensor:
+        """x: what the members read; ups: what each of them adds. All: [tokens, hidden]."""
         # q . (key u) is (q key) . u: one product for all members.
-        asked = f.linear(x, self.query, self.query_bias) @ self.key
-        scores = (ups.float() * asked.float()).sum(-1, keepdim=True)
-        context = (scores.softmax(0).to(ups.dtype) * ups).sum(0)
+        asked = (f.linear(x, self.query, self.query_bias) @ self.key).float()
+        scores = torch.stack([(asked * up).sum(-1, keepdim=True) for up in ups])
+        shares = scores.softmax(0).to(x.dtype)
+        context = shares[0] * ups[0]
+        for share, up in zip(shares[1:], ups[1:], strict=True):
+            context.addcmul_(share, up)
         return context if self.value is None else f.linear(context, self.value)
 
     @property
@@ -64,7 +67,7 @@ class _Step:
         ups = [member.term(residual, output) for member in self.members]
         if self.fusion is None:
             return ups[0]
-        return self.fusion.weigh(read_by(self.members[0].input, residual, output), torch.stack(ups))
+        return self.fusion.weigh(read_by(self.members[0].input, residual, output), ups)
 
 
 @dataclass(frozen=True, slots=True)
