@@ -138,21 +138,3 @@ class Activation:
 def corrupt(message: str) -> MeshError:
     """A manifest that can't be relied on."""
     return MeshError(Code.DATA_LOSS, Reason.DATA_CORRUPT, f"manifest: {message}")
-
-
-def need(condition: bool, otherwise: str, *values: object) -> None:
-    """Raises with `otherwise`, filled in only then: a manifest has thousands of things to check."""
-    if not condition:
-        raise corrupt(otherwise.format(*values))
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """How a problem names a module."""
-
-    module: ModuleOp
-
-    def __str__(self) -> str:
-        module = self.module
-        place = f"{module.op[:20]} at layer {module.layer} {module.site[:40]!r}"
-        return f"{place} member {module.member}" if module.member else place
