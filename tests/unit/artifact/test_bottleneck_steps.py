@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptermesh.artifact import composing
 from adaptermesh.artifact.canonical import tensor_view
-from adaptermesh.artifact.composing import Member, compose
+from adaptermesh.artifact.composing import Member, Opened, compose, compose_modules
 from adaptermesh.artifact.manifest import Manifest, ModuleOp
+from adaptermesh.artifact.plan import Floats
 from adaptermesh.core.composition import AVERAGE, FUSE, STACK, Composition, Group, Leaf, parse_resolved
 from adaptermesh.core.errors import MeshError, Reason
 from tests.unit.artifact.test_composing import HIDDEN, digest_of, make_member
@@ -295,3 +297,25 @@ def test_what_reads_the_residual_has_a_weight_in_a_row_too() -> None:
     members = {NAMES[0]: adapter(1), NAMES[1]: adapter(3, "tanh", "residual")}
     check(Group(STACK, (Leaf(NAMES[0]), Leaf(NAMES[1])), 0.5), members)
     check(Group(AVERAGE, (Group(STACK, (Leaf(NAMES[0]), Leaf(NAMES[1])), 0.5),), 3.0), members)
+
+
+def test_what_would_be_too_large_is_not_made_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {NAMES[0]: adapter(1), NAMES[1]: adapter(3), FUSION: fusion(2)}
+    tree = parse_resolved(f"fuse({FUSION},{NAMES[0]},{NAMES[1]})")
+    monkeypatch.setattr(composing, "MAX_COMPOSED_BYTES", 1000)
+    read = list[str]()
+
+    def opened(name: str) -> Opened:
+        whole = {one.name: one for one in members[name].manifest.tensors}
+
+        def values(tensor: str) -> Floats:
+            read.append(tensor)
+            found: Floats = tensor_view(whole[tensor], members[name].buffer)
+            return found
+
+        return Opened(members[name].manifest.modules, values)
+
+    with pytest.raises(MeshError, match="more than 1000 bytes") as caught:
+        compose_modules(tree, {name: opened(name) for name in members})
+    assert caught.value.reason is Reason.OVERLOADED
+    assert all(name.startswith("L0.") for name in read)
