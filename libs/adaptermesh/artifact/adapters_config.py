@@ -61,8 +61,8 @@ _LATER = {
 }
 
 
-class _Top(BaseModel):
-    """What stands around the method's config."""
+class TopConfig(BaseModel):
+    """What stands around a method's config, or a fusion's."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
 
@@ -151,11 +151,11 @@ def read_config(
     known = len(problems)
     check_unknown_keys(raw, _KNOWN, CONFIG_FILE, problems)
     version = read_version(raw, CONFIG_FILE, problems)
-    top = validated(_Top, raw, CONFIG_FILE, problems)
+    top = validated(TopConfig, raw, CONFIG_FILE, problems)
     head = read_head(upload, base, problems)
     if top is None or not version:
         return None
-    _check_base(top, base, problems)
+    check_base(top, base, CONFIG_FILE, problems)
     kind, methods, reasons = _read_method(top.config, version, problems)
     if not methods and not reasons and len(problems) > known:
         return None
@@ -174,14 +174,14 @@ def read_config(
     )
 
 
-def _check_base(top: _Top, base: BaseFacts, problems: Problems) -> None:
+def check_base(top: TopConfig, base: BaseFacts, where: str, problems: Problems) -> None:
+    """Notes where a config, the file `where`, was written for another base."""
     if top.hidden_size is not None and top.hidden_size != base.hidden_size:
-        problems.add(f"{CONFIG_FILE}: hidden_size is {top.hidden_size}, {base.title} has {base.hidden_size}")
+        problems.add(f"{where}: hidden_size is {top.hidden_size}, {base.title} has {base.hidden_size}")
     model_type = base.config.get("model_type")
     if top.model_type is not None and model_type is not None and top.model_type != model_type:
         problems.add(
-            f"{CONFIG_FILE}: model_type is {shown(top.model_type)}, "
-            f"{base.title} is a {shown(str(model_type))}"
+            f"{where}: model_type is {shown(top.model_type)}, {base.title} is a {shown(str(model_type))}"
         )
 
 

@@ -1,16 +1,19 @@
-"""Several adapters in one upload of the `adapters` library: AdapterFusion and set-ups.
+"""Several adapters in one upload of the `adapters` library: its set-ups.
 
-A set-up of stacks and averages becomes the one adapter that its members are together, by our own rules of
-composition and not by the library's: its average divides twice by the number of members, and each LoRA of its
-stack reads what the one before has put out. Fusions are not served yet.
+A set-up of stacks, averages and fusions becomes the one adapter that its members are together, by our own
+rules of composition. The library's differ in part: its average divides twice by the number of members, each
+LoRA of its stack reads what the one before has put out, and of parallel bottlenecks in a stack only the last
+is left.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from adaptermesh.artifact.adapters_config import is_written_by_adapters, read_config, read_version
+from adaptermesh.artifact.adapters_fusion import AdapterFusion, are_names, read_fusion
+from adaptermesh.artifact.base_copies import digest_copies
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.canonical import tensor_view, to_float32
 from adaptermesh.artifact.composing import Opened, compose_modules
@@ -20,10 +23,11 @@ from adaptermesh.artifact.plan import Floats, Plan, PlannedTensor, computed
 from adaptermesh.artifact.problems import Problems, shown
 from adaptermesh.artifact.safetensors_file import TensorSpec
 from adaptermesh.artifact.sites import SiteMap
-from adaptermesh.artifact.source_files import ADAPTERS, CONFIG_FILE, FUSION, SETUP
+from adaptermesh.artifact.source_files import ADAPTERS, CONFIG_FILE, FUSION, SETUP, Layout
 from adaptermesh.artifact.uploaded import Uploaded
 from adaptermesh.core.composition import (
     AVERAGE,
+    FUSE,
     MAX_DEPTH,
     MAX_MEMBERS,
     MAX_WEIGHT,
@@ -31,22 +35,27 @@ from adaptermesh.core.composition import (
     Composition,
     Group,
     Leaf,
+    fusions,
     leaves,
 )
 from adaptermesh.core.errors import MeshError
 
-_BLOCKS = {"Stack": STACK, "Average": AVERAGE}
+_BLOCKS = {"Stack": STACK, "Average": AVERAGE, "Fuse": FUSE}
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptersSet:
-    """A fusion or a set-up. `tree` is over the members' names; there is one unless `unservable` is set."""
+    """A set-up. `tree` is over the members' names; there is one unless `unservable` is set.
+
+    `fusions` are by the names that they have in the tree, each with its folder.
+    """
 
     raw: Mapping[str, Any]
     kind: str
     version: str
     unservable: str = ""
     tree: Composition | None = None
+    fusions: Mapping[str, tuple[str, AdapterFusion]] = field(default_factory=dict)
     head: None = None
 
     @property
@@ -61,12 +70,23 @@ class AdaptersSet:
         if len(problems):
             return Plan()
         opened: dict[str, Opened] = {}
+        copies: dict[str, tuple[str, TensorEntry]] = {}
         for name in dict.fromkeys(leaf.name for leaf in leaves(self.tree)):
-            member = _member(upload, name)
-            plan = _plan_member(name, member, sites, base, problems)
+            if name in self.fusions:
+                folder, fusion = self.fusions[name]
+                member = _member(upload, folder, FUSION)
+                plan = _plan_fusion(folder, fusion, member, sites, base, problems)
+            else:
+                folder = name
+                member = _member(upload, name, ADAPTERS)
+                plan = _plan_member(name, member, sites, base, problems)
             if plan.unservable:
                 return Plan(unservable=f"member '{name}': {plan.unservable}")
             opened[name] = Opened(plan.modules, _values(plan, member))
+            own = {site: (f"{folder}/{file}", entry) for site, (file, entry) in plan.copies.items()}
+            first = {site: copies.setdefault(site, copy) for site, copy in own.items()}
+            if digest_copies(own, upload.files) != digest_copies(first, upload.files):
+                problems.add(f"member {shown(name)} has another lm head than those before it")
         if len(problems):
             return Plan()
         try:
@@ -77,28 +97,21 @@ class AdaptersSet:
             modules=tuple(modules),
             tensors=tuple(_planned(name, layer, values) for name, (layer, values) in tensors.items()),
             composition={"expression": str(self.tree)},
+            copies=copies,
         )
 
 
-def read_fusion(raw: Mapping[str, Any], problems: Problems) -> AdaptersSet | None:
-    """Reads `adapter_fusion_config.json`; None if there are problems that leave nothing to go on with."""
-    version = read_version(raw, FUSION.config, problems)
-    names = raw.get("adapter_names", str(raw.get("name")).split(","))
-    if not isinstance(names, list) or not _are_names(names):
-        problems.add(f"{FUSION.config}: it names no adapters")
-        return None
-    reason = (
-        f"not served yet: AdapterFusion over the adapters {', '.join(names)}; upload the adapters one by one"
-    )
-    return AdaptersSet(raw, "fusion", version, reason) if version else None
+def read_setup(
+    raw: Mapping[str, Any], upload: Uploaded, base: BaseFacts, problems: Problems
+) -> AdaptersSet | None:
+    """Reads `adapter_setup.json` and the config of each member's folder.
 
-
-def read_setup(raw: Mapping[str, Any], upload: Uploaded, problems: Problems) -> AdaptersSet | None:
-    """Reads `adapter_setup.json` and the config of each member's folder; None as above."""
+    None if there are problems that leave nothing to go on with.
+    """
     version = read_version(raw, SETUP.config, problems)
     tree = raw.get("adapter_setup")
     kind = tree.get("type") if isinstance(tree, dict) else None
-    if not isinstance(kind, str) or not _are_names([kind]):
+    if not isinstance(kind, str) or not are_names([kind]):
         problems.add(f"{SETUP.config}: adapter_setup has no type")
         return None
     members = sorted(path for path in upload.files if PurePosixPath(path).name == CONFIG_FILE)
@@ -119,7 +132,45 @@ def read_setup(raw: Mapping[str, Any], upload: Uploaded, problems: Problems) -> 
         problems.add(f"{SETUP.config}: adapter_setup is no tree of blocks with up to {MAX_MEMBERS} adapters")
         return None
     _compare_members(found, members, problems)
-    return AdaptersSet(raw, kind.lower(), version, tree=found)
+    weighing = _read_fusions(upload, base, problems)
+    _compare_fusions(found, weighing, problems)
+    return AdaptersSet(raw, kind.lower(), version, tree=found, fusions=weighing)
+
+
+def _read_fusions(
+    upload: Uploaded, base: BaseFacts, problems: Problems
+) -> dict[str, tuple[str, AdapterFusion]]:
+    """The fusions of a set-up by the names that they have in its tree, each with its folder."""
+    found: dict[str, tuple[str, AdapterFusion]] = {}
+    for path in sorted(path for path in upload.files if PurePosixPath(path).name == FUSION.config):
+        folder = str(PurePosixPath(path).parent)
+        raw = read_config_file(path, upload.files[path], problems)
+        read = None if raw is None else read_fusion(raw, _member(upload, folder, FUSION), base, problems)
+        if read is None:
+            continue
+        name = _fusion_name(read.names)
+        if name in found:
+            problems.add(f"folders {shown(found[name][0])} and {shown(folder)} fuse the same adapters")
+        found[name] = folder, read
+    return found
+
+
+def _fusion_name(names: Sequence[str]) -> str:
+    """Of a fusion in a tree: no folder, and so no adapter, can have a colon in its name."""
+    return f"fusion:{'+'.join(names)}"
+
+
+def _compare_fusions(
+    tree: Composition, found: Mapping[str, tuple[str, AdapterFusion]], problems: Problems
+) -> None:
+    wanted = {leaf.name for leaf in fusions(tree)}
+    for name in sorted(wanted - found.keys()):
+        problems.add(
+            f"{SETUP.config}: no folder with {FUSION.config} has the {shown(name)}, in this order: "
+            f"upload the whole folder that {SETUP.written_by} wrote"
+        )
+    for name in sorted(found.keys() - wanted):
+        problems.add(f"folder {shown(found[name][0])} holds a fusion that the set-up does not name")
 
 
 class _NotServed(Exception):
@@ -132,7 +183,7 @@ def _read_tree(node: Any, depth: int) -> Composition | None:
     if depth > MAX_DEPTH or not isinstance(children, list) or not 0 < len(children) <= MAX_MEMBERS:
         return None
     if kind == "single":
-        return Leaf(children[0]) if len(children) == 1 and _are_names(children) else None
+        return Leaf(children[0]) if len(children) == 1 and are_names(children) else None
     if not isinstance(kind, str):
         return None
     if kind not in _BLOCKS:
@@ -141,6 +192,11 @@ def _read_tree(node: Any, depth: int) -> Composition | None:
     present = [member for member in members if member is not None]
     if len(present) < len(members):
         return None
+    if kind == "Fuse":
+        names = [member.name for member in present if isinstance(member, Leaf)]
+        if len(names) < len(present):
+            raise _NotServed("Fuse over other blocks")
+        present = [Leaf(_fusion_name(names)), *present]
     if kind == "Average":
         weights = (node.get("kwargs") or {}).get("weights", [1.0] * len(present))
         if not isinstance(weights, list) or len(weights) != len(present):
@@ -154,7 +210,7 @@ def _read_tree(node: Any, depth: int) -> Composition | None:
 
 
 def _compare_members(tree: Composition, configs: list[str], problems: Problems) -> None:
-    names = {leaf.name for leaf in leaves(tree)}
+    names = {leaf.name for leaf in leaves(tree)} - {leaf.name for leaf in fusions(tree)}
     folders = {str(PurePosixPath(path).parent) for path in configs}
     for name in sorted(names - folders):
         problems.add(f"{SETUP.config}: member {shown(name)} has no folder with {CONFIG_FILE}")
@@ -162,12 +218,12 @@ def _compare_members(tree: Composition, configs: list[str], problems: Problems) 
         problems.add(f"folder {shown(folder)} holds an adapter that the set-up does not name")
 
 
-def _member(upload: Uploaded, name: str) -> Uploaded:
+def _member(upload: Uploaded, name: str, layout: Layout) -> Uploaded:
     """A member's folder as an upload of its own."""
     start = f"{name}/"
     return Uploaded(
         files={path[len(start) :]: place for path, place in upload.files.items() if path.startswith(start)},
-        layout=ADAPTERS,
+        layout=layout,
         headers={
             path[len(start) :]: header for path, header in upload.headers.items() if path.startswith(start)
         },
@@ -190,13 +246,22 @@ def _plan_member(name: str, member: Uploaded, sites: SiteMap, base: BaseFacts, p
     )
 
 
+def _plan_fusion(
+    folder: str, fusion: AdapterFusion, member: Uploaded, sites: SiteMap, base: BaseFacts, problems: Problems
+) -> Plan:
+    if FUSION.weights not in member.headers:
+        problems.add(f"folder {shown(folder)} has no {FUSION.weights}")
+        return Plan()
+    return fusion.parts(member, sites, base, problems)
+
+
 def _values(plan: Plan, member: Uploaded) -> Callable[[str], Floats]:
     """Reads a member's canonical tensors before they are anywhere."""
     tensors = {tensor.spec.name: tensor for tensor in plan.tensors}
 
     def read(name: str) -> Floats:
         tensor = tensors[name]
-        with member.files[ADAPTERS.weights].open("rb") as file:
+        with member.files[member.layout.weights].open("rb") as file:
             data = b"".join(tensor.blocks(file))
         spec = tensor.spec
         entry = TensorEntry(spec.name, spec.dtype, spec.shape, 0, spec.size)
@@ -207,9 +272,3 @@ def _values(plan: Plan, member: Uploaded) -> Callable[[str], Floats]:
 
 def _planned(name: str, layer: int, values: Floats) -> PlannedTensor:
     return PlannedTensor(TensorSpec(name, "F32", values.shape), layer, computed(lambda _: values))
-
-
-def _are_names(names: list[Any]) -> bool:
-    return 0 < len(names) <= MAX_MEMBERS and all(
-        isinstance(name, str) and 0 < len(name) <= 64 and name.isprintable() for name in names
-    )

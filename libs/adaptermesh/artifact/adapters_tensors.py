@@ -15,7 +15,7 @@ SHARED = "shared_parameters"
 # The library's containers: each holds its modules by the adapters' names.
 _CONTAINERS = frozenset(
     {"adapters", "loras", SHARED, "invertible_adapters", "prefix_tunings", "prefix_gates", "prompt_tunings"}
-    | {"refts"}
+    | {"refts", "adapter_fusion_layer"}
 )
 
 

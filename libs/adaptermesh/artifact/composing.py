@@ -12,24 +12,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaptermesh.artifact.bottleneck_steps import untaken, written
 from adaptermesh.artifact.canonical import Buffer, tensor_view, to_float32
 from adaptermesh.artifact.chunking import cut
 from adaptermesh.artifact.effects import (
     Effect,
-    Floats,
     averaged,
     effect_of,
     scaled,
     stacked,
 )
+from adaptermesh.artifact.fusing import bottleneck_of, check_fuse, fused
 from adaptermesh.artifact.manifest import Chunk, Cost, Manifest, ModuleOp, Source
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, KV_PREFIX, LOWRANK, PROMPT
+from adaptermesh.artifact.ops import AFFINE, FUSION, KV_PREFIX, LOWRANK, PROMPT
+from adaptermesh.artifact.plan import Floats
 from adaptermesh.artifact.safetensors_file import TensorSpec, lay_out
 from adaptermesh.core.composition import (
     AVERAGE,
+    FUSE,
     Composition,
+    Group,
     Leaf,
     composition_digest,
+    fusions,
     leaves,
     parse_resolved,
 )
@@ -76,13 +81,15 @@ def compose(composition: Composition, members: Mapping[str, Member]) -> Composed
     """
     digests = list(dict.fromkeys(leaf.name for leaf in leaves(composition)))
     first = members[digests[0]].manifest
+    weighing = {leaf.name for leaf in fusions(composition)}
     for digest in digests:
-        _check_member(digest, members[digest].manifest, first)
+        _check_member(digest, members[digest].manifest, first, is_fusion=digest in weighing)
     opened = {
         digest: Opened(members[digest].manifest.modules, _reader(members[digest])) for digest in digests
     }
     modules, tensors = compose_modules(composition, opened)
-    return _write(composition, first, digests, modules, tensors)
+    copies = _copies([members[digest].manifest for digest in digests])
+    return _write(composition, first, digests, modules, tensors, copies)
 
 
 def compose_modules(
@@ -94,41 +101,84 @@ def compose_modules(
         MeshError: FAILED_PRECONDITION (ADAPTER_UNSUPPORTED) for what can't be composed, in words;
             RESOURCE_EXHAUSTED if the result would be too large.
     """
-    places = {name: _by_place(member.modules) for name, member in members.items()}
-    order = _places([place for found in places.values() for place in found])
-
-    def effect(node: Composition, place: _Place) -> Effect | None:
-        if isinstance(node, Leaf):
-            modules = places[node.name].get(place)
-            if not modules:
-                return None
-            return scaled(effect_of(modules, members[node.name].read), node.weight)
-        if node.kind == AVERAGE:
-            total = sum(member.weight for member in node.members)
-            shares = [
-                (effect(replace(member, weight=1.0), place), member.weight / total) for member in node.members
-            ]
-            present = [(one, share) for one, share in shares if one is not None]
-            return scaled(averaged(present), node.weight) if present else None
-        found = [one for member in node.members if (one := effect(member, place)) is not None]
-        return scaled(stacked(found), node.weight) if found else None
-
+    tree = _Tree(members)
     modules: list[ModuleOp] = []
     tensors: dict[str, tuple[int, Floats]] = {}
-    for layer, site in order:
-        found = effect(composition, (layer, site))
+    room = MAX_COMPOSED_BYTES
+    for layer, site in tree.places():
+        found = tree.effect(composition, (layer, site))
         for module, values in _modules(layer, site, found) if found is not None else ():
             modules.append(module)
             tensors.update({module.tensors[slot]: (layer, value) for slot, value in values.items()})
-    if sum(value.nbytes for _, value in tensors.values()) > MAX_COMPOSED_BYTES:
-        raise MeshError(
-            Code.RESOURCE_EXHAUSTED,
-            Reason.OVERLOADED,
-            f"the composition would have more than {MAX_COMPOSED_BYTES} bytes",
-        )
+            room -= sum(value.nbytes for value in values.values())
+            # A fusion of a large base alone may have more: what is too much is not made first.
+            if room < 0:
+                raise MeshError(
+                    Code.RESOURCE_EXHAUSTED,
+                    Reason.OVERLOADED,
+                    f"the composition would have more than {MAX_COMPOSED_BYTES} bytes",
+                )
     if not modules:
-        raise _unsupported("it changes nothing")
+        raise untaken("it changes nothing")
     return modules, tensors
+
+
+class _Tree:
+    """What the nodes of a composition do, place by place; every method raises as `compose_modules` does."""
+
+    def __init__(self, members: Mapping[str, Opened]) -> None:
+        self._members = members
+        self._modules = {name: _by_place(member.modules) for name, member in members.items()}
+
+    def places(self) -> list[_Place]:
+        return _places([place for found in self._modules.values() for place in found])
+
+    def effect(self, node: Composition, place: _Place) -> Effect | None:
+        """What a node does at a place; None if nothing."""
+        if isinstance(node, Leaf):
+            modules = self._modules[node.name].get(place)
+            if not modules:
+                return None
+            if modules[0].op == FUSION:
+                raise untaken("a fusion acts only first in a fuse, on the adapters that follow it")
+            return scaled(effect_of(modules, self._members[node.name].read), node.weight)
+        found = self._group(node, place)
+        return None if found is None else scaled(found, node.weight)
+
+    def _group(self, node: Group, place: _Place) -> Effect | None:
+        """A group's before its own weight."""
+        if node.kind == FUSE:
+            return self._fused(node, place)
+        if node.kind == AVERAGE:
+            total = sum(member.weight for member in node.members)
+            shares = [
+                (self.effect(replace(member, weight=1.0), place), member.weight / total)
+                for member in node.members
+            ]
+            present = [(one, share) for one, share in shares if one is not None]
+            return averaged(present) if present else None
+        found = [one for member in node.members if (one := self.effect(member, place)) is not None]
+        return stacked(found) if found else None
+
+    def _fused(self, node: Group, place: _Place) -> Effect | None:
+        """A member that is absent here takes no part."""
+        first, *members = node.members
+        if not isinstance(first, Leaf):
+            raise untaken("what stands first in a fuse is no fusion")
+        check_fuse(self._members[first.name].modules, len(members))
+        effects = [(str(member), self.effect(member, place)) for member in members]
+        found = [(name, effect) for name, effect in effects if effect is not None]
+        modules = self._modules[first.name].get(place)
+        if not found:
+            return None
+        if not modules:
+            (name, _), (layer, site) = found[0], place
+            raise untaken(
+                f"'{name}' acts at layer {layer} '{site}', where its fusion has nothing: a fusion weighs "
+                "bottlenecks, at the blocks where it was trained"
+            )
+        parts = [bottleneck_of(name, effect) for name, effect in found]
+        return Effect(steps=(fused(modules[0], self._members[first.name].read, parts),))
 
 
 def is_composed(manifest: Manifest) -> bool:
@@ -149,16 +199,30 @@ def identity_of(manifest: Manifest, digest: str) -> str:
         return digest
 
 
-def _check_member(digest: str, manifest: Manifest, first: Manifest) -> None:
+def _check_member(digest: str, manifest: Manifest, first: Manifest, *, is_fusion: bool) -> None:
     name = f"{manifest.namespace}/{manifest.name}"
     if manifest.base.digest != first.base.digest:
         raise base_mismatch(name, manifest.base.digest, first.base.digest)
+    if is_fusion:
+        if manifest.op_kinds != (FUSION,):
+            raise untaken(f"'{name}' ({digest}) is no fusion: one has to stand first in a fuse")
+        return
     if not manifest.servable:
-        raise _unsupported(f"'{name}' ({digest}) can't be served itself: {manifest.unservable_reason}")
+        raise untaken(f"'{name}' ({digest}) can't be served itself: {manifest.unservable_reason}")
     if manifest.activation:
-        raise _unsupported(f"'{name}' acts on a part of the tokens only, and is served alone")
+        raise untaken(f"'{name}' acts on a part of the tokens only, and is served alone")
     if any(module.op in (PROMPT, KV_PREFIX) for module in manifest.modules):
-        raise _unsupported(f"'{name}' has virtual tokens, and is served alone")
+        raise untaken(f"'{name}' has virtual tokens, and is served alone")
+
+
+def _copies(manifests: Sequence[Manifest]) -> dict[str, str]:
+    """What the base has to have for all members: each was uploaded with a copy of it."""
+    found: dict[str, str] = {}
+    for manifest in manifests:
+        for site, digest in manifest.same_as_base.items():
+            if found.setdefault(site, digest) != digest:
+                raise untaken(f"its members were trained on bases with different weights of {site}")
+    return found
 
 
 def _by_place(modules: Sequence[ModuleOp]) -> dict[_Place, list[ModuleOp]]:
@@ -198,16 +262,7 @@ def _modules(layer: int, site: str, effect: Effect) -> Iterator[tuple[ModuleOp, 
     values = {slot: vector for slot, vector in vectors.items() if vector is not None}
     if values:
         yield named(AFFINE, values), values
-    if effect.bottlenecks:
-        parts = effect.bottlenecks
-        biases = [np.float32(part.scale) * part.up_bias for part in parts]
-        values = {
-            "down": np.concatenate([part.down for part in parts]),
-            "down_bias": np.concatenate([part.down_bias for part in parts]),
-            "up": np.concatenate([np.float32(part.scale) * part.up for part in parts], axis=1),
-            "up_bias": sum(biases[1:], biases[0]),
-        }
-        yield named(BOTTLENECK, values, options=parts[0].options), values
+    yield from written(layer, site, effect.steps)
 
 
 def _write(
@@ -216,6 +271,7 @@ def _write(
     digests: Sequence[str],
     modules: Sequence[ModuleOp],
     tensors: Mapping[str, tuple[int, Floats]],
+    copies: Mapping[str, str],
 ) -> Composed:
     specs = [TensorSpec(name, "F32", value.shape) for name, (_, value) in tensors.items()]
     layout = lay_out(specs, {"format": COMPOSED_FORMAT})
@@ -246,15 +302,10 @@ def _write(
         ),
         composition={_EXPRESSION: str(composition)},
         parents=tuple(digests),
+        same_as_base=copies,
     )
     return Composed(manifest, data)
 
 
 def _digest(data: npt.NDArray[np.uint8]) -> str:
     return "sha256:" + hashlib.sha256(data.data).hexdigest()
-
-
-def _unsupported(why: str) -> MeshError:
-    return MeshError(
-        Code.FAILED_PRECONDITION, Reason.ADAPTER_UNSUPPORTED, f"this composition can't be served: {why}"
-    )

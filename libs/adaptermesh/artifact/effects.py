@@ -4,21 +4,28 @@ With weights w, a stack and an average are exact where they are taken:
 
 - low-rank parts add up, each times its weight: their ranks stand side by side;
 - factors multiply in a stack; weighted, a factor l is 1 + w (l - 1), which in an average is the mean of them;
-- bottlenecks that read the same with the same activation add up: their widths stand side by side. One after
-  the other, where the second reads what the first has added, they are not taken.
+- bottlenecks act one after the other in a stack; in an average those that read the same with the same
+  activation add up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from adaptermesh.artifact.bottleneck_steps import (
+    Step,
+    in_a_row,
+    side_by_side,
+    steps_of,
+    untaken,
+    weighted,
+)
 from adaptermesh.artifact.manifest_parts import ModuleOp
-from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, LOWRANK
-from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.artifact.ops import AFFINE, BOTTLENECK, BOTTLENECK_GROUP, LOWRANK
+from adaptermesh.artifact.plan import Floats
 
-Floats = npt.NDArray[np.float32]
+_BESIDE = (BOTTLENECK, BOTTLENECK_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,48 +38,31 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Bottleneck:
-    """`scale * (up act(down v + down_bias) + up_bias)`. down: [width, hidden]. up: [hidden, width]."""
-
-    down: Floats
-    down_bias: Floats
-    up: Floats
-    up_bias: Floats
-    scale: float
-    options: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class Effect:
     """All that happens at a site; `whole` are modules that can only be taken as they are."""
 
     lowrank: tuple[LowRank, ...] = ()
-    bottlenecks: tuple[Bottleneck, ...] = ()
+    steps: tuple[Step, ...] = ()
     in_scale: Floats | None = None
     out_scale: Floats | None = None
     shift: Floats | None = None
     whole: tuple[tuple[ModuleOp, Mapping[str, Floats]], ...] = field(default=())
 
-    @property
-    def only_low_rank(self) -> bool:
-        return not self.whole and self.in_scale is None and self.out_scale is None
-
 
 def effect_of(modules: Sequence[ModuleOp], read: Callable[[str], Floats]) -> Effect:
     """The effect of one adapter's modules at one site of one layer; `read` gives their tensors."""
-    found = Effect()
+    found = Effect(steps=steps_of([module for module in modules if module.op in _BESIDE], read))
     # A magnitude is bound to the low-rank part beside it.
     bound = any("magnitude" in module.tensors for module in modules)
     for module in modules:
+        if module.op in _BESIDE:
+            continue
         tensors = {slot: read(name) for slot, name in module.tensors.items()}
-        if bound or module.op not in (LOWRANK, AFFINE, BOTTLENECK):
+        if bound or module.op not in (LOWRANK, AFFINE):
             found = replace(found, whole=(*found.whole, (module, tensors)))
         elif module.op == LOWRANK:
             part = LowRank(tensors["A"], tensors["B"], module.scale)
             found = replace(found, lowrank=(*found.lowrank, part))
-        elif module.op == BOTTLENECK:
-            beside = Bottleneck(**tensors, scale=module.scale, options=module.options or {})
-            found = replace(found, bottlenecks=(*found.bottlenecks, beside))
         else:
             shift = tensors.get("bias_delta")
             found = replace(
@@ -89,10 +79,10 @@ def scaled(effect: Effect, weight: float) -> Effect:
     if weight == 1.0:
         return effect
     if effect.whole:
-        raise _untaken(f"{effect.whole[0][0].op} can't be weighted: give it no weight")
+        raise untaken(f"{effect.whole[0][0].op} can't be weighted: give it no weight")
     return Effect(
         lowrank=tuple(replace(part, scale=part.scale * weight) for part in effect.lowrank),
-        bottlenecks=tuple(replace(part, scale=part.scale * weight) for part in effect.bottlenecks),
+        steps=weighted(effect.steps, weight),
         in_scale=_from_one(effect.in_scale, weight),
         out_scale=_from_one(effect.out_scale, weight),
         shift=None if effect.shift is None else np.float32(weight) * effect.shift,
@@ -109,15 +99,10 @@ def stacked(effects: Sequence[Effect]) -> Effect:
         return effects[0]
     if any(effect.whole for effect in effects):
         op = next(module.op for effect in effects for module, _ in effect.whole)
-        raise _untaken(f"two adapters act at one site, one of them with {_worded(op)}")
-    bottlenecks = _together(effects)
-    if len(bottlenecks) > 1 and any(part.options["input"] != "residual" for part in bottlenecks):
-        raise _untaken(
-            "two bottlenecks at one place, of which the second would read what the first adds: average them"
-        )
+        raise untaken(f"two adapters act at one site, one of them with {_worded(op)}")
     return Effect(
         lowrank=tuple(part for effect in effects for part in effect.lowrank),
-        bottlenecks=bottlenecks,
+        steps=in_a_row([effect.steps for effect in effects]),
         in_scale=_product([effect.in_scale for effect in effects]),
         out_scale=_product([effect.out_scale for effect in effects]),
         shift=_sum([effect.shift for effect in effects]),
@@ -134,30 +119,23 @@ def averaged(present: Sequence[tuple[Effect, float]]) -> Effect:
         return scaled(*present[0])
     if any(effect.whole for effect, _ in present):
         op = next(module.op for effect, _ in present for module, _ in effect.whole)
-        raise _untaken(f"two adapters act at one site, one of them with {_worded(op)}")
+        raise untaken(f"two adapters act at one site, one of them with {_worded(op)}")
     moved = sum(effect.in_scale is not None for effect, _ in present)
     if moved and any(effect.out_scale is not None or effect.lowrank for effect, _ in present):
-        raise _untaken("factors of inputs have no exact mean with factors of outputs or low-rank parts")
+        raise untaken("factors of inputs have no exact mean with factors of outputs or low-rank parts")
     if any(effect.out_scale is not None and effect.lowrank for effect, _ in present):
-        raise _untaken("an adapter that scales its own low-rank part has no exact mean with another")
+        raise untaken("an adapter that scales its own low-rank part has no exact mean with another")
     outs = [_from_one(effect.out_scale, weight) for effect, weight in present]
     if any(out is not None for out in outs) and any(effect.lowrank for effect, _ in present):
-        raise _untaken("factors of outputs have no exact mean with low-rank parts")
+        raise untaken("factors of outputs have no exact mean with low-rank parts")
     parts = [scaled(effect, weight) for effect, weight in present]
     return Effect(
         lowrank=tuple(part for effect in parts for part in effect.lowrank),
-        bottlenecks=_together(parts),
+        steps=side_by_side([effect.steps for effect in parts]),
         in_scale=_mean([effect.in_scale for effect in parts]),
         out_scale=_mean([effect.out_scale for effect in parts]),
         shift=_sum([effect.shift for effect in parts]),
     )
-
-
-def _together(effects: Sequence[Effect]) -> tuple[Bottleneck, ...]:
-    parts = tuple(part for effect in effects for part in effect.bottlenecks)
-    if len({tuple(sorted(part.options.items())) for part in parts}) > 1:
-        raise _untaken("two bottlenecks at one place that read differently or have other activations")
-    return parts
 
 
 def _from_one(factors: Floats | None, weight: float) -> Floats | None:
@@ -186,9 +164,3 @@ def _sum(terms: Sequence[Floats | None]) -> Floats | None:
 
 def _worded(op: str) -> str:
     return "a magnitude (DoRA)" if op in (LOWRANK, AFFINE) else f"the op {op}"
-
-
-def _untaken(why: str) -> MeshError:
-    return MeshError(
-        Code.FAILED_PRECONDITION, Reason.ADAPTER_UNSUPPORTED, f"this composition can't be served: {why}"
-    )

@@ -54,8 +54,9 @@ class Manifest:
     """Everything about one version that never changes. See FORMATS.md, "The canonical form".
 
     `servable` False means that it is stored and refused at serving with `unservable_reason`; such a manifest
-    has no modules and no tensors. `same_as_base` has, by the site, the `rounded_digest` of each weight that
-    was uploaded as a copy of the base's and is not kept: it can be served only where the base's is the same.
+    has no modules and no tensors, unless it is a fusion, which is served in a composition. `same_as_base`
+    has, by the site, the `rounded_digest` of each weight that was uploaded as a copy of the base's and is not
+    kept: it can be served only where the base's is the same.
     """
 
     namespace: str

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adaptermesh.artifact.manifest_bottlenecks import wrong_bottleneck, wrong_groups
 from adaptermesh.artifact.manifest_edges import what_is_wrong
 from adaptermesh.artifact.manifest_parts import (
     HEADER_LAYER,
@@ -25,6 +26,8 @@ from adaptermesh.artifact.merging_recipe import check_kept_recipe
 from adaptermesh.artifact.ops import (
     AFFINE,
     BOTTLENECK,
+    BOTTLENECK_GROUP,
+    FUSION,
     KV_PREFIX,
     LOWRANK,
     OPS,
@@ -32,7 +35,7 @@ from adaptermesh.artifact.ops import (
     REFT,
     STRUCTURED,
 )
-from adaptermesh.artifact.sites import ATTENTION, BLOCKS, EDGES, EMBED
+from adaptermesh.artifact.sites import ATTENTION, EDGES, EMBED
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import check_name
@@ -124,10 +127,10 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
     entries = {tensor.name: tensor for tensor in manifest.tensors}
     lowrank = {(m.site, m.layer, m.expert): m for m in manifest.modules if m.op == LOWRANK}
     unused = set(entries)
-    seen: set[tuple[str, int, int | None, str]] = set()
+    seen: set[tuple[str, int, int | None, str, int]] = set()
     for module in manifest.modules:
         what = _Named(module)
-        key = (module.site, module.layer, module.expert, module.op)
+        key = (module.site, module.layer, module.expert, module.op, module.member)
         _need(key not in seen, "{} is listed twice", what)
         seen.add(key)
         _need(0 <= module.layer < manifest.base.num_layers, "{} is outside of the base", what)
@@ -146,7 +149,7 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
         _need(not wrong, "{} {}", what, wrong)
         if module.op == LOWRANK:
             _check_lowrank(module, entries, what)
-        elif module.op == BOTTLENECK:
+        elif module.op in (BOTTLENECK, BOTTLENECK_GROUP, FUSION):
             _check_bottleneck(module, entries, manifest.base.hidden_size, what)
         elif module.op == STRUCTURED:
             _check_structured(module, entries, what)
@@ -160,6 +163,8 @@ def _check_modules(manifest: "Manifest", layers: Mapping[str, int]) -> None:
             _check_affine(module, entries, what)
             if "magnitude" in module.tensors:
                 _check_magnitude(module, lowrank.get((module.site, module.layer, module.expert)), what)
+    for module, wrong in wrong_groups(manifest.modules):
+        raise corrupt(f"{_Named(module)} {wrong}")
     _check_virtual(manifest, entries)
     chosen = [module.options for module in manifest.modules if module.op == REFT and module.options]
     ends = {(options["prefix"], options["suffix"]) for options in chosen}
@@ -210,13 +215,10 @@ def _check_structured(module: ModuleOp, entries: Mapping[str, TensorEntry], what
 def _check_bottleneck(
     module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: int, what: "_Named"
 ) -> None:
-    width = entries[module.tensors["down"]].shape[0]
-    shapes = {"down": (width, hidden), "down_bias": (width,), "up": (hidden, width), "up_bias": (hidden,)}
-    _need(module.site in BLOCKS, "{} is at no block", what)
-    _need(module.rank == 0, "{} has rank {}", what, module.rank)
-    for slot, shape in shapes.items():
-        found = entries[module.tensors[slot]].shape
-        _need(found == shape, "{} has {} of shape {}", what, slot, found)
+    wrong = wrong_bottleneck(
+        module, {slot: entries[name].shape for slot, name in module.tensors.items()}, hidden
+    )
+    _need(not wrong, "{} {}", what, wrong)
 
 
 def _check_reft(module: ModuleOp, entries: Mapping[str, TensorEntry], hidden: int, what: "_Named") -> None:
@@ -310,7 +312,8 @@ def _check_summary(manifest: "Manifest") -> None:
         _need(bool(manifest.modules), "a servable manifest needs a module")
         _need(all(OPS[op].served for op in ops), "ops {} are not all served", sorted(ops))
     else:
-        _need(not manifest.modules, "a manifest that is not servable has modules")
+        # A fusion is kept for compositions, which are servable.
+        _need(ops <= {FUSION}, "a manifest that is not servable has modules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +324,8 @@ class _Named:
 
     def __str__(self) -> str:
         module = self.module
-        return f"{module.op[:20]} at layer {module.layer} {module.site[:40]!r}"
+        place = f"{module.op[:20]} at layer {module.layer} {module.site[:40]!r}"
+        return f"{place} member {module.member}" if module.member else place
 
 
 _SLOTS = {

@@ -75,7 +75,8 @@ class ModuleOp:
 
     For `lowrank`: slots `A` (rank, in) and `B` (out, rank); `scale` is kept apart from B. `options` are the
     op's choices by name, `tokens` are ids of the base's vocabulary; both are absent from the JSON where the
-    op has none.
+    op has none. `member` is the place of the op among its like at one site, which only a group has; 0 is
+    absent too.
     """
 
     site: str
@@ -88,6 +89,7 @@ class ModuleOp:
     expert: int | None = None
     options: Annotated[Mapping[str, str] | None, Field(exclude_if=lambda value: not value)] = None
     tokens: Annotated[tuple[int, ...], Field(exclude_if=lambda value: not value)] = ()
+    member: Annotated[int, Field(exclude_if=lambda value: value == 0)] = 0
 
 
 @dataclass(frozen=True, slots=True)

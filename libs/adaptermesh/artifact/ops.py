@@ -25,6 +25,8 @@ LOWRANK = "lowrank"
 AFFINE = "affine"
 STRUCTURED = "structured"
 BOTTLENECK = "bottleneck"
+BOTTLENECK_GROUP = "bottleneck_group"
+FUSION = "fusion"
 REFT = "reft"
 KV_PREFIX = "kv_prefix"
 PROMPT = "prompt"
@@ -43,6 +45,12 @@ ACTIVATIONS = frozenset({"relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", 
 """Of a bottleneck; `gelu` is the exact one, `gelu_new` its approximation by tanh."""
 BOTTLENECK_INPUTS = frozenset({"output", "sum", "residual"})
 """What a bottleneck reads: the output of the sub-layer, that plus the stream before it, or the latter."""
+NEXT = "next"
+"""A bottleneck of a group begins a step: it reads what the steps before have added."""
+SAME = "same"
+"""It is fused with those before it in the step."""
+MAX_FUSED = 15
+"""Adapters that a fusion may weigh: with itself as many as a composition may name."""
 
 MAX_POSITIONS = 1024
 POSITIONS = frozenset(map(str, range(MAX_POSITIONS + 1)))
@@ -67,6 +75,22 @@ _ROWS = (
         served=True,
         options={"activation": ACTIVATIONS, "input": BOTTLENECK_INPUTS},
     ),
+    # One of several bottlenecks at one block site, which act in steps, in the order of `member`; a residual
+    # input is the stream before the sub-layer all the same, the others hold what earlier steps have added.
+    # A step is one bottleneck, or begins with one that has a query and goes on with those that say `same`:
+    # with u[i] what each would add by itself, stream += value sum p[i] u[i], value being 1 if absent,
+    # p = softmax of (query x + query_bias) . (key u[i] + key_bias) over i. The matrices: [hidden, hidden].
+    Op(
+        BOTTLENECK_GROUP,
+        ("down", "down_bias", "up", "up_bias"),
+        ("query", "query_bias", "key", "key_bias", "value"),
+        served=True,
+        options={
+            "activation": ACTIVATIONS,
+            "input": BOTTLENECK_INPUTS,
+            "step": frozenset({NEXT, SAME}),
+        },
+    ),
     # At the block site `ffn`, for the first and the last tokens of a prompt; x is the stream after the layer:
     # stream += R^T (act(W x + b) - R x), without R x where nothing is subtracted. R, W: [rank, hidden], b:
     # [rank]. Those of the last tokens have slots of their own, unless they are the same.
@@ -87,7 +111,17 @@ _ROWS = (
     Op(KV_PREFIX, ("k", "v"), served=True, options={"positions": frozenset({AFTER, START})}),
     # Embeddings in front of the first token's. E: [length, hidden].
     Op(PROMPT, ("E",), served=True, options={"place": frozenset({FRONT})}),
-    Op("fusion", ("query", "key", "value"), ("query_bias", "key_bias", "value_bias")),
+    # What fuses bottlenecks of other adapters at a block site, as a group's. It is told how many these are,
+    # and whether its query is what they read or the output of the sub-layer.
+    Op(
+        FUSION,
+        ("query", "key"),
+        ("query_bias", "key_bias", "value"),
+        options={
+            "members": frozenset(map(str, range(1, MAX_FUSED + 1))),
+            "query": frozenset({"input", "output"}),
+        },
+    ),
     # At the embeddings or the head, rows of their weight in place of the base's, for the module's tokens.
     # rows: [tokens, hidden].
     Op(TOKEN_ROWS, ("rows",), served=True),

@@ -44,8 +44,9 @@ class Plan:
 
     `deciding` names, for every module, the uploaded tensor that makes it do nothing when it is zero, and
     `decider` is what its library calls such a tensor; none where zeros do something. `unservable` is set, and
-    all else empty, when the adapter acts where nothing is served yet. `composition` is the manifest's.
-    `copies` are the uploaded copies of the base's own weights, by the site: a file and what of it.
+    all else empty, when the adapter acts where nothing is served yet; a fusion has both, which is served only
+    with others. `composition` is the manifest's. `copies` are the uploaded copies of the base's own weights,
+    by the site: a file and what of it.
     """
 
     modules: tuple[ModuleOp, ...] = ()

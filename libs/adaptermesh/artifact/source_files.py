@@ -65,7 +65,7 @@ FUSION = Layout(
     "adapters",
     "adapter_fusion_config.json",
     "model_adapter_fusion.safetensors",
-    frozenset({"adapter.safetensors", HEAD_FILE}),
+    frozenset({HEAD_FILE}),
     "save_adapter_fusion(..., use_safetensors=True)",
 )
 SETUP = Layout(

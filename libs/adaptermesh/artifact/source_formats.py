@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from adaptermesh.artifact import adapters_config, adapters_sets, peft_config
+from adaptermesh.artifact import adapters_config, adapters_fusion, adapters_sets, peft_config
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.config_file import read_config_file
 from adaptermesh.artifact.plan import Plan
@@ -45,9 +45,9 @@ def read_source(upload: Uploaded, base: BaseFacts, problems: Problems) -> Source
     if raw is None:
         return None
     if layout is SETUP:
-        return adapters_sets.read_setup(raw, upload, problems)
+        return adapters_sets.read_setup(raw, upload, base, problems)
     if layout is FUSION:
-        return adapters_sets.read_fusion(raw, problems)
+        return adapters_fusion.read_fusion(raw, upload, base, problems)
     if adapters_config.is_written_by_adapters(raw) != (layout is ADAPTERS):
         _note_mixture(layout.library, problems)
         return None

@@ -3,11 +3,14 @@
 `0.5*acme/tone@prod`, `stack(acme/law:v2, 0.7*acme/tone:v1)`, `average(2*acme/a:v1, acme/b:v3)`, and such in
 one another. In a stack the parts of all members act, each times its weight; in an average the weights are
 first divided by their sum. A weight before a name or a group is a finite number; without one it is 1.
+
+`fuse(acme/fusion:v1, acme/a:v1, acme/b:v2)` is AdapterFusion: first the fusion, then the adapters that it
+weighs for each token, which have no weights of ours.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from adaptermesh.core.digests import digest_bytes, is_digest
@@ -16,6 +19,7 @@ from adaptermesh.core.refs import parse_ref
 
 STACK = "stack"
 AVERAGE = "average"
+FUSE = "fuse"
 
 MAX_LENGTH = 8192
 MAX_MEMBERS = 16
@@ -24,7 +28,7 @@ MAX_WEIGHT = 1000.0
 
 _TOKEN = re.compile(r"\s*([(),*]|[^\s(),*]+)")
 _NUMBER = re.compile(r"-?(\d{1,12}(\.\d{0,30})?|\.\d{1,30})(e[+-]?\d{1,3})?")
-_GROUPS = (STACK, AVERAGE)
+_GROUPS = (STACK, AVERAGE, FUSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A stack or an average of at least one member."""
+    """A stack or an average of at least one member, or a fusion's own leaf and at least one more."""
 
     kind: str
     members: "tuple[Leaf | Group, ...]"
@@ -93,6 +97,15 @@ def leaves(composition: Composition) -> Iterator[Leaf]:
             yield from leaves(member)
 
 
+def fusions(composition: Composition) -> Iterator[Leaf]:
+    """Those of the leaves that stand first in a fuse: they are fusions, all others are adapters."""
+    if isinstance(composition, Group):
+        if composition.kind == FUSE:
+            yield from leaves(composition.members[0])
+        for member in composition.members:
+            yield from fusions(member)
+
+
 def renamed(composition: Composition, rename: Callable[[str], str]) -> Composition:
     """The same over other names, e.g. the digests that refs stand for."""
     if isinstance(composition, Leaf):
@@ -140,11 +153,25 @@ class _Reader:
         self._at += 1
         if word == AVERAGE and not all(member.weight > 0 for member in members):
             raise _bad(self._text, "the weights of an average must be above 0")
+        if word == FUSE:
+            self._check_fuse(members)
         return Group(word, tuple(members), weight)
 
     def end(self) -> None:
         if self._at < len(self._tokens):
             raise _bad(self._text, f"{self._tokens[self._at][:40]!r} comes after its end")
+
+    def _check_fuse(self, members: Sequence[Composition]) -> None:
+        if len(members) < 2:
+            raise _bad(self._text, "a fuse names first a fusion and then the adapters that it was trained on")
+        if any(isinstance(member, Group) for member in members):
+            raise _bad(self._text, "a fuse holds names only: what it weighs are adapters, one by one")
+        if any(member.weight != 1.0 for member in members):
+            raise _bad(
+                self._text,
+                "what a fuse holds has no weights, which its fusion was not trained with: "
+                "give one to the whole, as in '0.5*fuse(...)'",
+            )
 
     def _weight(self, word: str) -> float:
         weight = float(word) if _NUMBER.fullmatch(word) else math.nan

@@ -11,9 +11,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from adaptermesh.artifact.ops import FUSION
 from adaptermesh.core.composition import (
     Composition,
     composition_digest,
+    fusions,
     is_composition,
     leaves,
     parse_composition,
@@ -151,7 +153,11 @@ def find_composition(image: CatalogueImage, text: str) -> ComposedVersion:
             different bases.
     """
     asked = parse_composition(text)
-    found = {leaf.name: _servable(image, leaf.name) for leaf in leaves(asked)}
+    weighing = {leaf.name for leaf in fusions(asked)}
+    found = {
+        leaf.name: _fusion(image, leaf.name) if leaf.name in weighing else _servable(image, leaf.name)
+        for leaf in leaves(asked)
+    }
     first = found[next(leaves(asked)).name]
     for name, version in found.items():
         if version.base_digest != first.base_digest:
@@ -169,6 +175,20 @@ def _servable(image: CatalogueImage, ref: str) -> Version:
     version = find_version(image, ref)
     if not version.servable:
         raise _unsupported(ref, version)
+    return version
+
+
+def _fusion(image: CatalogueImage, ref: str) -> Version:
+    """What stands first in a fuse: it is never served by itself."""
+    version = find_version(image, ref)
+    if version.op_kinds != (FUSION,):
+        raise MeshError(
+            Code.FAILED_PRECONDITION,
+            Reason.ADAPTER_UNSUPPORTED,
+            f"'{ref}' ({version}) is no fusion: name first in a fuse what save_adapter_fusion wrote, then "
+            "the adapters that it weighs",
+            metadata={"ref": ref, "version": str(version), "digest": version.digest},
+        )
     return version
 
 

@@ -19,6 +19,7 @@ import adapters
 import torch
 import transformers
 from adapters import (
+    AdapterFusionConfig,
     BnConfig,
     CompacterConfig,
     CompacterPlusPlusConfig,
@@ -180,6 +181,24 @@ STORED: dict[str, Callable[[], Any]] = {
         )
     ),
 }
+SEQ = {
+    "a": SeqBnConfig(reduction_factor=8, leave_out=[0]),
+    "b": SeqBnConfig(reduction_factor=4, non_linearity="gelu", scaling=0.7),
+    "c": SeqBnConfig(reduction_factor=16, non_linearity="tanh", scaling="learned"),
+}
+DOUBLE = {
+    "a": DoubleSeqBnConfig(reduction_factor=8),
+    "b": DoubleSeqBnConfig(reduction_factor=4, non_linearity="tanh"),
+}
+# What is together, its members, the fusion's config, and which parts of the latter are told otherwise.
+SETS: dict[str, tuple[Callable[[], Any], dict[str, Any], str, dict[str, Any]]] = {
+    "fuse_dynamic": (lambda: Fuse("a", "b", "c"), SEQ, "dynamic", {}),
+    "fuse_static": (lambda: Fuse("a", "b"), DOUBLE, "static", {"query_before_ln": True}),
+    "fuse_late_value": (lambda: Fuse("b", "c"), SEQ, "dynamic", {"value_before_softmax": False}),
+    "stack_seq_bn": (lambda: Stack("a", "b", "c"), SEQ, "", {}),
+    "stack_double_seq_bn": (lambda: Stack("a", "b"), DOUBLE, "", {}),
+    "stack_on_fuse": (lambda: Stack("c", Fuse("a", "b")), SEQ, "dynamic", {}),
+}
 
 
 def write_base(kind: str, folder: Path) -> None:
@@ -282,6 +301,43 @@ def write_sets(kind: str) -> None:
     model.save_adapter_setup(str(ROOT / kind / "stack"), Stack("a", "b"), use_safetensors=True)
 
 
+def write_set(
+    kind: str,
+    method: str,
+    make: Callable[[], Any],
+    members: dict[str, Any],
+    config: str,
+    told: dict[str, Any],
+) -> Any:
+    """Saves several adapters that act together as the library does; returns the model with them on."""
+    torch.manual_seed(3)
+    model = load(kind)
+    setup = make()
+    for name in sorted(setup.flatten()):
+        model.add_adapter(name, config=members[name])
+        fill(model, name)
+    for fusion in (part for part in (setup, *setup) if isinstance(part, Fuse)):
+        model.add_adapter_fusion(fusion, AdapterFusionConfig.load(config, **told))
+        fill_fusion(model, fusion.name)
+    model.set_active_adapters(setup)
+    folder = ROOT / kind / method
+    model.save_adapter_setup(str(folder), setup, use_safetensors=True)
+    # The library saves the base's own lm head with each member, and can't be told not to.
+    for file in (*folder.rglob("head_config.json"), *folder.rglob("model_head.safetensors")):
+        file.unlink()
+    return model.eval()
+
+
+def fill_fusion(model: Any, name: str) -> None:
+    """Scores of a size at which no adapter gets everything."""
+    generator = torch.Generator().manual_seed(11)
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            noise = torch.randn(parameter.shape, generator=generator)
+            with torch.no_grad():
+                parameter.copy_((0.3 if "value" in key else 0.1) * noise)
+
+
 def write_heads(kind: str) -> None:
     """An lm head of a plain model, and a classification head of one with flexible heads."""
     write_adapter(kind, "with_lm_head", SeqBnConfig(reduction_factor=8), with_head=True)
@@ -318,6 +374,8 @@ def main() -> None:
             if kind == "mistral" and method not in ON_MISTRAL:
                 continue
             expected[method] = logits(write_adapter(kind, method, make()))
+        for method, parts in SETS.items() if kind != "mistral" else ():
+            expected[method] = logits(write_set(kind, method, *parts))
         if kind == "llama":
             for method, make in STORED.items():
                 write_adapter(kind, method, make())

@@ -90,11 +90,9 @@ def site_hook(
 
 
 def block_hooks(
-    op: ModuleOp, tensors: Tensors
+    ops: list[ModuleOp], tensors: Tensors
 ) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, torch.Tensor], torch.Tensor]]:
-    """r + h + scale * (up act(down v + down_bias) + up_bias): r is what the block's norm reads."""
-    slots = {slot: tensors[name] for slot, name in op.tensors.items()}
-    options = dict(op.options or {})
+    """Of the ops of one kind at a place; r is what the block's norm reads, h the sub-layer's output."""
     stream: list[torch.Tensor] = []
 
     def before(_: Any, inputs: Any) -> None:
@@ -102,11 +100,12 @@ def block_hooks(
 
     def after(_: Any, inputs: Any, h: torch.Tensor) -> torch.Tensor:
         (r,) = stream
-        if op.op == "reft":
-            return h + intervention(options, slots, r + h)
-        v = {"output": h, "sum": r + h, "residual": r}[options["input"]]
-        inner = ACTIVATIONS[options["activation"]](v @ slots["down"].T + slots["down_bias"])
-        return h + op.scale * (inner @ slots["up"].T + slots["up_bias"])
+        if ops[0].op == "reft":
+            (slots,) = (slots_of(op, tensors) for op in ops)
+            return h + intervention(dict(ops[0].options or {}), slots, r + h)
+        for step in steps_of(ops):
+            h = h + step_term(step, tensors, r, h)
+        return h
 
     return before, after
 
@@ -126,6 +125,39 @@ def coupling_hook(op: ModuleOp, tensors: Tensors) -> Callable[[Any, Any], Any]:
         return (torch.cat([a, b + net("G", a)], -1), *inputs[1:])
 
     return hook
+
+
+def slots_of(op: ModuleOp, tensors: Tensors) -> Tensors:
+    return {slot: tensors[name] for slot, name in op.tensors.items()}
+
+
+def steps_of(ops: list[ModuleOp]) -> list[list[ModuleOp]]:
+    """The bottlenecks at one place in the steps in which they act."""
+    steps: list[list[ModuleOp]] = []
+    for op in ops:
+        if (op.options or {}).get("step") == "same":
+            steps[-1].append(op)
+        else:
+            steps.append([op])
+    return steps
+
+
+def step_term(step: list[ModuleOp], tensors: Tensors, r: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """scale * (up act(down v + down_bias) + up_bias) of one, or of several what their fusion makes of it."""
+    ups = []
+    for op in step:
+        slots, options = slots_of(op, tensors), op.options or {}
+        v = {"output": h, "sum": r + h, "residual": r}[options["input"]]
+        inner = ACTIVATIONS[options["activation"]](v @ slots["down"].T + slots["down_bias"])
+        ups.append(op.scale * (inner @ slots["up"].T + slots["up_bias"]))
+    fusion = slots_of(step[0], tensors)
+    if "query" not in fusion:
+        return ups[0]
+    query = v @ fusion["query"].T + fusion["query_bias"]
+    keys = [up @ fusion["key"].T + fusion["key_bias"] for up in ups]
+    shares = torch.stack([(query * key).sum(-1) for key in keys]).softmax(0)
+    values = [up @ fusion["value"].T for up in ups] if "value" in fusion else ups
+    return sum((share[..., None] * value for share, value in zip(shares, values, strict=True)), h * 0)
 
 
 def intervention(options: dict[str, str], slots: Tensors, x: torch.Tensor) -> torch.Tensor:
@@ -154,6 +186,7 @@ def applied(model: Any, kind: str, manifest: Manifest, sites: SiteMap, tensors: 
     """Hooks every op of a manifest in."""
     hooks = []
     at_sites: dict[tuple[str, int], list[ModuleOp]] = {}
+    at_blocks: dict[tuple[str, int, str], list[ModuleOp]] = {}
     for op in manifest.modules:
         if op.op == "kv_prefix":
             # Not a hook: it is in the cache before the prompt.
@@ -161,13 +194,14 @@ def applied(model: Any, kind: str, manifest: Manifest, sites: SiteMap, tensors: 
         if op.op == "coupling":
             first = model.get_submodule(sites.layer_path.replace("{layer}", "0"))
             hooks.append(first.register_forward_pre_hook(coupling_hook(op, tensors)))
-            continue
-        if op.site not in BLOCKS:
+        elif op.site in BLOCKS:
+            at_blocks.setdefault((op.site, op.layer, op.op), []).append(op)
+        else:
             at_sites.setdefault((op.site, op.layer), []).append(op)
-            continue
-        layer = model.get_submodule(sites.layer_path.replace("{layer}", str(op.layer)))
-        norm, last = BLOCK_MODULES[kind][op.site]
-        before, after = block_hooks(op, tensors)
+    for (name, number, _), ops in at_blocks.items():
+        layer = model.get_submodule(sites.layer_path.replace("{layer}", str(number)))
+        norm, last = BLOCK_MODULES[kind][name]
+        before, after = block_hooks(ops, tensors)
         hooks.append(layer.get_submodule(norm).register_forward_pre_hook(before))
         hooks.append(layer.get_submodule(last).register_forward_hook(after))
     for (name, number), ops in at_sites.items():

@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from adaptermesh.artifact.composing import Member, compose
 from adaptermesh.core.clock import SystemClock
+from adaptermesh.core.composition import composition_digest, parse_resolved
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.worker.engine.base import load_base
 from adaptermesh.worker.engine.engine import Engine
@@ -33,7 +35,7 @@ class World:
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "base")
         (folder / "base" / "base_model.json").write_text(json.dumps(self.goldens.facts.to_json()))
-        source = Memory()
+        self.source = source = Memory()
         self.digests: dict[str, str | None] = {"base": None}
         for method in self.goldens.logits:
             if method != "base":
@@ -96,6 +98,28 @@ def test_each_method_alone_has_the_librarys_probabilities(world: World) -> None:
                 rtol=0.0,
                 atol=TOLERANCE,
             )
+
+
+def test_a_set_up_in_a_request_answers_as_the_set_up(world: World, tmp_path: Path) -> None:
+    for method, expression in (
+        ("fuse_dynamic", "fuse({a,b,c},{a},{b},{c})"),
+        ("fuse_static", "fuse({a,b},{a},{b})"),
+        ("stack_double_seq_bn", "stack({a},{b})"),
+        ("stack_on_fuse", "stack({c},fuse({a,b},{a},{b}))"),
+    ):
+        folder, members, digests = world.goldens.folder(method), dict[str, Member](), dict[str, str]()
+        for path in sorted(one for one in folder.iterdir() if one.is_dir()):
+            manifest = ingest_folder(path, world.goldens.facts, tmp_path / "member")
+            digests[path.name] = manifest.digest
+            members[manifest.digest] = Member(manifest, (tmp_path / "member").read_bytes())
+        tree = parse_resolved(expression.format(**digests))
+        composed = compose(tree, members)
+        world.digests["request"] = digest = composition_digest(tree)
+        world.source.adapters[digest] = (composed.manifest, composed.data.tobytes())
+        for prompt in range(len(world.goldens.prompts)):
+            [expected], [found] = (world.ask([(name, prompt)], count=4) for name in (method, "request"))
+            assert found.tokens == expected.tokens, method
+            assert torch.equal(found.values(), expected.values())
 
 
 def test_a_prompt_that_goes_on_where_another_ended_finds_nothing_wrong_in_the_cache(world: World) -> None:

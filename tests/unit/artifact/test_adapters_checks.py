@@ -482,6 +482,7 @@ MANGLED = [
     "ia3",
     "with_class_head",
     "fusion",
+    "fuse_static",
     "stack",
 ]
 ODD = st.sampled_from(
@@ -529,7 +530,8 @@ def test_mangled_files_and_configs_are_rejected_or_stored_and_never_crash(
             assert error.code is Code.INVALID_ARGUMENT
             assert error.reason is Reason.ADAPTER_REJECTED
         else:
-            assert manifest.servable == bool(manifest.modules)
+            # A fusion is kept whole, and is served with others only.
+            assert manifest.servable == bool(manifest.modules) or manifest.op_kinds == ("fusion",)
 
 
 def mangle(raw: dict[str, Any], data: st.DataObject) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ DIGESTS = {
     ("llama", "ia3"): "sha256:6f9d2f0745d96839e9336a38674b7b4f43c91a1c54d409ac4b1909d4cf8805ea",
     ("llama", "with_class_head"): "sha256:f291049f7852ec5d8ac2a2fcd0fb8289a4128979a591894eb4b3b368efa213f8",
     ("llama", "mam"): "sha256:875842b53427fbffa82ce2d99ec3e6588a2cd1ccd8631a6a9ea7c1f105da3a77",
+    ("llama", "fuse_dynamic"): "sha256:67712ee9e109fd425ce0746e30a868750f3a1d3344a0d98613146df3321fcb67",
+    ("llama", "stack_seq_bn"): "sha256:8ad8ba273800fa849012d9bffa47162a0f01d971669bb3033e2c04bb02d66b55",
+    ("llama", "fusion"): "sha256:be2e9cc230225847cbfee6101ba1c537dc171c20efa1017c1f333490406ca030",
+    ("gpt2", "fuse_static"): "sha256:cc38b167ed30ccca338e212e0b473de771e2460e8a88931b0941d2745c863cf4",
     ("gpt2", "lora"): "sha256:a579252b89e0edbef3533e6d92e4af5454f85c55df7c0d7e1c77c2a9e61e4ba8",
 }
 
@@ -92,7 +97,8 @@ def test_every_served_golden_is_among_the_kinds_tested_here() -> None:
     refts = {(base, name) for base in BASES for name in REFTS}
     prefixes = {(base, name) for base in BASES for name in PREFIXES}
     unions = {(base, name) for base in BASES for name in UNIONS}
-    known = tested | ia3 | refts | prefixes | unions
+    sets = {(base, name) for base in BASES for name in SETS}
+    known = tested | ia3 | refts | prefixes | unions | sets
     assert {found for found in served_methods() if found[0] in BASES} <= known
 
 
@@ -449,7 +455,6 @@ def test_ia3_scales_outputs_where_its_tensors_are(
         ("noreft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("direft", "noreft", "NoReFT and DiReFT are saved alike"),
         ("unipelt", "union", "in a union, prefix_tuning: use_gating"),
-        ("fusion", "fusion", "AdapterFusion over the adapters a, b; upload the adapters one by one"),
     ],
 )
 def test_what_is_not_served_is_stored_with_the_reason(
@@ -460,6 +465,36 @@ def test_what_is_not_served_is_stored_with_the_reason(
     assert "not served yet: " in manifest.unservable_reason
     assert why in manifest.unservable_reason
     assert (manifest.kind, manifest.modules, manifest.tensors) == (kind, (), ())
+
+
+# By layer and site: the steps in which bottlenecks act, each with how many of them; a fusion is marked.
+SETS: dict[str, tuple[str, Iterable[str], list[str]]] = {
+    "fuse_dynamic": ("fuse", ("ffn",), ["f2", "f3"]),
+    "fuse_static": ("fuse", BLOCKS, ["f2", "f2"]),
+    "fuse_late_value": ("fuse", ("ffn",), ["f2", "f2"]),
+    "stack_seq_bn": ("stack", ("ffn",), ["1 1", "1 1 1"]),
+    "stack_double_seq_bn": ("stack", BLOCKS, ["1 1", "1 1"]),
+    "stack_on_fuse": ("stack", ("ffn",), ["1 f1", "1 f2"]),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", SETS)
+def test_a_set_up_of_bottlenecks_becomes_groups(tmp_path: Path, base: str, method: str) -> None:
+    kind, sites, layers = SETS[method]
+    manifest, tensors = read(base, method, tmp_path)
+    assert (manifest.servable, manifest.kind, manifest.op_kinds) == (True, kind, ("bottleneck_group",))
+    for layer, expected in enumerate(layers):
+        for site in sites:
+            steps: list[str] = []
+            for op in (op for op in manifest.modules if (op.layer, op.site) == (layer, site)):
+                assert ("value" in op.tensors) == ("query" in op.tensors and method != "fuse_static")
+                assert all(name in tensors for name in op.tensors.values())
+                if (op.options or {})["step"] == "same":
+                    steps[-1] = f"f{int(steps[-1][1:]) + 1}"
+                else:
+                    steps.append("f1" if "query" in op.tensors else "1")
+            assert " ".join(steps) == expected
 
 
 @pytest.mark.parametrize(("base", "method"), DIGESTS)

@@ -1,6 +1,7 @@
 """Compositions as one adapter, against the formulas computed member by member."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -205,11 +206,6 @@ REFUSED: dict[str, tuple[str, Sequence[Member], str]] = {
     "a weighted DoRA": ("0.5*{0}", [dora()], "can't be weighted"),
     "a DoRA beside another": ("stack({0},{1})", [dora(), random_member("lora", 1)], "magnitude"),
     "a mean with a DoRA": ("average({0},{1})", [dora(), random_member("lora", 1)], "magnitude"),
-    "bottlenecks in a row": (
-        "stack({0},{1})",
-        [random_member("serial", 1), random_member("serial", 2)],
-        "average them",
-    ),
     "bottlenecks that read differently": (
         "average({0},{1})",
         [random_member("serial", 1), random_member("parallel", 2)],
@@ -281,3 +277,35 @@ def test_an_expression_that_is_none_is_no_identity() -> None:
     assert identity_of(random_member("lora", 1).manifest, "sha256:x") == "sha256:x"
     broken = Manifest.from_bytes(composed.manifest.to_bytes().replace(b"2.0*sha256", b"2.0*sha999"))
     assert identity_of(broken, "sha256:x") == "sha256:x"
+
+
+def test_a_composition_asks_of_the_base_what_its_members_do() -> None:
+    heads = [{"lm_head": "sha256:" + letter * 64} for letter in "ab"]
+    low = {"A": np.ones((2, HIDDEN), np.float32), "B": np.ones((HIDDEN, 2), np.float32)}
+    parts = [("q", 0, "lowrank", 1.0, low, None)]
+    given_members = [make_member(parts), *(make_member(parts, same_as_base=head) for head in heads)]
+    members = dict(zip(names, given_members, strict=False))
+    found = compose(parse_resolved("stack({},{})".format(*names)), members)
+    assert found.manifest.same_as_base == heads[0]
+    with pytest.raises(MeshError, match="bases with different weights of lm_head"):
+        compose(parse_resolved("stack({},{},{})".format(*names)), members)
+
+
+def test_what_acts_around_the_layers_adds_up_or_is_taken_as_it_is() -> None:
+    random = np.random.default_rng(0)
+    a, b, rows = (
+        random.standard_normal(shape).astype(np.float32) for shape in ((2, 64), (HIDDEN, 2), (3, HIDDEN))
+    )
+    end = make_member([("embed", 0, "lowrank", 2.0, {"A": a, "B": b}, None)])
+    tokens = make_member([("embed", 0, "token_rows", 1.0, {"rows": rows}, None)])
+    trained = tuple(replace(module, tokens=(5, 1, 7)) for module in tokens.manifest.modules)
+    tokens = replace(tokens, manifest=replace(tokens.manifest, modules=trained))
+    members = dict(zip(names, (end, end, tokens), strict=False))
+    [module] = compose(parse_resolved("stack({},0.5*{})".format(*names)), members).manifest.modules
+    assert (module.site, module.op, module.rank) == ("embed", "lowrank", 4)
+    [alone] = compose(parse_resolved(f"stack({names[2]})"), members).manifest.modules
+    assert (alone.op, alone.tokens) == ("token_rows", (5, 1, 7))
+    with pytest.raises(MeshError, match="one of them with the op token_rows"):
+        compose(parse_resolved("stack({0},{2})".format(*names)), members)
+    with pytest.raises(MeshError, match="token_rows can't be weighted"):
+        compose(parse_resolved(f"0.5*{names[2]}"), members)

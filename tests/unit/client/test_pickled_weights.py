@@ -134,3 +134,14 @@ async def test_a_fusion_needs_no_adapter_config(tmp_path: Path) -> None:
         "model_adapter_fusion.safetensors",
     ]
     assert json.loads(files[0].location.read_text())["name"] == "a,b"
+
+
+async def test_a_set_up_brings_the_folder_of_its_fusion_too() -> None:
+    files = await read_folder(GOLDENS / "fuse_static")
+    assert [file.source.path for file in files] == [
+        "a,b/adapter_fusion_config.json",
+        "a,b/model_adapter_fusion.safetensors",
+        *(f"a/{name}" for name in ("adapter.safetensors", "adapter_config.json")),
+        "adapter_setup.json",
+        *(f"b/{name}" for name in ("adapter.safetensors", "adapter_config.json")),
+    ]

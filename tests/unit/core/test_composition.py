@@ -6,11 +6,13 @@ from hypothesis import strategies as st
 
 from adaptermesh.core.composition import (
     AVERAGE,
+    FUSE,
     STACK,
     Composition,
     Group,
     Leaf,
     composition_digest,
+    fusions,
     is_composition,
     leaves,
     parse_composition,
@@ -19,9 +21,11 @@ from adaptermesh.core.composition import (
 from adaptermesh.core.errors import Code, MeshError, Reason
 
 weights = st.one_of(st.just(1.0), st.floats(0.001, 1000.0))
-leaf = st.builds(Leaf, st.sampled_from(["a/b:v1", "a/c@prod", "x/y"]), weights)
+refs = st.sampled_from(["a/b:v1", "a/c@prod", "x/y"])
+leaf = st.builds(Leaf, refs, weights)
+fuse = st.builds(Group, st.just(FUSE), st.lists(refs.map(Leaf), min_size=2, max_size=4).map(tuple), weights)
 trees = st.recursive(
-    leaf,
+    leaf | fuse,
     lambda members: st.builds(
         Group,
         st.sampled_from([STACK, AVERAGE]),
@@ -62,7 +66,11 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("stack(a/b:v1", "not closed"),
         ("stack(a/b:v1,)", "a name is missing"),
         ("stack(a/b:v1) a/c:v1", "comes after its end"),
-        ("fusion(a/b:v1)", "none of stack, average"),
+        ("fusion(a/b:v1)", "none of stack, average, fuse"),
+        ("fuse(a/b:v1)", "first a fusion and then the adapters"),
+        ("fuse(a/b:v1, stack(a/c:v1, a/d:v1))", "holds names only"),
+        ("fuse(2*a/b:v1, a/c:v1)", "has no weights"),
+        ("fuse(a/b:v1, a/c:v1, 0.5*a/d:v1)", r"0\.5\*fuse"),
         ("x*a/b:v1", "not a weight"),
         ("nan*a/b:v1", "not a weight"),
         ("1e9*a/b:v1", "not a weight"),
@@ -93,6 +101,8 @@ def test_the_digest_covers_tree_weights_and_members() -> None:
         "stack(a/b:v1,0.5*a/c:v1)",
         "0.5*stack(a/b:v1,a/c:v1)",
         "stack(a/b:v1,stack(a/c:v1))",
+        "fuse(a/b:v1,a/c:v1)",
+        "0.5*fuse(a/b:v1,a/c:v1)",
     ]
     assert len({composition_digest(parse_composition(text)) for text in texts}) == len(texts)
     spelt = parse_composition("stack( 1.0*a/b:v1, a/c:v1 )")
@@ -103,3 +113,9 @@ def test_renamed_keeps_everything_else() -> None:
     tree = parse_composition("average(2*a/b:v1,stack(a/c:v1,a/b:v1))")
     assert str(renamed(tree, str.upper)) == "average(2.0*A/B:V1,stack(A/C:V1,A/B:V1))"
     assert [one.name for one in leaves(tree)] == ["a/b:v1", "a/c:v1", "a/b:v1"]
+
+
+def test_the_fusions_are_what_stands_first_in_a_fuse() -> None:
+    tree = parse_composition("stack(fuse(a/f:v1,a/b:v1,a/c:v1),average(a/b:v1,2*fuse(a/g:v1,a/b:v1)))")
+    assert [one.name for one in fusions(tree)] == ["a/f:v1", "a/g:v1"]
+    assert list(fusions(parse_composition("stack(a/b:v1)"))) == []

@@ -58,6 +58,7 @@ def version(
     base: BaseModel = BASE,
     servable: bool = True,
     unservable_reason: str = "",
+    op_kinds: tuple[str, ...] = ("lowrank",),
 ) -> Version:
     return Version(
         adapter=adapter_name(name),
@@ -65,7 +66,7 @@ def version(
         digest=digest_bytes(f"{name}:{number}".encode()),
         base_digest=base.digest,
         base_model_id=base.model_id,
-        op_kinds=("lowrank",),
+        op_kinds=op_kinds,
         size_bytes=1234,
         servable=servable,
         unservable_reason=unservable_reason,

@@ -14,6 +14,7 @@ from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, versi
 V1, V2 = version(number=1), version(number=2)
 ELSEWHERE = version("acme/sql", base=OTHER_BASE)
 STORED_ONLY = version("acme/odd", servable=False, unservable_reason="its kind is x-lora")
+FUSION = version("acme/mix", servable=False, unservable_reason="ask for fuse", op_kinds=("fusion",))
 KNOWN: tuple[Event, ...] = (
     BASE,
     OTHER_BASE,
@@ -21,6 +22,7 @@ KNOWN: tuple[Event, ...] = (
     V2,
     ELSEWHERE,
     STORED_ONLY,
+    FUSION,
     alias(V1),
     route("ner", ("acme/ner@prod", 1, "stable"), tenant="*", generation=4),
     route("ner", ("acme/ner:v2", 1, "own"), tenant="bank", generation=9),
@@ -252,7 +254,24 @@ def test_a_route_may_lead_to_a_composition() -> None:
         ("stack(acme/ner:v1, acme/odd:v1)", Reason.ADAPTER_UNSUPPORTED),
         ("stack(acme/ner:v1", Reason.INVALID_REF),
         ("stack(acme/ner:v1, base)", Reason.INVALID_REF),
+        ("fuse(acme/none:v1, acme/ner:v1)", Reason.ADAPTER_NOT_FOUND),
+        ("fuse(acme/mix:v1, acme/odd:v1)", Reason.ADAPTER_UNSUPPORTED),
+        ("fuse(acme/mix:v1, acme/sql:v1)", Reason.BASE_MISMATCH),
+        ("fuse(acme/mix:v1)", Reason.INVALID_REF),
     ],
 )
 def test_a_composition_fails_with_what_is_wrong_in_it(ref: str, reason: Reason) -> None:
     assert refusal(ref=ref).reason is reason
+
+
+def test_a_fusion_is_served_first_in_a_fuse_and_nowhere_else() -> None:
+    found = ask(ref="fuse(acme/mix:v1, acme/ner@prod, acme/ner:v2)").version
+    assert isinstance(found, ComposedVersion)
+    assert str(found) == "fuse(acme/mix:v1,acme/ner:v1,acme/ner:v2)"
+    assert str(found.resolved) == f"fuse({FUSION.digest},{V1.digest},{V2.digest})"
+    assert found.members == (FUSION, V1, V2)
+    for ref in ("acme/mix:v1", "stack(acme/mix:v1, acme/ner:v1)", "0.5*acme/mix:v1"):
+        assert "ask for fuse" in refusal(ref=ref).message
+    error = refusal(ref="fuse(acme/ner:v1, acme/ner:v2)")
+    assert error.reason is Reason.ADAPTER_UNSUPPORTED
+    assert "'acme/ner:v1' (acme/ner:v1) is no fusion" in error.message

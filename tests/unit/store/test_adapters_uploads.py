@@ -25,7 +25,14 @@ async def _golden_store(empty_store: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "servable"),
-    [("double_seq_bn", True), ("with_class_head", True), ("mam", True), ("stack", False)],
+    [
+        ("double_seq_bn", True),
+        ("with_class_head", True),
+        ("mam", True),
+        ("fuse_dynamic", True),
+        ("fusion", False),
+        ("stack", True),
+    ],
 )
 async def test_a_folder_becomes_a_version_and_comes_back_byte_for_byte(
     golden_store: Any, method: str, servable: bool

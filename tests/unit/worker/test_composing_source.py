@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.worker.composing_source import ComposingSource
 from adaptermesh.worker.engine.source import AdapterSink
+from tests.parity.adapters.goldens import ingest_folder, load_goldens
 from tests.unit.artifact.test_composing import random_member
 
 TRACER = TracerProvider().get_tracer("tests")
@@ -208,6 +210,33 @@ def test_a_few_are_on_their_way_at_a_time_and_each_has_its_turn() -> None:
     assert [engine.ends for engine in engines] == [
         [lost] if number % 3 == 0 else [None] for number in range(len(engines))
     ]
+
+
+def test_a_fusion_comes_like_the_adapters_that_it_weighs(tmp_path: Path) -> None:
+    goldens, stored = load_goldens("llama"), dict[str, tuple[bytes, bytes]]()
+    for method in ("fusion", "seq_bn", "seq_bn_by_layer"):
+        manifest = ingest_folder(goldens.folder(method), goldens.facts, tmp_path / "out")
+        stored[manifest.digest] = (manifest.to_bytes(), (tmp_path / "out").read_bytes())
+    for tree, served in ((f"fuse({','.join(stored)})", True), (f"stack({','.join(stored)})", False)):
+        composition, store, engine = parse_resolved(tree), Store(), Engine()
+        source = ComposingSource(store, TRACER)
+        digest = composition_digest(composition)
+        source.learn(digest, composition)
+        source.fetch(digest, engine, None)
+        assert list(store.sinks) == list(stored)
+        for name, sink in store.sinks.items():
+            sink.begin(stored[name][0])
+            sink.write(stored[name][1])
+            sink.finish()
+        settle(source)
+        source.stop()
+        if served:
+            assert engine.ends == [None]
+            assert Manifest.from_bytes(engine.manifest).op_kinds == ("bottleneck_group",)
+        else:
+            [error] = engine.ends
+            assert error is not None
+            assert "a fusion is served with the adapters that it weighs" in error.message
 
 
 def test_what_is_no_composition_is_passed_on() -> None:

@@ -40,7 +40,8 @@ def generate(
         str,
         typer.Option(
             metavar="REF",
-            help="An adapter, 'base', or several: 'stack(a/b:v1, 0.5*a/c@prod)'; overrides the task.",
+            help="An adapter, 'base', or several: 'stack(a/b:v1, 0.5*a/c@prod)', 'average(...)', "
+            "'fuse(a/fusion, a/b:v1, a/c:v1)'; overrides the task.",
         ),
     ] = "",
     chat: Annotated[bool, typer.Option("--chat/--raw", help="With the chat template, or as it is.")] = True,

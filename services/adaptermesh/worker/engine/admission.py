@@ -7,7 +7,15 @@ import torch
 
 from adaptermesh.artifact.manifest import BaseRef, Manifest, ModuleOp, TensorEntry
 from adaptermesh.artifact.manifest_edges import is_around
-from adaptermesh.artifact.ops import BOTTLENECK, KV_PREFIX, LOWRANK, REFT, REPLACE, STRUCTURED
+from adaptermesh.artifact.ops import (
+    BOTTLENECK,
+    BOTTLENECK_GROUP,
+    KV_PREFIX,
+    LOWRANK,
+    REFT,
+    REPLACE,
+    STRUCTURED,
+)
 from adaptermesh.artifact.sites import LAYER_NORMS, STREAM, Site
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field
 from adaptermesh.core.priority import check_priority
@@ -42,7 +50,7 @@ def check_adapter(digest: str, manifest: Manifest, base: Base) -> None:
             _check_virtual(digest, module, entries, base)
             continue
         site = base.sites.get(module.site)
-        if module.op in (BOTTLENECK, REFT) and module.site in base.sites.blocks:
+        if module.op in (BOTTLENECK, BOTTLENECK_GROUP, REFT) and module.site in base.sites.blocks:
             # Their shapes, by the hidden size, are among the manifest's own checks.
             continue
         if site is None or not 0 <= module.layer < base.sites.num_layers:

@@ -69,7 +69,7 @@ def test_what_has_a_structure_fits_the_sites_widths(
     assert caught.value.reason is Reason.DATA_CORRUPT
 
 
-@pytest.mark.parametrize("method", ["double_seq_bn", "loreft", "prefix_tuning", "lora"])
+@pytest.mark.parametrize("method", ["double_seq_bn", "fuse_static", "loreft", "prefix_tuning", "lora"])
 @pytest.mark.parametrize("size", ["hidden_size", "num_layers", "vocab_size"])
 def test_the_sizes_that_a_manifest_is_checked_by_are_those_of_the_base(
     tmp_path: Path, method: str, size: str
@@ -113,3 +113,15 @@ def test_a_base_without_the_sites_refuses_what_acts_there(tmp_path: Path, case: 
     with pytest.raises(MeshError, match="the base has no site") as caught:
         check_adapter("d", manifest, bare)
     assert caught.value.reason is Reason.DATA_CORRUPT
+
+
+def test_a_fusion_is_not_taken_alone(tmp_path: Path) -> None:
+    goldens = load_goldens("llama")
+    manifest = ingest_folder(goldens.folder("fusion"), goldens.facts, tmp_path / "out")
+    base = cast("Any", SimpleNamespace(facts=goldens.facts, sites=site_map(goldens.facts)))
+    with pytest.raises(MeshError, match=r"can't be served: a fusion is served with") as caught:
+        check_adapter("d", manifest, base)
+    assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
+    lie = replace(manifest, servable=True, unservable_reason="")
+    with pytest.raises(MeshError, match="this worker has no op fusion"):
+        check_adapter("d", lie, base)

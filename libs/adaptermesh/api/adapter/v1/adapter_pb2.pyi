@@ -184,7 +184,7 @@ class Version(_message.Message):
     size_bytes: _builtins.int
     """Size of the canonical tensor file in bytes."""
     servable: _builtins.bool
-    """False when the kind is stored but can't be served."""
+    """False when it is stored but can't be served by itself: an unknown kind, or a fusion, which acts in a composition."""
     unservable_reason: _builtins.str
     """Why it can't be served. Empty when it can."""
     @_builtins.property

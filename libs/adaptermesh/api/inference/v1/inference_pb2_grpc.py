@@ -28,8 +28,9 @@ if _version_not_supported:
 class InferenceServiceStub:
     """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
     composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
-    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
-    x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
+    or "0.5*acme/tone@prod", or a fusion and its adapters, "fuse(acme/mix:v1, acme/a:v1, acme/b:v2)"). Without both, the
+    bare base model answers. Every response carries x-request-id in its initial metadata, and x-adapter-version,
+    x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
     """
@@ -55,8 +56,9 @@ class InferenceServiceStub:
 class InferenceServiceServicer:
     """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
     composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
-    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
-    x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
+    or "0.5*acme/tone@prod", or a fusion and its adapters, "fuse(acme/mix:v1, acme/a:v1, acme/b:v2)"). Without both, the
+    bare base model answers. Every response carries x-request-id in its initial metadata, and x-adapter-version,
+    x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
     """
@@ -101,8 +103,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 class InferenceService:
     """Text in, text out. The adapter is chosen by metadata: x-model-task (a task), x-adapter-id (a ref, or "base", or a
     composition of refs with weights, e.g. "stack(acme/law:v2, 0.5*acme/tone@prod)", "average(acme/a:v1, 2*acme/b:v1)"
-    or "0.5*acme/tone@prod"). Without both, the bare base model answers. Every response carries x-request-id in its initial metadata, and
-    x-adapter-version, x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
+    or "0.5*acme/tone@prod", or a fusion and its adapters, "fuse(acme/mix:v1, acme/a:v1, acme/b:v2)"). Without both, the
+    bare base model answers. Every response carries x-request-id in its initial metadata, and x-adapter-version,
+    x-adapter-digest, x-adapter-tier, x-cohort, x-worker-id and x-route-generation.
 
     Errors are google.rpc.Status with one ErrorInfo (domain "adaptermesh"); transient ones add RetryInfo.
     """

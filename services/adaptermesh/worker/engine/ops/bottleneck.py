@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as f
 
 from adaptermesh.artifact.manifest import ModuleOp
-from adaptermesh.worker.engine.ops.op import BlockPlan, SitePlan, StepTokens, TensorReader
-from adaptermesh.worker.engine.ops.segment_op import SegmentOp
+from adaptermesh.worker.engine.ops.op import TensorReader
+from adaptermesh.worker.engine.ops.segment_op import SegmentBlockOp
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "linear": lambda x: x,
@@ -24,6 +24,9 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "leaky_relu": f.leaky_relu,
 }
+
+
+_SLOTS = ("down", "down_bias", "up", "up_bias")
 
 
 def options_of(module: ModuleOp) -> tuple[str, str]:
@@ -40,7 +43,7 @@ def read_by(kind: str, residual: torch.Tensor, output: torch.Tensor) -> torch.Te
 
 
 @dataclass(frozen=True, slots=True)
-class _Module:
+class LoadedBottleneck:
     """down: [width, hidden]. up: [hidden, width]. The biases of their widths."""
 
     down: torch.Tensor
@@ -51,6 +54,13 @@ class _Module:
     activation: str
     input: str
 
+    @classmethod
+    def load(cls, module: ModuleOp, copy: TensorReader) -> "LoadedBottleneck":
+        """Takes the tensors that every bottleneck has."""
+        parts = {slot: copy(module.tensors[slot]) for slot in _SLOTS}
+        activation, source = options_of(module)
+        return cls(**parts, scale=module.scale, activation=activation, input=source)
+
     def term(self, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         inner = f.linear(read_by(self.input, residual, output), self.down, self.down_bias)
         return self.scale * f.linear(ACTIVATIONS[self.activation](inner), self.up, self.up_bias)
@@ -60,45 +70,10 @@ class _Module:
         return self.down, self.down_bias, self.up, self.up_bias
 
 
-class Bottleneck(SegmentOp[_Module]):
+class Bottleneck(SegmentBlockOp[LoadedBottleneck]):
     """`stream += s (up act(down v + b) + c)` for each segment."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self._dtype = dtype
-        self._device = device
-
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        copy = self.copier(read)
         for module in modules:
-            parts = {
-                name: read(tensor).to(self._device, self._dtype, copy=True)
-                for name, tensor in module.tensors.items()
-            }
-            activation, source = options_of(module)
-            held = _Module(**parts, scale=module.scale, activation=activation, input=source)
-            self.hold(slot, module.site, layer, held)
-
-    def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (it has no part at a site)
-        return {}
-
-    def plan_blocks(self, tokens: StepTokens) -> Mapping[str, BlockPlan]:
-        return {block: _Plan(self, block, tokens) for block in self.sites(tokens)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    op: Bottleneck
-    block: str
-    tokens: StepTokens
-
-    def term(
-        self,
-        layer: int,
-        residual: torch.Tensor,
-        output: torch.Tensor,
-        stream: torch.Tensor,  # noqa: ARG002 (a BlockPlan's)
-    ) -> torch.Tensor:
-        found = torch.zeros_like(output)
-        for rows, module in self.op.parts(self.tokens, self.block, layer):
-            found[rows] = module.term(residual[rows], output[rows])
-        return found
+            self.hold(slot, module.site, layer, LoadedBottleneck.load(module, copy))

@@ -11,6 +11,7 @@ from adaptermesh.worker.engine.ops.affine import Affine
 from adaptermesh.worker.engine.ops.affine_plain import PlainAffine
 from adaptermesh.worker.engine.ops.around import Around
 from adaptermesh.worker.engine.ops.bottleneck import Bottleneck
+from adaptermesh.worker.engine.ops.bottleneck_group import BottleneckGroup
 from adaptermesh.worker.engine.ops.bottleneck_native import NativeBottleneck
 from adaptermesh.worker.engine.ops.coupling import Coupling
 from adaptermesh.worker.engine.ops.lowrank import LowRank
@@ -24,8 +25,8 @@ from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
 from adaptermesh.worker.engine.ops.virtual import PrefixRows, PromptRows
 
 OP_KINDS = frozenset(
-    {"lowrank", "affine", "bottleneck", "reft", "structured", "replace", "coupling", "prompt", "kv_prefix"}
-    | {AROUND}
+    {"lowrank", "affine", "bottleneck", "bottleneck_group", "reft", "structured", "replace", AROUND}
+    | {"coupling", "prompt", "kv_prefix"}
 )
 """The kinds that an adapter may consist of to be served here, by `kind_of`."""
 
@@ -50,6 +51,7 @@ def fast_ops(
         "lowrank": lowrank,
         "affine": Affine(sites, dtype, device, weights),
         "bottleneck": bottleneck,
+        "bottleneck_group": BottleneckGroup(dtype, device),
         "reft": Reft(dtype, device),
         "structured": Structured(sites, dtype, device, weights),
         "replace": Replaced(sites, dtype, device, weights),
@@ -68,6 +70,7 @@ def plain_ops(
         "lowrank": PlainLowRank(dtype, device),
         "affine": PlainAffine(sites, dtype, device, weights),
         "bottleneck": Bottleneck(dtype, device),
+        "bottleneck_group": BottleneckGroup(dtype, device),
         "reft": Reft(dtype, device),
         "structured": PlainStructured(sites, weights),
         "replace": Replaced(sites, dtype, device, weights),

@@ -1,12 +1,13 @@
 """What ops share that compute segment by segment, each with its own adapter's tensors."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
-from adaptermesh.worker.engine.ops.op import StepTokens
+from adaptermesh.worker.engine.ops.op import BlockPlan, SitePlan, StepTokens, TensorReader
 
 
 class HeldModule(Protocol):
@@ -16,7 +17,16 @@ class HeldModule(Protocol):
     def tensors(self) -> Iterable[torch.Tensor]: ...
 
 
+class HeldTerm(HeldModule, Protocol):
+    """One that adds to the stream."""
+
+    def term(self, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What it adds; all [tokens, hidden]."""
+        ...
+
+
 _Held = TypeVar("_Held", bound=HeldModule)
+_Term = TypeVar("_Term", bound=HeldTerm)
 
 
 class SegmentOp(Generic[_Held]):
@@ -50,3 +60,41 @@ class SegmentOp(Generic[_Held]):
             module = self._held.get(segment.slot, {}).get((site, layer))
             if module is not None:
                 yield slice(segment.start, segment.end), module
+
+
+class SegmentBlockOp(SegmentOp[_Term]):
+    """One that acts beside sub-layers alone, and reads what goes into them and comes out of them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._device = device
+
+    def copier(self, read: TensorReader) -> TensorReader:
+        """Gives copies that the op may keep."""
+        return lambda name: read(name).to(self._device, self._dtype, copy=True)
+
+    def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (it has no part at a site)
+        return {}
+
+    def plan_blocks(self, tokens: StepTokens) -> Mapping[str, BlockPlan]:
+        return {block: _BlockPlan(self, block, tokens) for block in self.sites(tokens)}
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockPlan(Generic[_Term]):
+    op: SegmentBlockOp[_Term]
+    block: str
+    tokens: StepTokens
+
+    def term(
+        self,
+        layer: int,
+        residual: torch.Tensor,
+        output: torch.Tensor,
+        stream: torch.Tensor,  # noqa: ARG002 (an adapter has one op of this kind at a place)
+    ) -> torch.Tensor:
+        found = torch.zeros_like(output)
+        for rows, module in self.op.parts(self.tokens, self.block, layer):
+            found[rows] = module.term(residual[rows], output[rows])
+        return found
