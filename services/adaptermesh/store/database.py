@@ -54,6 +54,11 @@ class Database:
         self._on_commit = on_commit
         self._work = OwnedWork()
 
+    @property
+    def dialect(self) -> str:
+        """SQLAlchemy's name of the kind of database."""
+        return self._url.get_backend_name()
+
     async def open(self, new_feed_id: str) -> None:
         """Makes the database if there is none and brings its schema up to date."""
         if self._url.database:

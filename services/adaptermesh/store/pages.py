@@ -74,8 +74,11 @@ class Pager(Generic[T]):
         if count == len(items):
             return Page(tuple(items), "")
         shown = tuple(items[:count])
-        token = canonical_json([self._scope, *self._key(shown[-1])])
-        return Page(shown, base64.urlsafe_b64encode(token).decode())
+        return Page(shown, self.token(self._key(shown[-1])))
+
+    def token(self, key: Key) -> str:
+        """The token of the page after a key."""
+        return base64.urlsafe_b64encode(canonical_json([self._scope, *key])).decode()
 
     def _parse(self, token: str, types: tuple[type, ...]) -> Key:
         try:

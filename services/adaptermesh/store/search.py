@@ -64,7 +64,7 @@ class Search:
             statement = statement.where((adapters.c.namespace > namespace) | same)
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
-            found = await _aliases(connection, [row.adapter_id for row in rows])
+            found = await aliases_of(connection, [row.adapter_id for row in rows])
         summaries = []
         for row in rows:
             newest = version_record(row)
@@ -91,7 +91,8 @@ def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
-async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
+async def aliases_of(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
+    """The aliases of each of some adapters, by name."""
     found: dict[int, list[AliasRecord]] = {}
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
         batch = adapter_ids[start : start + _IDS_AT_ONCE]

@@ -242,7 +242,12 @@ async def store(empty_store: RunningStore) -> RunningStore:
 def publish(store: RunningStore) -> Callable[..., Any]:
     """Uploads a number of different versions of one adapter."""
 
-    async def upload(name: str = "ner", seeds: Sequence[int] = (1,), **fields: Any) -> list[Any]:
-        return [(await store.upload(make_files(seed), name=name, **fields)).version for seed in seeds]
+    async def upload(
+        name: str = "ner", seeds: Sequence[int] = (1,), card: bytes = b"", **fields: Any
+    ) -> list[Any]:
+        more = {"README.md": card} if card else {}
+        return [
+            (await store.upload({**make_files(seed), **more}, name=name, **fields)).version for seed in seeds
+        ]
 
     return upload

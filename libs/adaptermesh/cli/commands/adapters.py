@@ -10,12 +10,13 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import facts, moment, short_digest, size, table
 from adaptermesh.cli.uploads import upload_report, with_rank
-from adaptermesh.client import Adapter, Publication, ResolvedRef, StoreClient, Version
+from adaptermesh.client import Publication, ResolvedRef, StoreClient, Version
 from adaptermesh.core.refs import AdapterName
 
 app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
@@ -81,29 +82,7 @@ def download(
     execute(as_json, work)
 
 
-@app.command()
-def search(
-    query: Annotated[str, typer.Argument(help="A part of namespace/name. Empty finds all.")] = "",
-    task: Annotated[str, typer.Option(help="Exact task of the newest version.")] = "",
-    base: Annotated[str, typer.Option(help="Name or digest of the base model.")] = "",
-    tags: TagsOption = None,
-    namespace: Annotated[str, typer.Option(help="Exact namespace.")] = "",
-    store: StoreOption = "",
-    as_json: JsonOption = False,
-) -> None:
-    """Finds adapters by name, task, base model and tags; all that is given must hold.
-
-    Example: adaptermesh adapters search ner --task financial-ner --tag finance
-    """
-
-    async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
-            found = await client.list_adapters(
-                query, namespace=namespace, task=task, base_model=base, tags=tags or ()
-            )
-        _print_adapters(output, found)
-
-    execute(as_json, work)
+app.command()(search)
 
 
 @app.command("ls")
@@ -119,7 +98,8 @@ def list_adapters(
 
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
-            _print_adapters(output, await client.list_adapters(namespace=namespace))
+            adapters = await client.list_adapters(namespace=namespace)
+        output.result({"adapters": adapters}, adapters_table(adapters))
 
     execute(as_json, work)
 
@@ -155,26 +135,6 @@ def show(
 
 
 app.command()(merge)
-
-
-def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
-    rows = table(
-        "adapter", "newest", "task", "base", "kind", "rank", "size", "aliases", right=("rank", "size")
-    )
-    for adapter in adapters:
-        newest = adapter.newest
-        aliases = ", ".join(f"{alias.alias}=v{alias.version_number}" for alias in adapter.aliases)
-        rows.add_row(
-            adapter.name,
-            f"v{newest.number}",
-            newest.task,
-            newest.base_model_id,
-            newest.kind,
-            str(newest.max_rank or ""),
-            size(newest.size_bytes),
-            aliases,
-        )
-    output.result({"adapters": adapters}, rows if adapters else Text("no adapters"))
 
 
 def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:

@@ -52,6 +52,8 @@ class StoreServiceStub:
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]
     """Lists or searches adapters, by name."""
+    SearchAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]
+    """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation)."""
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]
@@ -102,6 +104,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists or searches adapters, by name."""
+    SearchAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]  # type: ignore[assignment]
+    """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation)."""
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]  # type: ignore[assignment]
@@ -185,6 +189,14 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ListAdaptersResponse, _abc.Awaitable[_store_pb2.ListAdaptersResponse]]:
         """Lists or searches adapters, by name."""
+
+    @_abc_1.abstractmethod
+    def SearchAdapters(
+        self,
+        request: _store_pb2.SearchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.SearchAdaptersResponse, _abc.Awaitable[_store_pb2.SearchAdaptersResponse]]:
+        """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
 
     @_abc_1.abstractmethod
     def SetAlias(
