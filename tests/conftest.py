@@ -4,6 +4,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+pytest_plugins = ["tests.postgres"]
+
 # Triton reads it once, when it is imported first; torch and transformers import it on their own.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
