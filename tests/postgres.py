@@ -115,7 +115,8 @@ class PostgresServer:
         command += ["-q", "-X", "-v", "ON_ERROR_STOP=1"]
         for statement in statements:
             command += ["-c", statement]
-        subprocess.run(command, check=True, env={**os.environ, "PGPASSWORD": PASSWORD})
+        environment = {**os.environ, "PGPASSWORD": PASSWORD}
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
     @contextmanager
     def database(self, template: str = EMPTY) -> Iterator[str]:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _DIALECTS: dict[str, Callable[..., Dialect]] = {"sqlite": Sqlite, "postgresql": Postgres}
 _RUNS = 4
+_RUN_PAUSE_SECONDS = 0.05
 _CLOSE_SECONDS = 5.0
 _OPEN_PAUSE_SECONDS = 0.5
 _MESSAGES = {
@@ -164,6 +165,8 @@ class Database:
             if runs == 1 or self._dialect.trouble(error) is not Trouble.RERUN:
                 raise
             log.info("transaction runs again", extra={"runs_left": runs - 1})
+            # The other one is to have what it waited for.
+            await asyncio.sleep(_RUN_PAUSE_SECONDS)
             return await self._run(work, runs - 1)
         return result
 

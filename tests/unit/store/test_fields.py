@@ -14,7 +14,7 @@ async def test_a_nul_character_is_refused_in_every_text(store: Any, publish: Any
     await publish()
     nul = "a\0b"
     base = kit.base_model(nul)
-    point = {"namespace": "acme", "name": "ner", "alias": "prod", "version_number": 1}
+    point: dict[str, Any] = {"namespace": "acme", "name": "ner", "alias": "prod", "version_number": 1}
     calls = [
         lambda: store.upload(kit.make_files(2), description=nul),
         lambda: store.upload(kit.make_files(2), license=nul),
@@ -65,7 +65,7 @@ async def test_the_largest_values_are_kept(store: Any, kit: Any) -> None:
         )
     ).version
     assert (await store.snapshot()).versions[0] == version
-    point = {"namespace": "a" * 63, "name": "n" * 63, "alias": "p" * 63, "version_number": 1}
+    point: dict[str, Any] = {"namespace": "a" * 63, "name": "n" * 63, "alias": "p" * 63, "version_number": 1}
     request = store_pb2.SetAliasRequest(**point, actor="b" * 256, comment="\N{SNOWMAN}" * 1024)
     alias = (await store.stub.SetAlias(request)).alias
     assert (await store.snapshot()).aliases[0] == alias
