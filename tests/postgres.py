@@ -84,6 +84,18 @@ class PostgresServer:
             self._process.kill()
             self._process.wait()
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Nothing answers meanwhile, and no connection is closed."""
+        stopped = self._processes()
+        for process in stopped:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in stopped:
+                os.kill(process, signal.SIGCONT)
+
     def stop(self) -> None:
         """Stops the server at once and removes its files."""
         if self._process is not None and self._process.poll() is None:
@@ -155,6 +167,13 @@ class PostgresServer:
         with (self._folder / "log").open("ab") as log:
             # Not from a thread: it would take the server with it when it ends.
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
+
+    def _processes(self) -> list[int]:
+        if self._process is None:
+            return []
+        main = self._process.pid
+        children = Path(f"/proc/{main}/task/{main}/children").read_text(encoding="utf-8")
+        return [main, *map(int, children.split())]
 
     def _answers(self) -> bool:
         command: list[str | Path] = [BINARIES / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]

@@ -74,6 +74,8 @@ class Database:
         self._writer = self._engine.execution_options(**access.writing)
         self._busy_seconds = config.busy_seconds
         self._turn = asyncio.Lock()
+        # Whether the last one who asked was told so: an outage is two lines in the log.
+        self._lost = False
         self._on_commit = on_commit
         self._work = OwnedWork()
         self._following: asyncio.Task[None] | None = None
@@ -109,9 +111,11 @@ class Database:
             MeshError: UNAVAILABLE if its turn doesn't come in time, or the database is lost, in which case
                 the mutation may have been committed; else what `work` raises.
         """
-        with self._trouble_is_unavailable():
+        try:
             async with asyncio.timeout(self._busy_seconds):
                 await self._turn.acquire()
+        except TimeoutError as error:
+            raise _unavailable(Trouble.BUSY) from error
         return await self._work.finish(self._write(work))
 
     async def close(self) -> None:
@@ -181,9 +185,13 @@ class Database:
             trouble = self._dialect.trouble(error)
             if trouble is None:
                 raise
-            if trouble is Trouble.LOST:
+            if trouble is Trouble.LOST and not self._lost:
+                self._lost = True
                 log.warning("database lost", extra={"reason": _words(error)})
             raise _unavailable(trouble) from error
+        if self._lost:
+            self._lost = False
+            log.info("database is back")
 
 
 def _words(error: Exception) -> str:

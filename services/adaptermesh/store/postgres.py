@@ -29,6 +29,7 @@ _LOST = {
     "25006",  # read_only_sql_transaction: what answers is a standby now
     "25P03",  # idle_in_transaction_session_timeout
     "3D000",  # invalid_catalog_name: the database isn't there (yet)
+    "55000",  # object_not_in_prerequisite_state: the database takes no connections
     "57P01",  # admin_shutdown
     "57P02",  # crash_shutdown
     "57P03",  # cannot_connect_now

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.store import postgres, schema
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.testing.polling import eventually
-from tests.postgres import PASSWORD
+from tests.postgres import PASSWORD, running_postgres
 
 ADVANCE = update(schema.feed).values(head_position=schema.feed.c.head_position + 1)
 LOCK_ROUTES = text("LOCK TABLE routes IN EXCLUSIVE MODE")
@@ -188,3 +188,70 @@ async def test_a_schema_that_changes_under_a_running_store_costs_no_write(postgr
             await other.execute(text("ALTER TABLE feed ALTER COLUMN feed_id TYPE VARCHAR(40)"))
             await other.commit()
         await database.write(work)
+
+
+async def test_a_server_that_does_not_answer_holds_nobody_longer_than_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(postgres, "_STATEMENT_SECONDS", 0.2)
+    monkeypatch.setattr(postgres, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(postgres, "_CONNECT_SECONDS", 0.5)
+    with running_postgres(durable=False) as server:
+        async with opened(server.url("postgres"), connections=4, busy_seconds=0.2) as database:
+            for _ in range(2):
+                in_work, go_on = asyncio.Event(), asyncio.Event()
+                writing = asyncio.create_task(database.write(waits(in_work, go_on)))
+                await in_work.wait()
+                async with asyncio.timeout(60):
+                    with server.frozen():
+                        go_on.set()
+                        calls = [writing, *(head(database) for _ in range(6))]
+                        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+                    for outcome in outcomes:
+                        assert isinstance(outcome, MeshError), outcome
+                        assert outcome.code is Code.UNAVAILABLE
+                    await eventually(lambda: answers(database))
+                    await database.write(advance)
+
+
+def waits(begun: asyncio.Event, go_on: asyncio.Event) -> Callable[[AsyncConnection], Awaitable[None]]:
+    async def work(connection: AsyncConnection) -> None:
+        begun.set()
+        await go_on.wait()
+        await connection.execute(ADVANCE)
+
+    return work
+
+
+async def answers(database: Database) -> bool:
+    try:
+        await database.write(advance)
+    except MeshError:
+        return False
+    return True
+
+
+async def test_an_outage_is_two_lines_in_the_log(
+    postgres_url: str, postgres_server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "adaptermesh.store.database")
+    async with opened(postgres_url) as database:
+        name = make_url(postgres_url).database
+        postgres_server.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        kick = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+        postgres_server.sql(kick)
+
+        async def refused() -> bool:
+            return not await answers(database)
+
+        await eventually(refused)
+        for _ in range(5):
+            assert await refused()
+        postgres_server.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await eventually(lambda: answers(database))
+        await database.write(advance)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if message.startswith("database")] == [
+        "database lost",
+        "database is back",
+    ]
