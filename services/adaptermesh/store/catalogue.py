@@ -249,6 +249,7 @@ async def _next_number(connection: AsyncConnection, adapter: AdapterName) -> tup
 
 def _check_base_model(base: BaseModelRecord) -> None:
     check_line("base_model.model_id", base.model_id, 200, required=True)
+    check_line("base_model.architecture", base.architecture, 200)
     if len(base.config_json.encode()) > MAX_CONFIG_BYTES:
         raise invalid_field("base_model.config_json", f"has more than {MAX_CONFIG_BYTES} bytes")
     try:

@@ -15,13 +15,12 @@ log = logging.getLogger(__name__)
 _SCRIPTS = Path(__file__).parent / "migrations"
 
 
-def migrate(connection: Connection, new_feed_id: str, revision: str = "head") -> None:
+def migrate(connection: Connection, new_feed_id: str) -> None:
     """Runs what is missing, inside the caller's write transaction, which keeps every other writer out.
 
     Args:
         connection: in a write transaction that the caller commits.
         new_feed_id: the feed's identity if the database is new.
-        revision: that of the schema to reach.
     """
     # It logs how it works at INFO; what it did is logged below.
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -29,7 +28,7 @@ def migrate(connection: Connection, new_feed_id: str, revision: str = "head") ->
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, revision)
+    command.upgrade(config, "head")
     after = MigrationContext.configure(connection).get_current_revision()
     if connection.execute(select(schema.feed.c.id)).first() is None:
         row = {"id": 1, "feed_id": new_feed_id, "head_position": 0, "trimmed_position": 0}

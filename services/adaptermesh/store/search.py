@@ -45,6 +45,8 @@ class Search:
             check_text("query" if field == "text" else field, getattr(query, field), MAX_CONDITION)
         if len(query.tags) > MAX_TAGS:
             raise invalid_field("tags", f"at most {MAX_TAGS} are allowed")
+        for tag in query.tags:
+            check_text("tags", tag, MAX_CONDITION)
 
         def key(summary: AdapterSummary) -> Key:
             return summary.newest.namespace, summary.newest.name

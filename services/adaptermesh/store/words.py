@@ -90,7 +90,8 @@ class PostgresWords:
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
         weighted = [
-            func.setweight(func.to_tsvector("simple", words), weight)
+            # Its type, "char", is one that no parameter has.
+            func.setweight(func.to_tsvector("simple", words), literal_column(f"'{weight}'"))
             for words, weight in zip(_values(wording).values(), "ABCD", strict=True)
         ]
         document: ColumnElement[Any] = weighted[0]

@@ -61,6 +61,11 @@ def upgrade() -> None:
     _fill(postgres=postgres)
 
 
+def downgrade() -> None:
+    op.drop_table("search_words")
+    op.drop_table("search_documents")
+
+
 def _fill(*, postgres: bool) -> None:
     connection = op.get_bind()
     adapters = sa.table("adapters", *_plain("id", "namespace", "name", "version_count"))
