@@ -15,6 +15,8 @@ _HINTS = {
     Reason.INVALID_REF: "refs are namespace/name:v3, namespace/name@alias or namespace/name@sha256:...",
     Reason.ALIAS_CONFLICT: "somebody moved it meanwhile; look at `adaptermesh alias history REF`",
     Reason.ROUTE_CONFLICT: "somebody changed it meanwhile; look at `adaptermesh routes ls`",
+    Reason.STATUS_CONFLICT: "somebody set it meanwhile; look at `adaptermesh adapters show REF`",
+    Reason.VERSION_REVOKED: "use another version; `adaptermesh adapters show NAMESPACE/NAME` lists them",
     Reason.NO_WORKER: "`adaptermesh status` lists the workers",
     Reason.STORE_UNREACHABLE: _START,
     Reason.ROUTER_UNREACHABLE: _START,

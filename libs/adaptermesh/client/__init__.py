@@ -62,8 +62,10 @@ from adaptermesh.client.records import (
     RouterStatus,
     RouteTarget,
     SourceFile,
+    StatusChange,
     UploadResult,
     Version,
+    VersionStatus,
     Worker,
 )
 from adaptermesh.client.store import StoreClient
@@ -72,6 +74,7 @@ from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.core.tiers import Tier
+from adaptermesh.core.version_state import VersionState
 
 __all__ = [
     "DEFAULT_GATEWAY",
@@ -121,6 +124,7 @@ __all__ = [
     "SamplingParams",
     "SourceFile",
     "Started",
+    "StatusChange",
     "StoreClient",
     "SwitchKind",
     "Tier",
@@ -128,6 +132,8 @@ __all__ = [
     "TokenLogprobs",
     "UploadResult",
     "Version",
+    "VersionState",
+    "VersionStatus",
     "Worker",
     "WorkerClient",
 ]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptermesh.core.version_state import VersionState
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -16,8 +18,24 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionStatus:
+    """What is said of a version after its upload: `state` is active, deprecated or revoked, and why.
+
+    `replacement` is a ref of what to use instead, or empty. `generation` is 0 if nothing was ever said; then
+    `update_time` is None.
+    """
+
+    state: VersionState = VersionState.ACTIVE
+    reason: str = ""
+    replacement: str = ""
+    generation: int = 0
+    update_time: datetime.datetime | None = None
+    actor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable upload of an adapter; `digest` is its identity."""
+    """One immutable upload of an adapter; `digest` is its identity. Only its `status` changes."""
 
     namespace: str
     name: str
@@ -38,6 +56,7 @@ class Version:
     warnings: tuple[str, ...]
     create_time: datetime.datetime
     source_files: tuple[SourceFile, ...]
+    status: VersionStatus = field(default_factory=VersionStatus)
 
     @property
     def adapter(self) -> str:
@@ -77,6 +96,8 @@ class Adapter:
     newest: Version
     version_count: int
     aliases: tuple[Alias, ...]
+    revoked_numbers: tuple[int, ...] = ()
+    """Of those versions that an alias points at."""
 
     @property
     def name(self) -> str:
@@ -210,6 +231,14 @@ class AliasMove:
     """An alias after a move; give `feed_position` to a request that must see it."""
 
     alias: Alias
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChange:
+    """A version after its status was set; give `feed_position` to a request that must see it."""
+
+    version: Version
     feed_position: int
 
 

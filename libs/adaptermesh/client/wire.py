@@ -22,9 +22,11 @@ from adaptermesh.client.records import (
     RouteTarget,
     SourceFile,
     Version,
+    VersionStatus,
     Worker,
 )
 from adaptermesh.core.tiers import Tier
+from adaptermesh.rpc.version_state import state_of
 
 _STATES = {worker_pb2.WORKER_STATE_READY: "ready", worker_pb2.WORKER_STATE_DRAINING: "draining"}
 
@@ -59,6 +61,18 @@ def version_of(message: adapter_pb2.Version) -> Version:
         warnings=tuple(message.warnings),
         create_time=time_of(message.create_time),
         source_files=tuple(SourceFile(f.path, f.size_bytes, f.digest) for f in message.source_files),
+        status=status_of(message.status),
+    )
+
+
+def status_of(message: adapter_pb2.VersionStatus) -> VersionStatus:
+    return VersionStatus(
+        state=state_of(message.state),
+        reason=message.reason,
+        replacement=message.replacement,
+        generation=message.generation,
+        update_time=time_of(message.update_time) if message.generation else None,
+        actor=message.actor,
     )
 
 
@@ -78,7 +92,10 @@ def alias_of(message: adapter_pb2.Alias) -> Alias:
 
 def adapter_of(message: store_pb2.AdapterSummary) -> Adapter:
     return Adapter(
-        version_of(message.newest), message.version_count, tuple(alias_of(alias) for alias in message.aliases)
+        version_of(message.newest),
+        message.version_count,
+        tuple(alias_of(alias) for alias in message.aliases),
+        tuple(message.revoked_numbers),
     )
 
 

@@ -30,6 +30,7 @@ from adaptermesh.router.workers import (
     WorkerInfo,
     WorkerState,
 )
+from adaptermesh.rpc.version_state import state_of
 
 
 def snapshot_part(message: store_pb2.GetSnapshotResponse) -> SnapshotPart:
@@ -58,6 +59,8 @@ def _event(message: store_pb2.Change) -> Event:
             return base_model(message.base_model_registered)
         case "version_published":
             return version(message.version_published)
+        case "version_status_set":
+            return version(message.version_status_set)
         case "alias_set":
             return alias(message.alias_set)
         case "route_set":
@@ -84,6 +87,9 @@ def version(message: adapter_pb2.Version) -> Version:
         size_bytes=message.size_bytes,
         servable=message.servable,
         unservable_reason=message.unservable_reason,
+        state=state_of(message.status.state),
+        state_reason=message.status.reason,
+        replacement=message.status.replacement,
         published=message.SerializeToString(),
     )
 
@@ -129,6 +135,7 @@ def dispatch_response(decision: Decision) -> router_pb2.DispatchResponse:
         worker_address=worker.address,
         tier=adapter_pb2.Tier.ValueType(int(decision.pick.tier)),
         feed_position=decision.feed_position,
+        warnings=resolution.warnings,
     )
     version = resolution.version
     if version is None:

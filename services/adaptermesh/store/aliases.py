@@ -9,21 +9,25 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
-from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
+from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName, Ref, check_name
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
-from adaptermesh.store.fields import check_generation, check_text
+from adaptermesh.store.fields import (
+    MAX_ACTOR,
+    MAX_COMMENT,
+    check_generation,
+    check_text,
+    check_version_number,
+)
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AliasRecord, ChangeKind
-from adaptermesh.store.resolution import find_adapter, find_version
+from adaptermesh.store.resolution import find_adapter, find_usable
 from adaptermesh.store.rows import SELECT_ALIASES, SELECT_MOVES, alias_record
 from adaptermesh.store.schema import alias_moves, aliases
 
 log = logging.getLogger(__name__)
 
-MAX_ACTOR = 256
-MAX_COMMENT = 1024
 MAX_ALIASES = 256
 """Of one adapter: all of them fit into one message."""
 
@@ -63,11 +67,11 @@ class Aliases:
         """Points an alias at a version; returns it and the feed position.
 
         Raises:
-            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND; ALIAS_CONFLICT if it has moved since.
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REVOKED; ALIAS_CONFLICT if it has
+                moved since.
         """
         _check(request)
-        if not 1 <= version_number < 2**31:
-            raise invalid_field("version_number", "must be at least 1")
+        check_version_number(version_number)
 
         async def work(connection: AsyncConnection) -> tuple[AliasRecord, int]:
             adapter_id = await find_adapter(connection, request.alias.adapter)
@@ -84,7 +88,8 @@ class Aliases:
 
         Raises:
             MeshError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ALIAS_CONFLICT; FAILED_PRECONDITION
-                (ALIAS_NO_PREVIOUS) if it has only ever pointed to one version.
+                (ALIAS_NO_PREVIOUS) if it has only ever pointed to one version, (VERSION_REVOKED) if that
+                version is revoked.
         """
         _check(request)
 
@@ -128,7 +133,7 @@ class Aliases:
         version_number: int,
     ) -> tuple[AliasRecord, int]:
         adapter = request.alias.adapter
-        target = await find_version(connection, Ref(adapter, version=version_number))
+        target = await find_usable(connection, Ref(adapter, version=version_number))
         move = AliasRecord(
             namespace=adapter.namespace,
             name=adapter.name,

@@ -15,7 +15,7 @@ from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_generation, check_line
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import ChangeKind, RouteRecord, RouteTarget
-from adaptermesh.store.resolution import find_version
+from adaptermesh.store.resolution import find_usable
 from adaptermesh.store.rows import route_record
 from adaptermesh.store.schema import routes
 
@@ -42,7 +42,7 @@ class Routes:
             expected_generation: the one it has now, 0 if it must not exist yet, None for whatever it is.
 
         Raises:
-            MeshError: ROUTE_CONFLICT if it has changed since; NOT_FOUND for a target that doesn't exist.
+            MeshError: ROUTE_CONFLICT if it has changed since; NOT_FOUND or VERSION_REVOKED for a target.
         """
         _check_key(route.tenant, route.task)
         _check_targets(route.targets)
@@ -54,7 +54,7 @@ class Routes:
             _compare(route, expected_generation, generation if live else 0)
             for target in route.targets:
                 for ref in _refs(target):
-                    await find_version(connection, ref)
+                    await find_usable(connection, ref)
             changed = dataclasses.replace(route, generation=generation + 1, update_time_us=now_us)
             await _save(connection, changed, deleted=False, known=generation > 0)
             return changed, await append_change(connection, ChangeKind.ROUTE_SET, changed, now_us)

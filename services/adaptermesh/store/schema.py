@@ -103,6 +103,19 @@ versions = Table(
     UniqueConstraint("adapter_id", "number"),
 )
 
+version_statuses = Table(
+    "version_statuses",
+    metadata,
+    # A version without a row is active and never was anything else.
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("replacement", String(512), nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
 version_tags = Table(
     "version_tags",
     metadata,

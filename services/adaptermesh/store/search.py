@@ -7,12 +7,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary, AliasRecord
 from adaptermesh.store.rows import SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
-from adaptermesh.store.schema import adapters, alias_moves, version_tags, versions
+from adaptermesh.store.schema import adapters, alias_moves, version_statuses, version_tags, versions
 
 MAX_CONDITION = 256
 MAX_TAGS = 32
@@ -64,11 +65,15 @@ class Search:
             statement = statement.where((adapters.c.namespace > namespace) | same)
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
-            found = await _aliases(connection, [row.adapter_id for row in rows])
+            ids = [row.adapter_id for row in rows]
+            found, revoked = await _aliases(connection, ids), await _revoked(connection, ids)
         summaries = []
         for row in rows:
             newest = version_record(row)
-            summaries.append(AdapterSummary(newest, newest.number, tuple(found.get(row.adapter_id, ()))))
+            aliases = tuple(found.get(row.adapter_id, ()))
+            aliased = {alias.version_number for alias in aliases}
+            numbers = tuple(sorted(aliased & revoked.get(row.adapter_id, set())))
+            summaries.append(AdapterSummary(newest, newest.number, aliases, numbers))
         return pager.page(summaries)
 
 
@@ -98,4 +103,19 @@ async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[
         query = SELECT_ALIASES.where(alias_moves.c.adapter_id.in_(batch)).order_by(alias_moves.c.alias)
         for row in await connection.execute(query):
             found.setdefault(row.adapter_id, []).append(alias_record(row))
+    return found
+
+
+async def _revoked(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, set[int]]:
+    """The numbers of the revoked versions of each adapter."""
+    found: dict[int, set[int]] = {}
+    for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
+        query = (
+            select(versions.c.adapter_id, versions.c.number)
+            .join(version_statuses, version_statuses.c.version_id == versions.c.id)
+            .where(versions.c.adapter_id.in_(adapter_ids[start : start + _IDS_AT_ONCE]))
+            .where(version_statuses.c.state == VersionState.REVOKED.value)
+        )
+        for row in await connection.execute(query):
+            found.setdefault(row.adapter_id, set()).add(row.number)
     return found

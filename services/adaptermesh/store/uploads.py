@@ -138,7 +138,7 @@ class Uploads:
         for digest in header.parents:
             parent = (await self._catalogue.get_digest(digest)).record
             if parent.base_digest != base.digest:
-                raise base_mismatch(f"{parent.adapter}:v{parent.number}", parent.base_digest, base.digest)
+                raise base_mismatch(parent.ref, parent.base_digest, base.digest)
 
     def _admit(self) -> None:
         if self._draining:
@@ -177,7 +177,7 @@ class Uploads:
         log.info(
             "upload finished",
             extra={
-                "version": f"{version.adapter}:v{version.number}",
+                "version": version.ref,
                 "digest": version.digest,
                 "size_bytes": header.size_bytes,
                 "new": outcome.created,

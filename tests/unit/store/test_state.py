@@ -14,6 +14,7 @@ from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.pages import PageRequest
@@ -26,6 +27,7 @@ from adaptermesh.store.records import (
     RouteTarget,
     VersionRecord,
 )
+from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import StoreConfig, Stores
 
 NAMES = st.sampled_from(["a", "b"])
@@ -85,7 +87,11 @@ class Twin:
         self.versions: dict[str, list[str]] = {}
         self.moves: dict[tuple[str, str], list[int]] = {}
         self.routes: dict[str, int] = {}
+        self.states: dict[tuple[str, int], list[VersionState]] = {}
         self.position = 0
+
+    def revoked(self, name: str, number: int) -> bool:
+        return self.states.get((name, number), [VersionState.ACTIVE])[-1] is VersionState.REVOKED
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -170,6 +176,7 @@ class StoreMachine(RuleBasedStateMachine):
     def point(self, name: str, alias: str, number: int, expected: int | None) -> None:
         moves = self.twin.moves.get((name, alias), [])
         legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(moves))
+        legal = legal and not self.twin.revoked(name, number)
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         self._move(legal, name, alias, number, self.stores.aliases.point(request, number))
 
@@ -180,6 +187,7 @@ class StoreMachine(RuleBasedStateMachine):
         legal = bool(earlier) and expected in (None, len(moves))
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         number = earlier[-1] if earlier else 0
+        legal = legal and not self.twin.revoked(name, number)
         self._move(legal, name, alias, number, self.stores.aliases.roll_back(request))
 
     def _move(self, legal: bool, name: str, alias: str, number: int, work: Any) -> None:
@@ -193,6 +201,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.twin.position += 1
         assert (record.version_number, record.generation) == (number, len(moves))
         assert record.digest == self.twin.versions[name][number - 1]
+        assert position == self.twin.position
+
+    @rule(name=NAMES, number=st.integers(1, 3), state=st.sampled_from(VersionState), expected=EXPECTED)
+    def set_status(self, name: str, number: int, state: VersionState, expected: int | None) -> None:
+        states = self.twin.states.get((name, number), [])
+        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(states))
+        request = StatusRequest(AdapterName("acme", name), number, state, "because", "", expected)
+        if not legal:
+            with pytest.raises(MeshError):
+                self.run(self.stores.statuses.set(request))
+            return
+        version, position = self.run(self.stores.statuses.set(request))
+        self.twin.states[name, number] = [*states, state]
+        self.twin.position += 1
+        assert (version.status.state, version.status.generation) == (state, len(states) + 1)
         assert position == self.twin.position
 
     @rule(task=TASKS, weight=st.integers(1, 3))

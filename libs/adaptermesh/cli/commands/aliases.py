@@ -6,7 +6,7 @@ import typer
 from rich.text import Text
 
 from adaptermesh.cli.execute import execute
-from adaptermesh.cli.options import JsonOption, StoreOption
+from adaptermesh.cli.options import ActorOption, JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, table
 from adaptermesh.client import AliasMove, StoreClient
@@ -23,7 +23,6 @@ GenerationOption = Annotated[
         help="Move it only if this is its generation now; 0: only if it does not exist yet.",
     ),
 ]
-ActorOption = Annotated[str, typer.Option(help="Who does it, for the history.")]
 CommentOption = Annotated[str, typer.Option("--comment", "-m", help="Why, for the history.")]
 
 

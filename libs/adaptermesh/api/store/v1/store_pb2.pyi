@@ -274,16 +274,20 @@ class ResolveRefRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
+    INCLUDE_REVOKED_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
     """The ref."""
+    include_revoked: _builtins.bool
+    """Also find a version that is revoked: to look at it, not to use it."""
     def __init__(
         self,
         *,
         ref: _builtins.str = ...,
+        include_revoked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_revoked", b"include_revoked", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,6 +390,86 @@ class ListVersionsResponse(_message.Message):
 Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
 
 @_typing.final
+class SetVersionStatusRequest(_message.Message):
+    """Asks to say whether a version should be used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_NUMBER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REPLACEMENT_FIELD_NUMBER: _builtins.int
+    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    version_number: _builtins.int
+    """The version."""
+    state: _adapter_pb2.VersionState.ValueType
+    """What it shall be. Unspecified is refused."""
+    reason: _builtins.str
+    """Why, at most 1024 characters. A revocation needs one."""
+    replacement: _builtins.str
+    """A ref of what to use instead, for a deprecation only: it must exist and not be revoked. May be empty."""
+    expected_generation: _builtins.int
+    """The generation that the status has now; 0 if it was never set. Absent sets it whatever it is."""
+    actor: _builtins.str
+    """Who sets it. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version_number: _builtins.int = ...,
+        state: _adapter_pb2.VersionState.ValueType = ...,
+        reason: _builtins.str = ...,
+        replacement: _builtins.str = ...,
+        expected_generation: _builtins.int | None = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "actor", b"actor", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace", "reason", b"reason", "replacement", b"replacement", "state", b"state", "version_number", b"version_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
+    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+
+Global___SetVersionStatusRequest: _TypeAlias = SetVersionStatusRequest  # noqa: Y015
+
+@_typing.final
+class SetVersionStatusResponse(_message.Message):
+    """The status is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def version(self) -> _adapter_pb2.Version:
+        """The version as it is now."""
+
+    def __init__(
+        self,
+        *,
+        version: _adapter_pb2.Version | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetVersionStatusResponse: _TypeAlias = SetVersionStatusResponse  # noqa: Y015
+
+@_typing.final
 class ListAdaptersRequest(_message.Message):
     """Asks for adapters. Every condition that is set must hold."""
 
@@ -470,6 +554,7 @@ class AdapterSummary(_message.Message):
     NEWEST_FIELD_NUMBER: _builtins.int
     VERSION_COUNT_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    REVOKED_NUMBERS_FIELD_NUMBER: _builtins.int
     version_count: _builtins.int
     """How many versions it has."""
     @_builtins.property
@@ -480,16 +565,21 @@ class AdapterSummary(_message.Message):
     def aliases(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Alias]:
         """Its aliases."""
 
+    @_builtins.property
+    def revoked_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The numbers of those versions that an alias points at and that are revoked."""
+
     def __init__(
         self,
         *,
         newest: _adapter_pb2.Version | None = ...,
         version_count: _builtins.int = ...,
         aliases: _abc.Iterable[_adapter_pb2.Alias] | None = ...,
+        revoked_numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "version_count", b"version_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "revoked_numbers", b"revoked_numbers", "version_count", b"version_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1111,6 +1201,7 @@ class Change(_message.Message):
     ALIAS_SET_FIELD_NUMBER: _builtins.int
     ROUTE_SET_FIELD_NUMBER: _builtins.int
     ROUTE_DELETED_FIELD_NUMBER: _builtins.int
+    VERSION_STATUS_SET_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """1, 2, 3, ... without gaps."""
     @_builtins.property
@@ -1137,6 +1228,10 @@ class Change(_message.Message):
     def route_deleted(self) -> _adapter_pb2.Route:
         """A route was removed; tenant and task are set."""
 
+    @_builtins.property
+    def version_status_set(self) -> _adapter_pb2.Version:
+        """A version's status was set; the version as it was then."""
+
     def __init__(
         self,
         *,
@@ -1147,12 +1242,13 @@ class Change(_message.Message):
         alias_set: _adapter_pb2.Alias | None = ...,
         route_set: _adapter_pb2.Route | None = ...,
         route_deleted: _adapter_pb2.Route | None = ...,
+        version_status_set: _adapter_pb2.Version | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_status_set", b"version_status_set"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_status_set", b"version_status_set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

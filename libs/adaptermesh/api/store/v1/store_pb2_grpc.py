@@ -60,6 +60,11 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
+        self.SetVersionStatus = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/SetVersionStatus',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/ListAdapters',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.SerializeToString,
@@ -134,6 +139,7 @@ class StoreServiceServicer:
 
     def DownloadFile(self, request, context):
         """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
+        What is revoked can still be looked at in this way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,13 +148,15 @@ class StoreServiceServicer:
     def FetchAdapter(self, request, context):
         """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
         manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
+        FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResolveRef(self, request, context):
-        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias.
+        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+        (VERSION_REVOKED): it is revoked, with the reason that was given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +164,16 @@ class StoreServiceServicer:
 
     def ListVersions(self, request, context):
         """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetVersionStatus(self, request, context):
+        """Says whether a version should be used, by compare-and-set. ABORTED (STATUS_CONFLICT): it was set since (ErrorInfo
+        has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
+        replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
+        deprecated, or of itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,13 +188,15 @@ class StoreServiceServicer:
 
     def SetAlias(self, request, context):
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
+        FAILED_PRECONDITION (VERSION_REVOKED): the version is revoked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackAlias(self, request, context):
-        """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none.
+        """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
+        revoked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +211,7 @@ class StoreServiceServicer:
 
     def SetRoute(self, request, context):
         """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
+        FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +289,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ListVersions,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'SetVersionStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetVersionStatus,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -461,6 +487,33 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/ListVersions',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetVersionStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/SetVersionStatus',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,
