@@ -14,6 +14,8 @@ _HINTS = {
     Reason.BASE_MISMATCH: "`adaptermesh adapters show REF` names the base that a version was trained on",
     Reason.INVALID_REF: "refs are namespace/name:v3, namespace/name@alias or namespace/name@sha256:...",
     Reason.ALIAS_CONFLICT: "somebody moved it meanwhile; look at `adaptermesh alias history REF`",
+    Reason.ALIAS_PROTECTED: "give --force to do it all the same",
+    Reason.ALIAS_IN_USE: "`adaptermesh routes set` sends the requests elsewhere, `routes rm` ends them",
     Reason.ROUTE_CONFLICT: "somebody changed it meanwhile; look at `adaptermesh routes ls`",
     Reason.STATUS_CONFLICT: "somebody set it meanwhile; look at `adaptermesh adapters show REF`",
     Reason.VERSION_REVOKED: "use another version; `adaptermesh adapters show NAMESPACE/NAME` lists them",

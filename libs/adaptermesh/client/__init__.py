@@ -70,6 +70,7 @@ from adaptermesh.client.records import (
 )
 from adaptermesh.client.store import StoreClient
 from adaptermesh.client.transfer import Progress, ProgressCallback
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
@@ -86,6 +87,7 @@ __all__ = [
     "WORKER_SERVICE",
     "Adapter",
     "Alias",
+    "AliasAction",
     "AliasMove",
     "Ask",
     "BaseModel",

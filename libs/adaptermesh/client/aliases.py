@@ -1,4 +1,4 @@
-"""The calls about aliases: point, roll back, look at the history."""
+"""The calls about aliases: point, roll back, protect, remove, look at the history."""
 
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.client import wire
@@ -19,11 +19,12 @@ class AliasCalls(StoreConnection):
         expected_generation: int | None = None,
         actor: str = "",
         comment: str = "",
+        acknowledge_protection: bool = False,
     ) -> AliasMove:
         """Points `namespace/name@alias` at a version: a number, "v2", or a ref of the same adapter.
 
         With `expected_generation` (0: it must not exist yet) it moves only if nobody moved it meanwhile;
-        otherwise ABORTED (ALIAS_CONFLICT).
+        otherwise ABORTED (ALIAS_CONFLICT). One that is protected moves only with `acknowledge_protection`.
         """
         ref, name = _alias(alias)
         response = await self._call(
@@ -36,12 +37,19 @@ class AliasCalls(StoreConnection):
                 expected_generation=expected_generation,
                 actor=actor,
                 comment=comment,
+                acknowledge_protection=acknowledge_protection,
             ),
         )
         return AliasMove(wire.alias_of(response.alias), response.feed_position)
 
     async def roll_back(
-        self, alias: str, *, expected_generation: int | None = None, actor: str = "", comment: str = ""
+        self,
+        alias: str,
+        *,
+        expected_generation: int | None = None,
+        actor: str = "",
+        comment: str = "",
+        acknowledge_protection: bool = False,
     ) -> AliasMove:
         """Points `namespace/name@alias` at the version it pointed to before its last move."""
         ref, name = _alias(alias)
@@ -54,12 +62,63 @@ class AliasCalls(StoreConnection):
                 expected_generation=expected_generation,
                 actor=actor,
                 comment=comment,
+                acknowledge_protection=acknowledge_protection,
+            ),
+        )
+        return AliasMove(wire.alias_of(response.alias), response.feed_position)
+
+    async def protect_alias(
+        self,
+        alias: str,
+        *,
+        protected: bool = True,
+        expected_generation: int | None = None,
+        actor: str = "",
+        comment: str = "",
+    ) -> AliasMove:
+        """Protects `namespace/name@alias`, or takes its protection away."""
+        ref, name = _alias(alias)
+        response = await self._call(
+            self._stub.SetAliasProtection,
+            store_pb2.SetAliasProtectionRequest(
+                namespace=ref.adapter.namespace,
+                name=ref.adapter.name,
+                alias=name,
+                protected=protected,
+                expected_generation=expected_generation,
+                actor=actor,
+                comment=comment,
+            ),
+        )
+        return AliasMove(wire.alias_of(response.alias), response.feed_position)
+
+    async def delete_alias(
+        self,
+        alias: str,
+        *,
+        expected_generation: int | None = None,
+        actor: str = "",
+        comment: str = "",
+        acknowledge_protection: bool = False,
+    ) -> AliasMove:
+        """Removes `namespace/name@alias`; its history stays. One that a route uses can't be removed."""
+        ref, name = _alias(alias)
+        response = await self._call(
+            self._stub.DeleteAlias,
+            store_pb2.DeleteAliasRequest(
+                namespace=ref.adapter.namespace,
+                name=ref.adapter.name,
+                alias=name,
+                expected_generation=expected_generation,
+                actor=actor,
+                comment=comment,
+                acknowledge_protection=acknowledge_protection,
             ),
         )
         return AliasMove(wire.alias_of(response.alias), response.feed_position)
 
     async def alias_history(self, alias: str) -> list[Alias]:
-        """Every move of `namespace/name@alias`, newest first."""
+        """Every change of `namespace/name@alias`, newest first."""
         ref, name = _alias(alias)
 
         async def page(token: str) -> tuple[list[Alias], str]:

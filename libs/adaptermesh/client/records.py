@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.version_state import VersionState
 
 
@@ -71,7 +72,10 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A movable pointer to a version, as it was after its `generation`-th move."""
+    """A movable pointer to a version, as it was after its `generation`-th change, which was `action`.
+
+    One that is `protected` moves, and is removed, only when the caller acknowledges that.
+    """
 
     namespace: str
     name: str
@@ -82,6 +86,8 @@ class Alias:
     update_time: datetime.datetime
     actor: str
     comment: str
+    protected: bool = False
+    action: AliasAction = AliasAction.SET
 
     @property
     def ref(self) -> str:

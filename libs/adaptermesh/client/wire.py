@@ -26,6 +26,7 @@ from adaptermesh.client.records import (
     Worker,
 )
 from adaptermesh.core.tiers import Tier
+from adaptermesh.rpc.alias_action import action_of
 from adaptermesh.rpc.version_state import state_of
 
 _STATES = {worker_pb2.WORKER_STATE_READY: "ready", worker_pb2.WORKER_STATE_DRAINING: "draining"}
@@ -87,6 +88,8 @@ def alias_of(message: adapter_pb2.Alias) -> Alias:
         update_time=time_of(message.update_time),
         actor=message.actor,
         comment=message.comment,
+        protected=message.protected,
+        action=action_of(message.action),
     )
 
 

@@ -60,6 +60,14 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
+class AliasRemoved:
+    """A pointer is gone."""
+
+    adapter: AdapterName
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
 class RouteTarget:
     """One share of a route; `cohort` is the name under which it is reported."""
 
@@ -87,7 +95,7 @@ class RouteRemoved:
 
 
 Entry = BaseModel | Version | Alias | Route
-Event = Entry | RouteRemoved
+Event = Entry | AliasRemoved | RouteRemoved
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,8 @@ class CatalogueImage:
                 self.by_digest[event.digest] = event
             case Alias():
                 self.aliases[event.adapter, event.alias] = event
+            case AliasRemoved():
+                self.aliases.pop((event.adapter, event.alias), None)
             case Route():
                 self.routes[event.tenant, event.task] = event
             case RouteRemoved():

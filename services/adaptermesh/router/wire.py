@@ -9,6 +9,7 @@ from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.tiers import Tier
 from adaptermesh.router.catalogue import (
     Alias,
+    AliasRemoved,
     BaseModel,
     Change,
     Event,
@@ -63,6 +64,9 @@ def _event(message: store_pb2.Change) -> Event:
             return version(message.version_status_set)
         case "alias_set":
             return alias(message.alias_set)
+        case "alias_deleted":
+            gone = message.alias_deleted
+            return AliasRemoved(AdapterName(gone.namespace, gone.name), gone.alias)
         case "route_set":
             return route(message.route_set)
         case "route_deleted":

@@ -28,6 +28,7 @@ _BODIES: Mapping[ChangeKind, TypeAdapter[Any]] = {
     ChangeKind.VERSION_PUBLISHED: TypeAdapter(VersionRecord),
     ChangeKind.VERSION_STATUS_SET: TypeAdapter(VersionRecord),
     ChangeKind.ALIAS_SET: TypeAdapter(AliasRecord),
+    ChangeKind.ALIAS_DELETED: TypeAdapter(AliasRecord),
     ChangeKind.ROUTE_SET: TypeAdapter(RouteRecord),
     ChangeKind.ROUTE_DELETED: TypeAdapter(RouteRecord),
 }

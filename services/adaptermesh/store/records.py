@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass
 
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.version_state import VersionState
 
@@ -87,7 +88,7 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True)
 class AliasRecord:
-    """An alias as it was after one move."""
+    """An alias as it was after one change; of a removal, as it was before."""
 
     namespace: str
     name: str
@@ -98,6 +99,13 @@ class AliasRecord:
     update_time_us: int
     actor: str
     comment: str
+    protected: bool = False
+    action: AliasAction = AliasAction.SET
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name@alias`."""
+        return f"{self.namespace}/{self.name}@{self.alias}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,7 @@ class ChangeKind(enum.StrEnum):
     VERSION_PUBLISHED = "version_published"
     VERSION_STATUS_SET = "version_status_set"
     ALIAS_SET = "alias_set"
+    ALIAS_DELETED = "alias_deleted"
     ROUTE_SET = "route_set"
     ROUTE_DELETED = "route_deleted"
 

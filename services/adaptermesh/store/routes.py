@@ -108,6 +108,17 @@ class Routes:
             return pager.page([route_record(row) for row in rows])
 
 
+async def routes_to(connection: AsyncConnection, ref: Ref) -> list[str]:
+    """The routes, as `tenant/task`, of which a target or a part of one is this very ref."""
+    query = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
+    found = []
+    async for row in await connection.stream(query):
+        route = route_record(row)
+        if any(ref in _refs(target) for target in route.targets):
+            found.append(f"{route.tenant}/{route.task}")
+    return found
+
+
 async def _generation(connection: AsyncConnection, tenant: str, task: str) -> tuple[bool, int]:
     """Whether there is such a route, and the last generation that one ever had; 0 if there never was one."""
     query = select(routes).where((routes.c.tenant == tenant) & (routes.c.task == task))

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Row, select
 
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.records import (
     NEVER_SET,
@@ -116,6 +117,8 @@ def alias_record(row: Row[Any]) -> AliasRecord:
         update_time_us=row.update_time_us,
         actor=row.actor,
         comment=row.comment,
+        protected=row.protected,
+        action=AliasAction(row.action),
     )
 
 

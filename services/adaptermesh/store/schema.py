@@ -14,6 +14,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 metadata = MetaData(
@@ -134,6 +135,9 @@ alias_moves = Table(
     Column("update_time_us", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
     Column("comment", Text, nullable=False),
+    Column("protected", Boolean, nullable=False, server_default=false()),
+    # Rows of before this column are settings.
+    Column("action", String(16), nullable=False, server_default="set"),
     ForeignKeyConstraint(["adapter_id", "version_number"], ["versions.adapter_id", "versions.number"]),
 )
 
@@ -142,7 +146,7 @@ aliases = Table(
     metadata,
     Column("adapter_id", Integer, primary_key=True),
     Column("alias", _KEY, primary_key=True),
-    # The move that holds now.
+    # The move that holds now. An alias that was removed has no row here.
     Column("generation", BigInteger, nullable=False),
     ForeignKeyConstraint(
         ["adapter_id", "alias", "generation"],

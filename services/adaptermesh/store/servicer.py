@@ -126,6 +126,18 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
         alias, position = await self._stores.aliases.roll_back(_move(request))
         return store_pb2.RollBackAliasResponse(alias=wire.alias_to(alias), feed_position=position)
 
+    async def SetAliasProtection(
+        self, request: store_pb2.SetAliasProtectionRequest, context: Context
+    ) -> store_pb2.SetAliasProtectionResponse:
+        alias, position = await self._stores.aliases.protect(_move(request), protected=request.protected)
+        return store_pb2.SetAliasProtectionResponse(alias=wire.alias_to(alias), feed_position=position)
+
+    async def DeleteAlias(
+        self, request: store_pb2.DeleteAliasRequest, context: Context
+    ) -> store_pb2.DeleteAliasResponse:
+        alias, position = await self._stores.aliases.delete(_move(request))
+        return store_pb2.DeleteAliasResponse(alias=wire.alias_to(alias), feed_position=position)
+
     async def ListAliasHistory(
         self, request: store_pb2.ListAliasHistoryRequest, context: Context
     ) -> store_pb2.ListAliasHistoryResponse:
@@ -214,12 +226,21 @@ def _page(
     return PageRequest(request.page_size, request.page_token)
 
 
-def _move(request: store_pb2.SetAliasRequest | store_pb2.RollBackAliasRequest) -> MoveRequest:
+def _move(
+    request: store_pb2.SetAliasRequest
+    | store_pb2.RollBackAliasRequest
+    | store_pb2.SetAliasProtectionRequest
+    | store_pb2.DeleteAliasRequest,
+) -> MoveRequest:
+    acknowledged = (
+        not isinstance(request, store_pb2.SetAliasProtectionRequest) and request.acknowledge_protection
+    )
     return MoveRequest(
         alias=AliasName(_adapter(request.namespace, request.name), request.alias),
         expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
         actor=request.actor,
         comment=request.comment,
+        acknowledge_protection=acknowledged,
     )
 
 

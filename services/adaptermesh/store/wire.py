@@ -5,6 +5,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.rpc.alias_action import action_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.feed import FeedMessage
 from adaptermesh.store.headers import UploadHeader
@@ -118,6 +119,8 @@ def alias_to(record: AliasRecord) -> adapter_pb2.Alias:
         update_time=_time(record.update_time_us),
         actor=record.actor,
         comment=record.comment,
+        protected=record.protected,
+        action=action_message(record.action),
     )
 
 

@@ -15,6 +15,7 @@ from adaptermesh.store.records import (
     NEVER_SET,
     BaseModelRecord,
     Change,
+    ChangeKind,
     Record,
     RouteRecord,
     RouteTarget,
@@ -130,6 +131,25 @@ async def test_a_status_comes_back_as_it_was_written_and_so_does_the_next_one(wi
     with pytest.raises(MeshError) as caught:
         await with_base.statuses.set(replace(wanted, expected_generation=1))
     assert caught.value.reason is Reason.STATUS_CONFLICT
+
+
+async def test_a_removed_alias_leaves_its_history_and_counts_on(with_base: Stores) -> None:
+    await with_base.catalogue.publish(VERSION, TENSORS)
+    await with_base.aliases.point(MoveRequest(PROD, 0), 1)
+    protected, _ = await with_base.aliases.protect(MoveRequest(PROD, 1, "ada"), protected=True)
+    acknowledged = MoveRequest(PROD, 2, acknowledge_protection=True)
+    gone, position = await with_base.aliases.delete(acknowledged)
+    feed_id, head, records = await snapshot(with_base)
+    assert (head, len(records)) == (position, 2)
+    seen = await changes(with_base, feed_id)
+    assert [(change.kind, change.record) for change in seen[-2:]] == [
+        (ChangeKind.ALIAS_SET, protected),
+        (ChangeKind.ALIAS_DELETED, gone),
+    ]
+    again, _ = await with_base.aliases.point(MoveRequest(PROD, 0), 1)
+    assert (again.generation, again.protected) == (4, False)
+    kept = (await with_base.aliases.history(PROD, PageRequest())).items
+    assert [move.action for move in kept] == ["set", "deleted", "protected", "set"]
 
 
 async def test_numbers_and_positions_have_no_gaps_under_concurrency(with_base: Stores) -> None:

@@ -315,6 +315,13 @@ async def test_a_revocation_is_followed_and_so_is_its_end(mesh: Mesh) -> None:
     assert response.version.status == old
 
 
+async def test_an_alias_that_is_removed_is_not_found_any_more(mesh: Mesh) -> None:
+    await mesh.worker().join()
+    position = mesh.store.commit(alias_deleted=alias(1, generation=2))
+    error = await mesh.refusal(ref="acme/ner@prod", min_feed_position=position)
+    assert error.reason is Reason.ALIAS_NOT_FOUND
+
+
 async def test_a_caller_reads_its_own_writes_by_their_position(mesh: Mesh) -> None:
     await mesh.worker().join()
     mesh.store.commit(version_published=version(2))

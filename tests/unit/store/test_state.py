@@ -71,7 +71,7 @@ class Follower:
                 break
             assert change.position == self.position + 1
             self.position = change.position
-            if change.kind is ChangeKind.ROUTE_DELETED:
+            if change.kind in {ChangeKind.ROUTE_DELETED, ChangeKind.ALIAS_DELETED}:
                 del self.state[key_of(change.record)]
             else:
                 self.state[key_of(change.record)] = change.record
@@ -88,7 +88,12 @@ class Twin:
         self.moves: dict[tuple[str, str], list[int]] = {}
         self.routes: dict[str, int] = {}
         self.states: dict[tuple[str, int], list[VersionState]] = {}
+        self.gone: set[tuple[str, str]] = set()
+        self.protected: set[tuple[str, str]] = set()
         self.position = 0
+
+    def generation(self, name: str, alias: str) -> int:
+        return 0 if (name, alias) in self.gone else len(self.moves.get((name, alias), []))
 
     def revoked(self, name: str, number: int) -> bool:
         return self.states.get((name, number), [VersionState.ACTIVE])[-1] is VersionState.REVOKED
@@ -174,9 +179,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, alias=ALIASES, number=st.integers(1, 4), expected=EXPECTED)
     def point(self, name: str, alias: str, number: int, expected: int | None) -> None:
-        moves = self.twin.moves.get((name, alias), [])
-        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(moves))
+        generation = self.twin.generation(name, alias)
+        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, generation)
         legal = legal and not self.twin.revoked(name, number)
+        legal = legal and (name, alias) not in self.twin.protected
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         self._move(legal, name, alias, number, self.stores.aliases.point(request, number))
 
@@ -184,11 +190,33 @@ class StoreMachine(RuleBasedStateMachine):
     def roll_back(self, name: str, alias: str, expected: int | None) -> None:
         moves = self.twin.moves.get((name, alias), [])
         earlier = [number for number in moves if number != moves[-1]]
-        legal = bool(earlier) and expected in (None, len(moves))
+        generation = self.twin.generation(name, alias)
+        legal = bool(earlier) and generation > 0 and expected in (None, generation)
+        legal = legal and (name, alias) not in self.twin.protected
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         number = earlier[-1] if earlier else 0
         legal = legal and not self.twin.revoked(name, number)
         self._move(legal, name, alias, number, self.stores.aliases.roll_back(request))
+
+    @rule(name=NAMES, alias=ALIASES, protected=st.booleans())
+    def protect(self, name: str, alias: str, protected: bool) -> None:
+        legal = self.twin.generation(name, alias) > 0
+        request = MoveRequest(AliasName(AdapterName("acme", name), alias))
+        number = self.twin.moves[name, alias][-1] if legal else 0
+        self._move(legal, name, alias, number, self.stores.aliases.protect(request, protected=protected))
+        if legal:
+            (self.twin.protected.add if protected else self.twin.protected.discard)((name, alias))
+
+    @rule(name=NAMES, alias=ALIASES, acknowledge=st.booleans())
+    def delete_alias(self, name: str, alias: str, acknowledge: bool) -> None:
+        key = (name, alias)
+        legal = self.twin.generation(name, alias) > 0 and (acknowledge or key not in self.twin.protected)
+        request = MoveRequest(AliasName(AdapterName("acme", name), alias), acknowledge_protection=acknowledge)
+        number = self.twin.moves[key][-1] if legal else 0
+        self._move(legal, name, alias, number, self.stores.aliases.delete(request))
+        if legal:
+            self.twin.gone.add(key)
+            self.twin.protected.discard(key)
 
     def _move(self, legal: bool, name: str, alias: str, number: int, work: Any) -> None:
         if not legal:
@@ -198,6 +226,7 @@ class StoreMachine(RuleBasedStateMachine):
         record, position = self.run(work)
         moves = self.twin.moves.setdefault((name, alias), [])
         moves.append(number)
+        self.twin.gone.discard((name, alias))
         self.twin.position += 1
         assert (record.version_number, record.generation) == (number, len(moves))
         assert record.digest == self.twin.versions[name][number - 1]

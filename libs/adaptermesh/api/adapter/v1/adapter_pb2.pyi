@@ -108,6 +108,38 @@ VERSION_STATE_REVOKED: VersionState.ValueType  # 3
 """It must not be used: nothing resolves to it, nothing can be pointed at it, no worker gets it."""
 Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
 
+class _AliasAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AliasActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AliasAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ALIAS_ACTION_UNSPECIFIED: _AliasAction.ValueType  # 0
+    """Never sent."""
+    ALIAS_ACTION_SET: _AliasAction.ValueType  # 1
+    """It was set, moved or rolled back."""
+    ALIAS_ACTION_PROTECTED: _AliasAction.ValueType  # 2
+    """It was protected."""
+    ALIAS_ACTION_UNPROTECTED: _AliasAction.ValueType  # 3
+    """Its protection was taken away."""
+    ALIAS_ACTION_DELETED: _AliasAction.ValueType  # 4
+    """It was removed; the rest says what it was."""
+
+class AliasAction(_AliasAction, metaclass=_AliasActionEnumTypeWrapper):
+    """What a change of an alias did."""
+
+ALIAS_ACTION_UNSPECIFIED: AliasAction.ValueType  # 0
+"""Never sent."""
+ALIAS_ACTION_SET: AliasAction.ValueType  # 1
+"""It was set, moved or rolled back."""
+ALIAS_ACTION_PROTECTED: AliasAction.ValueType  # 2
+"""It was protected."""
+ALIAS_ACTION_UNPROTECTED: AliasAction.ValueType  # 3
+"""Its protection was taken away."""
+ALIAS_ACTION_DELETED: AliasAction.ValueType  # 4
+"""It was removed; the rest says what it was."""
+Global___AliasAction: _TypeAlias = AliasAction  # noqa: Y015
+
 @_typing.final
 class BaseModel(_message.Message):
     """A base model: the frozen transformer that adapters share."""
@@ -361,6 +393,8 @@ class Alias(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    PROTECTED_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     name: _builtins.str
@@ -372,14 +406,18 @@ class Alias(_message.Message):
     digest: _builtins.str
     """That version's digest."""
     generation: _builtins.int
-    """1 for the first setting, one more with each move."""
+    """1 for the first setting, one more with each change. Goes on counting over a removal."""
     actor: _builtins.str
-    """Who set it. Empty when no authentication is configured and the caller did not say."""
+    """Who changed it. Empty when no authentication is configured and the caller did not say."""
     comment: _builtins.str
     """Why. May be empty."""
+    protected: _builtins.bool
+    """True for one that moves, and is removed, only when the caller acknowledges the protection."""
+    action: Global___AliasAction.ValueType
+    """What the last change did."""
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was set."""
+        """When it was changed."""
 
     def __init__(
         self,
@@ -393,10 +431,12 @@ class Alias(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         actor: _builtins.str = ...,
         comment: _builtins.str = ...,
+        protected: _builtins.bool = ...,
+        action: Global___AliasAction.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "alias", b"alias", "comment", b"comment", "digest", b"digest", "generation", b"generation", "name", b"name", "namespace", b"namespace", "update_time", b"update_time", "version_number", b"version_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "alias", b"alias", "comment", b"comment", "digest", b"digest", "generation", b"generation", "name", b"name", "namespace", b"namespace", "protected", b"protected", "update_time", b"update_time", "version_number", b"version_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,6 +80,16 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasResponse.FromString,
                 _registered_method=True)
+        self.SetAliasProtection = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/SetAliasProtection',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/DeleteAlias',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
         self.ListAliasHistory = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/ListAliasHistory',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAliasHistoryRequest.SerializeToString,
@@ -188,7 +198,7 @@ class StoreServiceServicer:
 
     def SetAlias(self, request, context):
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-        FAILED_PRECONDITION (VERSION_REVOKED): the version is revoked.
+        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,14 +206,30 @@ class StoreServiceServicer:
 
     def RollBackAlias(self, request, context):
         """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-        revoked.
+        revoked, or the alias is protected (ALIAS_PROTECTED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAliasProtection(self, request, context):
+        """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+        there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+        FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAliasHistory(self, request, context):
-        """Every move of an alias, newest first. NOT_FOUND: the alias was never set.
+        """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -309,6 +335,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.RollBackAlias,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasResponse.SerializeToString,
+            ),
+            'SetAliasProtection': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAliasProtection,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasResponse.SerializeToString,
             ),
             'ListAliasHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAliasHistory,
@@ -595,6 +631,60 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/RollBackAlias',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAliasProtection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/SetAliasProtection',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/DeleteAlias',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

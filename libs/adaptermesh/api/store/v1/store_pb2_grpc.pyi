@@ -65,14 +65,22 @@ class StoreServiceStub:
     """Lists or searches adapters, by name."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-    FAILED_PRECONDITION (VERSION_REVOKED): the version is revoked.
+    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
     """
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]
     """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-    revoked.
+    revoked, or the alias is protected (ALIAS_PROTECTED).
+    """
+    SetAliasProtection: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]
+    """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+    there is none.
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteAliasRequest, _store_pb2.DeleteAliasResponse]
+    """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+    FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
     """
     ListAliasHistory: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListAliasHistoryRequest, _store_pb2.ListAliasHistoryResponse]
-    """Every move of an alias, newest first. NOT_FOUND: the alias was never set."""
+    """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
     SetRoute: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetRouteRequest, _store_pb2.SetRouteResponse]
     """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
     FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
@@ -132,14 +140,22 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Lists or searches adapters, by name."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-    FAILED_PRECONDITION (VERSION_REVOKED): the version is revoked.
+    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
     """
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]  # type: ignore[assignment]
     """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-    revoked.
+    revoked, or the alias is protected (ALIAS_PROTECTED).
+    """
+    SetAliasProtection: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]  # type: ignore[assignment]
+    """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+    there is none.
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteAliasRequest, _store_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+    FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
     """
     ListAliasHistory: _aio.UnaryUnaryMultiCallable[_store_pb2.ListAliasHistoryRequest, _store_pb2.ListAliasHistoryResponse]  # type: ignore[assignment]
-    """Every move of an alias, newest first. NOT_FOUND: the alias was never set."""
+    """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
     SetRoute: _aio.UnaryUnaryMultiCallable[_store_pb2.SetRouteRequest, _store_pb2.SetRouteResponse]  # type: ignore[assignment]
     """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
     FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
@@ -244,7 +260,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.SetAliasResponse, _abc.Awaitable[_store_pb2.SetAliasResponse]]:
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-        FAILED_PRECONDITION (VERSION_REVOKED): the version is revoked.
+        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
         """
 
     @_abc_1.abstractmethod
@@ -254,7 +270,27 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.RollBackAliasResponse, _abc.Awaitable[_store_pb2.RollBackAliasResponse]]:
         """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-        revoked.
+        revoked, or the alias is protected (ALIAS_PROTECTED).
+        """
+
+    @_abc_1.abstractmethod
+    def SetAliasProtection(
+        self,
+        request: _store_pb2.SetAliasProtectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.SetAliasProtectionResponse, _abc.Awaitable[_store_pb2.SetAliasProtectionResponse]]:
+        """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+        there is none.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _store_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.DeleteAliasResponse, _abc.Awaitable[_store_pb2.DeleteAliasResponse]]:
+        """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+        FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
         """
 
     @_abc_1.abstractmethod
@@ -263,7 +299,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.ListAliasHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ListAliasHistoryResponse, _abc.Awaitable[_store_pb2.ListAliasHistoryResponse]]:
-        """Every move of an alias, newest first. NOT_FOUND: the alias was never set."""
+        """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
 
     @_abc_1.abstractmethod
     def SetRoute(
