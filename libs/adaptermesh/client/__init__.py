@@ -65,6 +65,7 @@ from adaptermesh.client.records import (
     StatusChange,
     UploadResult,
     Version,
+    VersionDifference,
     VersionStatus,
     Worker,
 )
@@ -134,6 +135,7 @@ __all__ = [
     "TokenLogprobs",
     "UploadResult",
     "Version",
+    "VersionDifference",
     "VersionState",
     "VersionStatus",
     "Worker",

@@ -5,6 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptermesh.artifact.differences import (
+    FieldDifference,
+    MetricDifference,
+    ModuleDifference,
+    TensorChange,
+)
 from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.version_state import VersionState
 
@@ -230,6 +236,22 @@ class MergeResult:
     kept: float
     least_kept: float
     least_kept_module: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDifference:
+    """Two versions side by side; each list has what differs, `metrics` whatever one of them names.
+
+    `tensors` has every module that both have in equal shapes, with the relative change; None if the bytes of
+    one can't be had.
+    """
+
+    a: Version
+    b: Version
+    fields: tuple[FieldDifference, ...]
+    modules: tuple[ModuleDifference, ...]
+    metrics: tuple[MetricDifference, ...]
+    tensors: tuple[TensorChange, ...] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from adaptermesh.client.records import (
     RouteTarget,
     UploadResult,
     Version,
+    VersionDifference,
 )
 from adaptermesh.client.source_folder import read_folder
 from adaptermesh.client.statuses import StatusCalls
@@ -40,10 +41,12 @@ from adaptermesh.client.transfer import (
     send_upload,
     upload_header,
 )
-from adaptermesh.core.errors import Reason, not_found
+from adaptermesh.core.digests import digest_bytes
+from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName
 
 EVERY_TENANT = "*"
+CARD = "README.md"
 
 
 class StoreClient(AliasCalls, StatusCalls):
@@ -166,6 +169,29 @@ class StoreClient(AliasCalls, StatusCalls):
             return await receive_canonical(stream, digest, Path(place), progress)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
+
+    async def card(self, version: Version) -> str:
+        """The version's card, README.md as it was uploaded; empty if there is none."""
+        file = next((file for file in version.source_files if file.path == CARD), None)
+        if file is None:
+            return ""
+        data = b"".join([piece async for piece in self._file_bytes(version.digest, CARD, 0)])
+        if digest_bytes(data) != file.digest:
+            raise MeshError(
+                Code.DATA_LOSS, Reason.DATA_CORRUPT, f"the card of '{version.ref}' has another digest"
+            )
+        return data.decode(errors="replace")
+
+    async def diff(self, a: str, b: str, *, progress: ProgressCallback | None = None) -> VersionDifference:
+        """Compares the versions that two refs mean: fields, modules, metrics and tensors; needs numpy.
+
+        The tensors of both are fetched into a temporary folder and compared block by block. Those of a
+        version that is revoked can't be had: then `tensors` is None.
+        """
+        # Only here: the client itself does without numpy.
+        from adaptermesh.client.comparing import compare
+
+        return await compare(self, a, b, progress)
 
     async def list_versions(self, adapter: str) -> list[Version]:
         """Every version of `namespace/name`, newest first."""

@@ -20,7 +20,13 @@ class StoreConnection(Connection):
 
         A version that is revoked is refused with the reason, unless `include_revoked`: to look at it.
         """
-        request = store_pb2.ResolveRefRequest(ref=ref, include_revoked=include_revoked)
+        return await self._resolve(store_pb2.ResolveRefRequest(ref=ref, include_revoked=include_revoked))
+
+    async def resolve_digest(self, digest: str) -> ResolvedRef:
+        """The version with a digest, whatever its name and status: to look at it."""
+        return await self._resolve(store_pb2.ResolveRefRequest(digest=digest, include_revoked=True))
+
+    async def _resolve(self, request: store_pb2.ResolveRefRequest) -> ResolvedRef:
         response = await self._call(self._stub.ResolveRef, request)
         return ResolvedRef(wire.version_of(response.version), tuple(response.aliases), response.manifest)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.core.refs import AdapterName, check_name, parse_ref
+from adaptermesh.core.refs import AdapterName, Ref, check_name, parse_ref
 from adaptermesh.rpc.payloads import encode_payload
 from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
@@ -77,12 +77,20 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
         self, request: store_pb2.ResolveRefRequest, context: Context
     ) -> store_pb2.ResolveRefResponse:
         version, aliases = await self._stores.catalogue.resolve(
-            parse_ref(request.ref), include_revoked=request.include_revoked
+            await self._ref(request), include_revoked=request.include_revoked
         )
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         return store_pb2.ResolveRefResponse(
             version=wire.version_to(version.record), aliases=aliases, manifest=manifest
         )
+
+    async def _ref(self, request: store_pb2.ResolveRefRequest) -> Ref:
+        if not request.digest:
+            return parse_ref(request.ref)
+        if request.ref:
+            raise invalid_field("digest", "is for a request without a ref")
+        found = await self._stores.catalogue.get_digest(request.digest)
+        return Ref(found.record.adapter, digest=request.digest)
 
     async def ListVersions(
         self, request: store_pb2.ListVersionsRequest, context: Context

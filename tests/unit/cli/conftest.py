@@ -110,7 +110,8 @@ def publish(real_store: None, invoke: "Invoke", tmp_path: Path) -> Publish:
     def upload(name: str = "acme/ner", seed: int = 1, card: str | None = None, **config: Any) -> str:
         folder = tmp_path / f"{name.replace('/', '-')}-{seed}"
         folder.mkdir(exist_ok=True)
-        for path, data in make_files(seed, **config).items():
+        rank = config.pop("rank", 2)
+        for path, data in make_files(seed, rank, **config).items():
             (folder / path).write_bytes(data)
         if card is not None:
             (folder / "README.md").write_text(card)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.execute import execute
@@ -13,7 +14,7 @@ from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, size, table
 from adaptermesh.cli.uploads import upload_report
-from adaptermesh.cli.version_report import version_report
+from adaptermesh.cli.version_report import state_note, version_details, version_report
 from adaptermesh.client import Adapter, Publication, StoreClient, Version, VersionState
 from adaptermesh.core.refs import AdapterName
 
@@ -129,7 +130,7 @@ def show(
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Shows the versions of an adapter, or everything about one version.
+    """Shows the versions of an adapter, or everything about one version: card, lineage, metrics, status.
 
     Examples:
     adaptermesh adapters show acme/ner
@@ -140,8 +141,8 @@ def show(
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
             if "@" in ref or ":" in ref:
-                resolved = await client.resolve(ref, include_revoked=True)
-                output.result(resolved, *version_report(resolved))
+                details = await version_details(client, ref)
+                output.result(details, *version_report(details, pretty=output.console.is_terminal))
                 return
             name = AdapterName.parse(ref)
             versions = await client.list_versions(ref)
@@ -154,6 +155,7 @@ def show(
 
 
 app.command()(merge)
+app.command()(diff)
 app.command()(deprecate)
 app.command()(revoke)
 app.command()(restore)
@@ -172,7 +174,7 @@ def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
         )
         rows.add_row(
             adapter.name,
-            f"v{newest.number}{_state_note(newest)}",
+            f"v{newest.number}{state_note(newest)}",
             newest.task,
             newest.base_model_id,
             newest.kind,
@@ -181,11 +183,6 @@ def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
             aliases,
         )
     output.result({"adapters": adapters}, rows if adapters else Text("no adapters"))
-
-
-def _state_note(version: Version) -> str:
-    """Nothing for what may be used."""
-    return "" if version.status.state is VersionState.ACTIVE else f" ({version.status.state})"
 
 
 def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:

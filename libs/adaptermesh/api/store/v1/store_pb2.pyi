@@ -275,19 +275,23 @@ class ResolveRefRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     INCLUDE_REVOKED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
-    """The ref."""
+    """The ref. Empty if a digest is given."""
     include_revoked: _builtins.bool
     """Also find a version that is revoked: to look at it, not to use it."""
+    digest: _builtins.str
+    """A version's digest alone, instead of a ref: to look up a parent. Both, or neither, is INVALID_ARGUMENT."""
     def __init__(
         self,
         *,
         ref: _builtins.str = ...,
         include_revoked: _builtins.bool = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_revoked", b"include_revoked", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_revoked", b"include_revoked", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
