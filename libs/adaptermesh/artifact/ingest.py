@@ -1,11 +1,14 @@
 """From uploaded files to the canonical form, with every check on the way."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaptermesh.artifact.base_copies import digest_copies
 from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.card import CardFacts, card_facts
+from adaptermesh.artifact.card_text import card_is_empty
 from adaptermesh.artifact.chunking import cut, hash_spans
 from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES, BaseRef, Cost, Manifest, Source, TensorEntry
 from adaptermesh.artifact.merging_recipe import MergeRecipe, check_lineage
@@ -13,7 +16,7 @@ from adaptermesh.artifact.plan import Plan
 from adaptermesh.artifact.problems import Problems, Rejection, shown
 from adaptermesh.artifact.safetensors_file import lay_out, write_file
 from adaptermesh.artifact.sites import site_map
-from adaptermesh.artifact.source_files import card_is_empty, check_files, describe_files, layout_of
+from adaptermesh.artifact.source_files import card_text, check_files, describe_files, layout_of
 from adaptermesh.artifact.source_formats import SourceConfig, read_source
 from adaptermesh.artifact.uploaded import Uploaded, read_tensor_files
 from adaptermesh.core.digests import is_digest
@@ -76,8 +79,17 @@ def ingest(bundle: SourceBundle, base: BaseFacts, out_file: Path) -> IngestResul
     _check_base(bundle, config, base)
     plan = _plan(config, upload, base, problems)
     problems.raise_if_any()
-    manifest = _write(bundle, config, base, plan, upload, out_file)
-    return IngestResult(manifest, _warnings(bundle, plan, upload.all_zero))
+    card = card_text(bundle.files)
+    facts = card_facts(card)
+    manifest = _write(_with_card(bundle, facts), facts, config, base, plan, upload, out_file)
+    return IngestResult(manifest, (*_warnings(manifest, plan, upload.all_zero, card), *facts.warnings))
+
+
+def _with_card(bundle: SourceBundle, card: CardFacts) -> SourceBundle:
+    """The bundle with what its card says where the publisher said nothing, and with the tags of both."""
+    new = [tag for tag in card.tags if tag not in bundle.tags]
+    tags = (*bundle.tags, *new[: max(0, MAX_TAGS - len(bundle.tags))])
+    return dataclasses.replace(bundle, license=bundle.license or card.license, tags=tags)
 
 
 def _check_fields(bundle: SourceBundle) -> None:
@@ -117,6 +129,7 @@ def _plan(config: SourceConfig, upload: Uploaded, base: BaseFacts, problems: Pro
 
 def _write(
     bundle: SourceBundle,
+    card: CardFacts,
     config: SourceConfig,
     base: BaseFacts,
     plan: Plan,
@@ -139,6 +152,9 @@ def _write(
         author=bundle.author,
         license=bundle.license,
         tags=tuple(sorted(bundle.tags)),
+        languages=card.languages,
+        training_data=card.training_data,
+        metrics=card.metrics,
         base=BaseRef.from_facts(base),
         source=Source(source.library, versions, config.raw, describe_files(bundle.files)),
         kind=config.kind,
@@ -175,15 +191,15 @@ def _readable(manifest: Manifest) -> Manifest:
     return Manifest.from_bytes(data)
 
 
-def _warnings(bundle: SourceBundle, plan: Plan, all_zero: frozenset[str]) -> tuple[str, ...]:
+def _warnings(manifest: Manifest, plan: Plan, all_zero: frozenset[str], card: str) -> tuple[str, ...]:
     warnings: list[str] = []
     idle, modules = sum(name in all_zero for name in plan.deciding), len(plan.deciding)
     if idle and idle == modules:
         warnings.append(f"every {plan.decider} is zero: the adapter changes nothing")
     elif idle:
         warnings.append(f"{plan.decider} is zero in {idle} of {modules} modules: they change nothing")
-    if not bundle.license:
+    if not manifest.license:
         warnings.append("no licence is given")
-    if card_is_empty(bundle.files):
+    if card_is_empty(card):
         warnings.append("the card (README.md) is absent or empty")
     return tuple(warnings)

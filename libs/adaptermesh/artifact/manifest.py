@@ -56,7 +56,8 @@ class Manifest:
     `servable` False means that it is stored and refused at serving with `unservable_reason`; such a manifest
     has no modules and no tensors, unless it is a fusion, which is served in a composition. `same_as_base`
     has, by the site, the `rounded_digest` of each weight that was uploaded as a copy of the base's and is not
-    kept: it can be served only where the base's is the same.
+    kept: it can be served only where the base's is the same. `languages`, `training_data` and `metrics` are
+    what `CardFacts` has of the card.
     """
 
     namespace: str

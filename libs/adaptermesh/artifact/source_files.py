@@ -162,11 +162,6 @@ def _describe(path: str, place: Path) -> SourceFile:
         return SourceFile(path, file.tell(), f"sha256:{digest}")
 
 
-def card_is_empty(files: Mapping[str, Path]) -> bool:
-    """True without a README.md that says anything below its front matter."""
-    if CARD_FILE not in files:
-        return True
-    text = files[CARD_FILE].read_text(encoding="utf-8").strip()
-    if text.startswith("---"):
-        text = text[3:].partition("\n---")[2]
-    return not text.strip("- \n\r\t")
+def card_text(files: Mapping[str, Path]) -> str:
+    """The card, README.md; empty if there is none."""
+    return files[CARD_FILE].read_text(encoding="utf-8") if CARD_FILE in files else ""

@@ -35,6 +35,7 @@ HomeOption = Annotated[
         help="Where everything is kept. Default: ADAPTERMESH_HOME or ~/.adaptermesh.",
     ),
 ]
+ActorOption = Annotated[str, typer.Option(help="Who does it, for the history.")]
 TagsOption = Annotated[
     list[str] | None, typer.Option("--tag", help="A label; give it several times for more.")
 ]

@@ -64,16 +64,21 @@ from adaptermesh.client.records import (
     RouteTarget,
     Search,
     SourceFile,
+    StatusChange,
     UploadResult,
     Version,
+    VersionDifference,
+    VersionStatus,
     Worker,
 )
 from adaptermesh.client.store import StoreClient
 from adaptermesh.client.transfer import Progress, ProgressCallback
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.core.tiers import Tier
+from adaptermesh.core.version_state import VersionState
 
 __all__ = [
     "DEFAULT_GATEWAY",
@@ -85,6 +90,7 @@ __all__ = [
     "WORKER_SERVICE",
     "Adapter",
     "Alias",
+    "AliasAction",
     "AliasMove",
     "Ask",
     "BaseModel",
@@ -125,6 +131,7 @@ __all__ = [
     "Search",
     "SourceFile",
     "Started",
+    "StatusChange",
     "StoreClient",
     "SwitchKind",
     "Tier",
@@ -132,6 +139,9 @@ __all__ = [
     "TokenLogprobs",
     "UploadResult",
     "Version",
+    "VersionDifference",
+    "VersionState",
+    "VersionStatus",
     "Worker",
     "WorkerClient",
 ]

@@ -97,6 +97,8 @@ class Started:
     tier: str
     switch_kind: SwitchKind
     prompt_tokens: int
+    warnings: tuple[str, ...] = ()
+    """What to know of what serves it: that a version is deprecated, why, and what to use instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +263,7 @@ def started_of(message: inference_pb2.GenerateStarted, trace_id: str) -> Started
         tier=tier_name(message.tier),
         switch_kind=_SWITCH_KINDS.get(message.switch_kind, SwitchKind.NONE),
         prompt_tokens=message.prompt_tokens,
+        warnings=tuple(message.warnings),
     )
 
 

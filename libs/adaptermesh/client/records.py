@@ -5,6 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptermesh.artifact.differences import (
+    FieldDifference,
+    MetricDifference,
+    ModuleDifference,
+    TensorChange,
+)
+from adaptermesh.core.alias_action import AliasAction
+from adaptermesh.core.version_state import VersionState
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -16,8 +25,24 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionStatus:
+    """What is said of a version after its upload: `state` is active, deprecated or revoked, and why.
+
+    `replacement` is a ref of what to use instead, or empty. `generation` is 0 if nothing was ever said; then
+    `update_time` is None.
+    """
+
+    state: VersionState = VersionState.ACTIVE
+    reason: str = ""
+    replacement: str = ""
+    generation: int = 0
+    update_time: datetime.datetime | None = None
+    actor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable upload of an adapter; `digest` is its identity."""
+    """One immutable upload of an adapter; `digest` is its identity. Only its `status` changes."""
 
     namespace: str
     name: str
@@ -38,6 +63,7 @@ class Version:
     warnings: tuple[str, ...]
     create_time: datetime.datetime
     source_files: tuple[SourceFile, ...]
+    status: VersionStatus = field(default_factory=VersionStatus)
 
     @property
     def adapter(self) -> str:
@@ -52,7 +78,10 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A movable pointer to a version, as it was after its `generation`-th move."""
+    """A movable pointer to a version, as it was after its `generation`-th change, which was `action`.
+
+    One that is `protected` moves, and is removed, only when the caller acknowledges that.
+    """
 
     namespace: str
     name: str
@@ -63,6 +92,8 @@ class Alias:
     update_time: datetime.datetime
     actor: str
     comment: str
+    protected: bool = False
+    action: AliasAction = AliasAction.SET
 
     @property
     def ref(self) -> str:
@@ -77,6 +108,8 @@ class Adapter:
     newest: Version
     version_count: int
     aliases: tuple[Alias, ...]
+    revoked_numbers: tuple[int, ...] = ()
+    """Of those versions that an alias points at."""
 
     @property
     def name(self) -> str:
@@ -235,10 +268,34 @@ class MergeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionDifference:
+    """Two versions side by side; each list has what differs, `metrics` whatever one of them names.
+
+    `tensors` has every module that both have in equal shapes, with the relative change; None if the bytes of
+    one can't be had.
+    """
+
+    a: Version
+    b: Version
+    fields: tuple[FieldDifference, ...]
+    modules: tuple[ModuleDifference, ...]
+    metrics: tuple[MetricDifference, ...]
+    tensors: tuple[TensorChange, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class AliasMove:
     """An alias after a move; give `feed_position` to a request that must see it."""
 
     alias: Alias
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChange:
+    """A version after its status was set; give `feed_position` to a request that must see it."""
+
+    version: Version
     feed_position: int
 
 

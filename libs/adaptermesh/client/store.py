@@ -11,29 +11,29 @@ import grpc
 import grpc.aio
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
-from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.client import wire
-from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Connection, Deadlines, all_pages
+from adaptermesh.client.aliases import AliasCalls
+from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
 from adaptermesh.client.records import (
     Adapter,
-    Alias,
-    AliasMove,
     BaseModel,
     Found,
     Lineage,
     Merge,
     MergeResult,
     Publication,
-    ResolvedRef,
     Route,
     RouteChange,
     RouteTarget,
     Search,
     UploadResult,
     Version,
+    VersionDifference,
 )
 from adaptermesh.client.source_folder import read_folder
+from adaptermesh.client.statuses import StatusCalls
 from adaptermesh.client.transfer import (
     Progress,
     ProgressCallback,
@@ -43,13 +43,15 @@ from adaptermesh.client.transfer import (
     send_upload,
     upload_header,
 )
+from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
-from adaptermesh.core.refs import AdapterName, Ref, parse_ref
+from adaptermesh.core.refs import AdapterName
 
 EVERY_TENANT = "*"
+CARD = "README.md"
 
 
-class StoreClient(Connection):
+class StoreClient(AliasCalls, StatusCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -62,8 +64,7 @@ class StoreClient(Connection):
 
     def __init__(self, target: str = DEFAULT_STORE, *, deadlines: Deadlines | None = None) -> None:
         """Connects on the first call; `target` is host:port."""
-        super().__init__(target, deadlines or Deadlines(), Reason.STORE_UNREACHABLE)
-        self._stub = store_pb2_grpc.StoreServiceStub(self._channel)
+        super().__init__(target, deadlines or Deadlines())
 
     async def upload(
         self,
@@ -171,10 +172,28 @@ class StoreClient(Connection):
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 
-    async def resolve(self, ref: str) -> ResolvedRef:
-        """The version that a ref means now, its aliases and its manifest."""
-        response = await self._call(self._stub.ResolveRef, store_pb2.ResolveRefRequest(ref=ref))
-        return ResolvedRef(wire.version_of(response.version), tuple(response.aliases), response.manifest)
+    async def card(self, version: Version) -> str:
+        """The version's card, README.md as it was uploaded; empty if there is none."""
+        file = next((file for file in version.source_files if file.path == CARD), None)
+        if file is None:
+            return ""
+        data = b"".join([piece async for piece in self._file_bytes(version.digest, CARD, 0)])
+        if digest_bytes(data) != file.digest:
+            raise MeshError(
+                Code.DATA_LOSS, Reason.DATA_CORRUPT, f"the card of '{version.ref}' has another digest"
+            )
+        return data.decode(errors="replace")
+
+    async def diff(self, a: str, b: str, *, progress: ProgressCallback | None = None) -> VersionDifference:
+        """Compares the versions that two refs mean: fields, modules, metrics and tensors; needs numpy.
+
+        The tensors of both are fetched into a temporary folder and compared block by block. Those of a
+        version that is revoked can't be had: then `tensors` is None.
+        """
+        # Only here: the client itself does without numpy.
+        from adaptermesh.client.comparing import compare
+
+        return await compare(self, a, b, progress)
 
     async def list_versions(self, adapter: str) -> list[Version]:
         """Every version of `namespace/name`, newest first."""
@@ -235,70 +254,6 @@ class StoreClient(Connection):
                 break
         more = bool(request.page_token) or len(adapters) > limit
         return Found(tuple(adapters[:limit]), facets, more=more)
-
-    async def set_alias(
-        self,
-        alias: str,
-        version: str | int,
-        *,
-        expected_generation: int | None = None,
-        actor: str = "",
-        comment: str = "",
-    ) -> AliasMove:
-        """Points `namespace/name@alias` at a version: a number, "v2", or a ref of the same adapter.
-
-        With `expected_generation` (0: it must not exist yet) it moves only if nobody moved it meanwhile;
-        otherwise ABORTED (ALIAS_CONFLICT).
-        """
-        ref, name = _alias(alias)
-        response = await self._call(
-            self._stub.SetAlias,
-            store_pb2.SetAliasRequest(
-                namespace=ref.adapter.namespace,
-                name=ref.adapter.name,
-                alias=name,
-                version_number=await self._version_number(ref.adapter, version),
-                expected_generation=expected_generation,
-                actor=actor,
-                comment=comment,
-            ),
-        )
-        return AliasMove(wire.alias_of(response.alias), response.feed_position)
-
-    async def roll_back(
-        self, alias: str, *, expected_generation: int | None = None, actor: str = "", comment: str = ""
-    ) -> AliasMove:
-        """Points `namespace/name@alias` at the version it pointed to before its last move."""
-        ref, name = _alias(alias)
-        response = await self._call(
-            self._stub.RollBackAlias,
-            store_pb2.RollBackAliasRequest(
-                namespace=ref.adapter.namespace,
-                name=ref.adapter.name,
-                alias=name,
-                expected_generation=expected_generation,
-                actor=actor,
-                comment=comment,
-            ),
-        )
-        return AliasMove(wire.alias_of(response.alias), response.feed_position)
-
-    async def alias_history(self, alias: str) -> list[Alias]:
-        """Every move of `namespace/name@alias`, newest first."""
-        ref, name = _alias(alias)
-
-        async def page(token: str) -> tuple[list[Alias], str]:
-            request = store_pb2.ListAliasHistoryRequest(
-                namespace=ref.adapter.namespace,
-                name=ref.adapter.name,
-                alias=name,
-                page_size=PAGE_SIZE,
-                page_token=token,
-            )
-            response = await self._call(self._stub.ListAliasHistory, request)
-            return [wire.alias_of(move) for move in response.moves], response.next_page_token
-
-        return await all_pages(page)
 
     async def set_route(
         self,
@@ -374,25 +329,3 @@ class StoreClient(Connection):
                 yield message.data
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
-
-    async def _version_number(self, adapter: AdapterName, version: str | int) -> int:
-        if isinstance(version, int):
-            return version
-        if version.startswith("v") and version[1:].isdecimal():
-            return int(version[1:])
-        ref = parse_ref(version)
-        if ref.adapter != adapter:
-            raise _invalid_ref(f"'{version}' is a version of another adapter than '{adapter}'", version)
-        return ref.version or (await self.resolve(version)).version.number
-
-
-def _alias(text: str) -> tuple[Ref, str]:
-    """A ref that spells an alias, and the alias."""
-    ref = parse_ref(text)
-    if ref.alias is None or "@" not in text:
-        raise _invalid_ref(f"'{text}' names no alias: use namespace/name@alias", text)
-    return ref, ref.alias
-
-
-def _invalid_ref(message: str, ref: str) -> MeshError:
-    return MeshError(Code.INVALID_ARGUMENT, Reason.INVALID_REF, message, metadata={"ref": ref})

@@ -23,10 +23,13 @@ from adaptermesh.client.records import (
     Search,
     SourceFile,
     Version,
+    VersionStatus,
     Worker,
 )
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.tiers import Tier
+from adaptermesh.rpc.alias_action import action_of
+from adaptermesh.rpc.version_state import state_of
 
 _STATES = {worker_pb2.WORKER_STATE_READY: "ready", worker_pb2.WORKER_STATE_DRAINING: "draining"}
 
@@ -61,6 +64,18 @@ def version_of(message: adapter_pb2.Version) -> Version:
         warnings=tuple(message.warnings),
         create_time=time_of(message.create_time),
         source_files=tuple(SourceFile(f.path, f.size_bytes, f.digest) for f in message.source_files),
+        status=status_of(message.status),
+    )
+
+
+def status_of(message: adapter_pb2.VersionStatus) -> VersionStatus:
+    return VersionStatus(
+        state=state_of(message.state),
+        reason=message.reason,
+        replacement=message.replacement,
+        generation=message.generation,
+        update_time=time_of(message.update_time) if message.generation else None,
+        actor=message.actor,
     )
 
 
@@ -75,12 +90,17 @@ def alias_of(message: adapter_pb2.Alias) -> Alias:
         update_time=time_of(message.update_time),
         actor=message.actor,
         comment=message.comment,
+        protected=message.protected,
+        action=action_of(message.action),
     )
 
 
 def adapter_of(message: store_pb2.AdapterSummary) -> Adapter:
     return Adapter(
-        version_of(message.newest), message.version_count, tuple(alias_of(alias) for alias in message.aliases)
+        version_of(message.newest),
+        message.version_count,
+        tuple(alias_of(alias) for alias in message.aliases),
+        tuple(message.revoked_numbers),
     )
 
 

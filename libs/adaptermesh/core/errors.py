@@ -54,7 +54,11 @@ class Reason(enum.StrEnum):
     ADAPTER_IN_USE = "ADAPTER_IN_USE"
     ALIAS_CONFLICT = "ALIAS_CONFLICT"
     ALIAS_NO_PREVIOUS = "ALIAS_NO_PREVIOUS"
+    ALIAS_PROTECTED = "ALIAS_PROTECTED"
+    ALIAS_IN_USE = "ALIAS_IN_USE"
     ROUTE_CONFLICT = "ROUTE_CONFLICT"
+    STATUS_CONFLICT = "STATUS_CONFLICT"
+    VERSION_REVOKED = "VERSION_REVOKED"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     FEED_POSITION_EXPIRED = "FEED_POSITION_EXPIRED"
     # Try again.
@@ -125,4 +129,14 @@ def base_mismatch(adapter_ref: str, adapter_base: str, requested_base: str) -> M
         Reason.BASE_MISMATCH,
         f"adapter '{adapter_ref}' was trained on base {adapter_base}, not on {requested_base}",
         metadata={"ref": adapter_ref, "adapter_base_digest": adapter_base, "base_digest": requested_base},
+    )
+
+
+def version_revoked(ref: str, version: str, digest: str, why: str) -> MeshError:
+    """A version that must not be used was asked for; `why` is what whoever revoked it said."""
+    return MeshError(
+        Code.FAILED_PRECONDITION,
+        Reason.VERSION_REVOKED,
+        f"'{ref}' means {version}, which is revoked: {why}",
+        metadata={"ref": ref, "version": version, "digest": digest, "why": why},
     )

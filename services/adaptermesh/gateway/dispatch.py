@@ -45,6 +45,8 @@ class Decision:
     size_bytes: int = 0
     composition: str = ""
     """Over digests, where adapter_digest is a composition's."""
+    warnings: tuple[str, ...] = ()
+    """What the caller should know of the versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def _read_decision(response: router_pb2.DispatchResponse, target: Target) -> Dec
         op_kinds=tuple(found.op_kinds),
         size_bytes=found.size_bytes,
         composition=composed.resolved,
+        warnings=tuple(response.warnings),
     )
     if not _answers(decision, target):
         raise MeshError(

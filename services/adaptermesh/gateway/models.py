@@ -11,10 +11,12 @@ from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.core.errors import Code, Reason, invalid_field, unavailable
 from adaptermesh.core.refs import BASE
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.gateway.deadline import Deadline
 from adaptermesh.gateway.dispatch import LiveBase, Router
 from adaptermesh.gateway.page_token import Place, decode, encode
 from adaptermesh.rpc.status import mesh_error_from
+from adaptermesh.rpc.version_state import state_of
 
 T = TypeVar("T")
 
@@ -52,7 +54,7 @@ class _Version:
 
 
 class StoreCatalogue:
-    """Reads adapters from the store. Versions never change, so those looked up are remembered."""
+    """Reads adapters from the store. What is kept of a version never changes, so it is kept for later."""
 
     def __init__(self, channel: grpc.aio.Channel, timeout_seconds: float) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
@@ -69,11 +71,17 @@ class StoreCatalogue:
         )
 
     async def models(self, summary: store_pb2.AdapterSummary, deadline: Deadline) -> list[tuple[int, Model]]:
-        """An adapter's newest version and those that aliases point at, newest first, with their numbers."""
+        """An adapter's newest version and those that aliases point at, newest first, with their numbers.
+
+        What can't be served, or is revoked, can't be asked for.
+        """
         name = f"{summary.newest.namespace}/{summary.newest.name}"
         versions = {summary.newest.number: _from_wire(summary.newest)}
+        revoked = set(summary.revoked_numbers)
+        if state_of(summary.newest.status.state) is VersionState.REVOKED:
+            revoked.add(summary.newest.number)
         for alias in summary.aliases:
-            if alias.version_number not in versions:
+            if alias.version_number not in versions and alias.version_number not in revoked:
                 versions[alias.version_number] = await self._version(name, alias.digest, deadline)
         return [
             (
@@ -87,13 +95,14 @@ class StoreCatalogue:
                 ),
             )
             for number, version in sorted(versions.items(), reverse=True)
-            if version.servable
+            if version.servable and number not in revoked
         ]
 
     async def _version(self, name: str, digest: str, deadline: Deadline) -> _Version:
         found = self._versions.get(digest)
         if found is None:
-            request = store_pb2.ResolveRefRequest(ref=f"{name}@{digest}")
+            # It may be revoked by now: then the next list leaves it out.
+            request = store_pb2.ResolveRefRequest(ref=f"{name}@{digest}", include_revoked=True)
             timeout = deadline.remaining(self._timeout)
             response = await self._asked(self._stub.ResolveRef(request, timeout=timeout), deadline)
             found = _from_wire(response.version)

@@ -186,6 +186,7 @@ def _started(placed: Placed, request_id: str) -> inference_pb2.GenerateResponse:
             tier=started.tier,
             switch_kind=started.switch_kind,
             prompt_tokens=started.prompt_tokens,
+            warnings=decision.warnings,
         )
     )
 

@@ -8,6 +8,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.version_state import VersionState
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable upload; `published` is the store's message, handed on to callers unread."""
+    """One immutable upload and its status; `published` is the store's message, handed on unread."""
 
     adapter: AdapterName
     number: int
@@ -31,10 +32,21 @@ class Version:
     size_bytes: int = 0
     servable: bool = True
     unservable_reason: str = ""
+    state: VersionState = VersionState.ACTIVE
+    state_reason: str = ""
+    replacement: str = ""
     published: bytes = b""
 
     def __str__(self) -> str:
         return f"{self.adapter}:v{self.number}"
+
+    @property
+    def warning(self) -> str:
+        """What whoever uses it should know; empty unless it is deprecated."""
+        if self.state is not VersionState.DEPRECATED:
+            return ""
+        why = f": {self.state_reason}" if self.state_reason else ""
+        return f"{self} is deprecated{why}" + (f"; use {self.replacement}" if self.replacement else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,14 @@ class Alias:
     alias: str
     digest: str
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class AliasRemoved:
+    """A pointer is gone."""
+
+    adapter: AdapterName
+    alias: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +95,7 @@ class RouteRemoved:
 
 
 Entry = BaseModel | Version | Alias | Route
-Event = Entry | RouteRemoved
+Event = Entry | AliasRemoved | RouteRemoved
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +130,8 @@ class CatalogueImage:
                 self.by_digest[event.digest] = event
             case Alias():
                 self.aliases[event.adapter, event.alias] = event
+            case AliasRemoved():
+                self.aliases.pop((event.adapter, event.alias), None)
             case Route():
                 self.routes[event.tenant, event.task] = event
             case RouteRemoved():

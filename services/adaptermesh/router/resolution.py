@@ -21,8 +21,17 @@ from adaptermesh.core.composition import (
     parse_composition,
     renamed,
 )
-from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, invalid_field, not_found
+from adaptermesh.core.errors import (
+    Code,
+    MeshError,
+    Reason,
+    base_mismatch,
+    invalid_field,
+    not_found,
+    version_revoked,
+)
 from adaptermesh.core.refs import BASE, LATEST, AdapterName, Ref, parse_ref
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.router.catalogue import CatalogueImage, Route, RouteTarget, Version
 
 ANY_TENANT = "*"
@@ -81,13 +90,20 @@ class Resolution:
     route: Route | None = None
     cohort: str = ""
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know of the versions."""
+        version = self.version
+        members = version.members if isinstance(version, ComposedVersion) else (version,)
+        return tuple(member.warning for member in members if member is not None and member.warning)
+
 
 def resolve(image: CatalogueImage, question: Question) -> Resolution:
     """Finds the version that a request means.
 
     Raises:
         MeshError: NOT_FOUND with the name; FAILED_PRECONDITION if the adapter is of another base than the one
-            asked for or can't be served; INVALID_ARGUMENT for a malformed task or ref.
+            asked for, can't be served or is revoked; INVALID_ARGUMENT for a malformed task or ref.
     """
     route: Route | None = None
     cohort = ""
@@ -129,7 +145,7 @@ def choose_target(route: Route, tenant: str, cohort_key: str) -> RouteTarget:
 
 
 def find_version(image: CatalogueImage, text: str) -> Version:
-    """The version that a ref means now."""
+    """The version that a ref means now; raises MeshError NOT_FOUND, or VERSION_REVOKED."""
     ref = parse_ref(text)
     versions = image.versions.get(ref.adapter)
     if versions is None:
@@ -142,6 +158,8 @@ def find_version(image: CatalogueImage, text: str) -> Version:
         found = _aliased(image, ref, text)
     if found is None or found.adapter != ref.adapter:
         raise not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
+    if found.state is VersionState.REVOKED:
+        raise version_revoked(text, str(found), found.digest, found.state_reason)
     return found
 
 

@@ -9,6 +9,7 @@ from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.tiers import Tier
 from adaptermesh.router.catalogue import (
     Alias,
+    AliasRemoved,
     BaseModel,
     Change,
     Event,
@@ -30,6 +31,7 @@ from adaptermesh.router.workers import (
     WorkerInfo,
     WorkerState,
 )
+from adaptermesh.rpc.version_state import state_of
 
 
 def snapshot_part(message: store_pb2.GetSnapshotResponse) -> SnapshotPart:
@@ -58,8 +60,13 @@ def _event(message: store_pb2.Change) -> Event:
             return base_model(message.base_model_registered)
         case "version_published":
             return version(message.version_published)
+        case "version_status_set":
+            return version(message.version_status_set)
         case "alias_set":
             return alias(message.alias_set)
+        case "alias_deleted":
+            gone = message.alias_deleted
+            return AliasRemoved(AdapterName(gone.namespace, gone.name), gone.alias)
         case "route_set":
             return route(message.route_set)
         case "route_deleted":
@@ -84,6 +91,9 @@ def version(message: adapter_pb2.Version) -> Version:
         size_bytes=message.size_bytes,
         servable=message.servable,
         unservable_reason=message.unservable_reason,
+        state=state_of(message.status.state),
+        state_reason=message.status.reason,
+        replacement=message.status.replacement,
         published=message.SerializeToString(),
     )
 
@@ -129,6 +139,7 @@ def dispatch_response(decision: Decision) -> router_pb2.DispatchResponse:
         worker_address=worker.address,
         tier=adapter_pb2.Tier.ValueType(int(decision.pick.tier)),
         feed_position=decision.feed_position,
+        warnings=resolution.warnings,
     )
     version = resolution.version
     if version is None:

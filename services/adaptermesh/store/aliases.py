@@ -1,31 +1,34 @@
-"""Aliases: compare-and-set, history, rollback. A rollback is a move like any other."""
+"""Aliases: compare-and-set, history, rollback, protection. A rollback is a move like any other."""
 
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.clock import Clock
-from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
+from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName, Ref, check_name
+from adaptermesh.store import alias_rows
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
-from adaptermesh.store.fields import check_generation, check_text
+from adaptermesh.store.fields import (
+    MAX_ACTOR,
+    MAX_COMMENT,
+    check_generation,
+    check_text,
+    check_version_number,
+)
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AliasRecord, ChangeKind
-from adaptermesh.store.resolution import find_adapter, find_version
-from adaptermesh.store.rows import SELECT_ALIASES, SELECT_MOVES, alias_record
-from adaptermesh.store.schema import alias_moves, aliases
+from adaptermesh.store.resolution import find_adapter, find_usable
+from adaptermesh.store.routes import routes_to
+from adaptermesh.store.rows import SELECT_MOVES, alias_record
+from adaptermesh.store.schema import alias_moves
 
 log = logging.getLogger(__name__)
-
-MAX_ACTOR = 256
-MAX_COMMENT = 1024
-MAX_ALIASES = 256
-"""Of one adapter: all of them fit into one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,14 @@ class MoveRequest:
     """A wanted move: who, why, and on which state it rests.
 
     `expected_generation` is the one the alias has now, 0 if it must not exist yet, None for whatever it is.
+    `acknowledge_protection` lets it move although it is protected.
     """
 
     alias: AliasName
     expected_generation: int | None = None
     actor: str = ""
     comment: str = ""
+    acknowledge_protection: bool = False
 
 
 class Aliases:
@@ -63,16 +68,17 @@ class Aliases:
         """Points an alias at a version; returns it and the feed position.
 
         Raises:
-            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND; ALIAS_CONFLICT if it has moved since.
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REVOKED, ALIAS_PROTECTED;
+                ALIAS_CONFLICT if it has changed since.
         """
         _check(request)
-        if not 1 <= version_number < 2**31:
-            raise invalid_field("version_number", "must be at least 1")
+        check_version_number(version_number)
 
         async def work(connection: AsyncConnection) -> tuple[AliasRecord, int]:
             adapter_id = await find_adapter(connection, request.alias.adapter)
-            current = await _current(connection, adapter_id, request.alias.alias)
+            current = await alias_rows.current(connection, adapter_id, request.alias.alias)
             _compare(request, current)
+            _check_protection(request, current)
             return await self._move(connection, request, current, adapter_id, version_number)
 
         return await self._write(work)
@@ -84,23 +90,66 @@ class Aliases:
 
         Raises:
             MeshError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ALIAS_CONFLICT; FAILED_PRECONDITION
-                (ALIAS_NO_PREVIOUS) if it has only ever pointed to one version.
+                (ALIAS_PROTECTED); (ALIAS_NO_PREVIOUS) if it has only ever pointed to one version;
+                (VERSION_REVOKED) if the earlier one is revoked.
         """
         _check(request)
 
         async def work(connection: AsyncConnection) -> tuple[AliasRecord, int]:
             adapter_id = await find_adapter(connection, request.alias.adapter)
-            current = await _current(connection, adapter_id, request.alias.alias)
-            if current is None:
-                raise not_found(Reason.ALIAS_NOT_FOUND, "alias", str(request.alias))
-            _compare(request, current)
-            earlier = await _earlier_version(connection, adapter_id, current)
+            current = await _existing(connection, adapter_id, request)
+            _check_protection(request, current)
+            earlier = await alias_rows.earlier_version(connection, adapter_id, current)
             return await self._move(connection, request, current, adapter_id, earlier)
 
         return await self._write(work)
 
+    async def protect(self, request: MoveRequest, *, protected: bool) -> tuple[AliasRecord, int]:
+        """Protects an alias or takes its protection away; returns it and the feed position.
+
+        Raises:
+            MeshError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ALIAS_CONFLICT.
+        """
+        _check(request)
+        action = AliasAction.PROTECTED if protected else AliasAction.UNPROTECTED
+
+        async def work(connection: AsyncConnection) -> tuple[AliasRecord, int]:
+            adapter_id = await find_adapter(connection, request.alias.adapter)
+            current = await _existing(connection, adapter_id, request)
+            change = self._change(request, current, action, protected=protected)
+            await alias_rows.write(connection, adapter_id, change, known=True)
+            return change, await append_change(
+                connection, ChangeKind.ALIAS_SET, change, change.update_time_us
+            )
+
+        return await self._write(work)
+
+    async def delete(self, request: MoveRequest) -> tuple[AliasRecord, int]:
+        """Removes an alias; returns the last entry of its history, which stays, and the feed position.
+
+        Raises:
+            MeshError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ALIAS_CONFLICT; FAILED_PRECONDITION
+                (ALIAS_PROTECTED), or (ALIAS_IN_USE) if a route sends requests there.
+        """
+        _check(request)
+
+        async def work(connection: AsyncConnection) -> tuple[AliasRecord, int]:
+            adapter_id = await find_adapter(connection, request.alias.adapter)
+            current = await _existing(connection, adapter_id, request)
+            _check_protection(request, current)
+            await _check_routes(connection, request.alias)
+            gone = self._change(request, current, AliasAction.DELETED, protected=current.protected)
+            await alias_rows.remove(connection, adapter_id, gone)
+            return gone, await append_change(connection, ChangeKind.ALIAS_DELETED, gone, gone.update_time_us)
+
+        return await self._write(work)
+
     async def history(self, name: AliasName, request: PageRequest) -> Page[AliasRecord]:
-        """Every move of an alias, newest first; raises MeshError ADAPTER_NOT_FOUND or ALIAS_NOT_FOUND."""
+        """Every change of an alias, newest first, also of one that is removed.
+
+        Raises:
+            MeshError: ADAPTER_NOT_FOUND; ALIAS_NOT_FOUND for one that was never set.
+        """
         check_name(name.alias, "alias")
 
         def key(move: AliasRecord) -> Key:
@@ -109,7 +158,7 @@ class Aliases:
         pager = Pager(request, ["alias_history", str(name)], key, (int,))
         async with self._database.reading() as connection:
             adapter_id = await find_adapter(connection, name.adapter)
-            if await _current(connection, adapter_id, name.alias) is None:
+            if not await alias_rows.last_generation(connection, adapter_id, name.alias):
                 raise not_found(Reason.ALIAS_NOT_FOUND, "alias", str(name))
             query = SELECT_MOVES.where(
                 (alias_moves.c.adapter_id == adapter_id) & (alias_moves.c.alias == name.alias)
@@ -118,6 +167,20 @@ class Aliases:
                 query = query.where(alias_moves.c.generation < pager.after[0])
             query = query.order_by(alias_moves.c.generation.desc()).limit(pager.limit)
             return pager.page([alias_record(row) for row in await connection.execute(query)])
+
+    def _change(
+        self, request: MoveRequest, current: AliasRecord, action: AliasAction, *, protected: bool
+    ) -> AliasRecord:
+        """The next entry of the history of an alias that stays where it points."""
+        return dataclasses.replace(
+            current,
+            generation=current.generation + 1,
+            update_time_us=int(self._clock.wall() * 1e6),
+            actor=request.actor,
+            comment=request.comment,
+            protected=protected,
+            action=action,
+        )
 
     async def _move(
         self,
@@ -128,29 +191,22 @@ class Aliases:
         version_number: int,
     ) -> tuple[AliasRecord, int]:
         adapter = request.alias.adapter
-        target = await find_version(connection, Ref(adapter, version=version_number))
+        target = await find_usable(connection, Ref(adapter, version=version_number))
         move = AliasRecord(
             namespace=adapter.namespace,
             name=adapter.name,
             alias=request.alias.alias,
             version_number=version_number,
             digest=target.record.digest,
-            generation=1 if current is None else current.generation + 1,
+            generation=1 + await alias_rows.last_generation(connection, adapter_id, request.alias.alias),
             update_time_us=int(self._clock.wall() * 1e6),
             actor=request.actor,
             comment=request.comment,
+            protected=current is not None and current.protected,
         )
-        row = dataclasses.asdict(move)
-        for name in ("namespace", "name", "digest"):
-            del row[name]
-        await connection.execute(insert(alias_moves).values(adapter_id=adapter_id, **row))
-        pointer = {"adapter_id": adapter_id, "alias": move.alias, "generation": move.generation}
         if current is None:
-            await _check_room(connection, adapter_id)
-            await connection.execute(insert(aliases).values(pointer))
-        else:
-            same = (aliases.c.adapter_id == adapter_id) & (aliases.c.alias == move.alias)
-            await connection.execute(update(aliases).where(same).values(generation=move.generation))
+            await alias_rows.check_room(connection, adapter_id)
+        await alias_rows.write(connection, adapter_id, move, known=current is not None)
         position = await append_change(connection, ChangeKind.ALIAS_SET, move, move.update_time_us)
         return move, position
 
@@ -159,9 +215,10 @@ class Aliases:
     ) -> tuple[AliasRecord, int]:
         move, position = await self._database.write(work)
         log.info(
-            "alias moved",
+            "alias changed",
             extra={
-                "alias": f"{move.namespace}/{move.name}@{move.alias}",
+                "alias": move.ref,
+                "action": move.action.value,
                 "version_number": move.version_number,
                 "generation": move.generation,
                 "feed_position": position,
@@ -170,41 +227,35 @@ class Aliases:
         return move, position
 
 
-async def _current(connection: AsyncConnection, adapter_id: int, alias: str) -> AliasRecord | None:
-    query = SELECT_ALIASES.where((alias_moves.c.adapter_id == adapter_id) & (alias_moves.c.alias == alias))
-    row = (await connection.execute(query)).first()
-    return None if row is None else alias_record(row)
+async def _existing(connection: AsyncConnection, adapter_id: int, request: MoveRequest) -> AliasRecord:
+    """The alias as it is now, and as the caller expects it."""
+    current = await alias_rows.current(connection, adapter_id, request.alias.alias)
+    if current is None:
+        raise not_found(Reason.ALIAS_NOT_FOUND, "alias", str(request.alias))
+    _compare(request, current)
+    return current
 
 
-async def _check_room(connection: AsyncConnection, adapter_id: int) -> None:
-    query = select(func.count()).select_from(aliases).where(aliases.c.adapter_id == adapter_id)
-    if (await connection.execute(query)).scalar_one() >= MAX_ALIASES:
-        raise MeshError(
-            Code.FAILED_PRECONDITION,
-            Reason.INVALID_FIELD,
-            f"alias: the adapter has {MAX_ALIASES} aliases, the limit",
-            metadata={"field": "alias"},
-        )
-
-
-async def _earlier_version(connection: AsyncConnection, adapter_id: int, current: AliasRecord) -> int:
-    query = (
-        select(alias_moves.c.version_number)
-        .where((alias_moves.c.adapter_id == adapter_id) & (alias_moves.c.alias == current.alias))
-        .where(alias_moves.c.version_number != current.version_number)
-        .order_by(alias_moves.c.generation.desc())
-        .limit(1)
+def _check_protection(request: MoveRequest, current: AliasRecord | None) -> None:
+    if current is None or not current.protected or request.acknowledge_protection:
+        return
+    raise MeshError(
+        Code.FAILED_PRECONDITION,
+        Reason.ALIAS_PROTECTED,
+        f"alias '{current.ref}' is protected: acknowledge that, or take the protection away first",
+        metadata={"name": current.ref, "generation": str(current.generation)},
     )
-    found = (await connection.execute(query)).scalar()
-    if found is None:
-        ref = f"{current.namespace}/{current.name}@{current.alias}"
+
+
+async def _check_routes(connection: AsyncConnection, alias: AliasName) -> None:
+    found = await routes_to(connection, Ref(alias.adapter, alias=alias.alias))
+    if found:
         raise MeshError(
             Code.FAILED_PRECONDITION,
-            Reason.ALIAS_NO_PREVIOUS,
-            f"alias '{ref}' has only ever pointed to v{current.version_number}",
-            metadata={"name": ref, "generation": str(current.generation)},
+            Reason.ALIAS_IN_USE,
+            f"alias '{alias}' can't be removed: routes send requests there: {', '.join(found[:10])}",
+            metadata={"name": str(alias), "routes": ", ".join(found[:10])},
         )
-    return int(found)
 
 
 def _check(request: MoveRequest) -> None:

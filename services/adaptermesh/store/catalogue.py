@@ -19,7 +19,13 @@ from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_line
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import BaseModelRecord, ChangeKind, VersionRecord
-from adaptermesh.store.resolution import find_adapter, find_digest, find_version
+from adaptermesh.store.resolution import (
+    check_usable,
+    find_adapter,
+    find_digest,
+    find_usable,
+    find_version,
+)
 from adaptermesh.store.rows import (
     SELECT_ALIASES,
     SELECT_VERSIONS,
@@ -155,10 +161,24 @@ class Catalogue:
             raise not_found(Reason.VERSION_NOT_FOUND, "version", digest)
         return found
 
-    async def resolve(self, ref: Ref) -> tuple[StoredVersion, tuple[str, ...]]:
-        """The version that a ref means now, and every alias that points at it."""
+    async def usable_digest(self, digest: str) -> StoredVersion:
+        """The same, for a worker that is to serve it; also raises MeshError VERSION_REVOKED."""
+        found = await self.get_digest(digest)
+        check_usable(digest, found.record)
+        return found
+
+    async def resolve(
+        self, ref: Ref, *, include_revoked: bool = False
+    ) -> tuple[StoredVersion, tuple[str, ...]]:
+        """The version that a ref means now, and every alias that points at it.
+
+        Raises:
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND; VERSION_REVOKED unless such a
+                version is wanted too.
+        """
+        find = find_version if include_revoked else find_usable
         async with self._database.reading() as connection:
-            found = await find_version(connection, ref)
+            found = await find(connection, ref)
             adapter_id = await find_adapter(connection, ref.adapter)
             same = (alias_moves.c.adapter_id == adapter_id) & (
                 alias_moves.c.version_number == found.record.number

@@ -26,7 +26,9 @@ from adaptermesh.store.schema import changes, feed
 _BODIES: Mapping[ChangeKind, TypeAdapter[Any]] = {
     ChangeKind.BASE_MODEL_REGISTERED: TypeAdapter(BaseModelRecord),
     ChangeKind.VERSION_PUBLISHED: TypeAdapter(VersionRecord),
+    ChangeKind.VERSION_STATUS_SET: TypeAdapter(VersionRecord),
     ChangeKind.ALIAS_SET: TypeAdapter(AliasRecord),
+    ChangeKind.ALIAS_DELETED: TypeAdapter(AliasRecord),
     ChangeKind.ROUTE_SET: TypeAdapter(RouteRecord),
     ChangeKind.ROUTE_DELETED: TypeAdapter(RouteRecord),
 }

@@ -3,6 +3,8 @@
 from adaptermesh.core.errors import invalid_field
 
 MAX_INT64 = 2**63 - 1
+MAX_ACTOR = 256
+MAX_COMMENT = 1024
 
 
 def check_text(field: str, text: str, limit: int, *, required: bool = False) -> str:
@@ -37,3 +39,10 @@ def check_generation(generation: int | None) -> int | None:
     if generation is not None and generation < 0:
         raise invalid_field("expected_generation", "must not be negative")
     return generation
+
+
+def check_version_number(number: int) -> int:
+    """Returns the number if a version can have it."""
+    if not 1 <= number < 2**31:
+        raise invalid_field("version_number", "must be at least 1")
+    return number

@@ -3,7 +3,9 @@
 import enum
 from dataclasses import dataclass
 
+from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.version_state import VersionState
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,23 @@ class BaseModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionStatus:
+    """What is said of a version after its upload; generation 0 is that nothing was ever said."""
+
+    state: VersionState = VersionState.ACTIVE
+    reason: str = ""
+    replacement: str = ""
+    generation: int = 0
+    update_time_us: int = 0
+    actor: str = ""
+
+
+NEVER_SET = VersionStatus()
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """One immutable upload. Number 0 is one that was checked but not published."""
+    """One immutable upload, and its status now. Number 0 is one that was checked but not published."""
 
     namespace: str
     name: str
@@ -53,6 +70,16 @@ class VersionRecord:
     warnings: tuple[str, ...]
     create_time_us: int
     source_files: tuple[SourceFile, ...]
+    status: VersionStatus = NEVER_SET
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name:v3`."""
+        return f"{self.adapter}:v{self.number}"
+
+    @property
+    def revoked(self) -> bool:
+        return self.status.state is VersionState.REVOKED
 
     @property
     def adapter(self) -> AdapterName:
@@ -61,7 +88,7 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True)
 class AliasRecord:
-    """An alias as it was after one move."""
+    """An alias as it was after one change; of a removal, as it was before."""
 
     namespace: str
     name: str
@@ -72,6 +99,13 @@ class AliasRecord:
     update_time_us: int
     actor: str
     comment: str
+    protected: bool = False
+    action: AliasAction = AliasAction.SET
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name@alias`."""
+        return f"{self.namespace}/{self.name}@{self.alias}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +133,9 @@ class ChangeKind(enum.StrEnum):
 
     BASE_MODEL_REGISTERED = "base_model_registered"
     VERSION_PUBLISHED = "version_published"
+    VERSION_STATUS_SET = "version_status_set"
     ALIAS_SET = "alias_set"
+    ALIAS_DELETED = "alias_deleted"
     ROUTE_SET = "route_set"
     ROUTE_DELETED = "route_deleted"
 
@@ -124,3 +160,5 @@ class AdapterSummary:
     newest: VersionRecord
     version_count: int
     aliases: tuple[AliasRecord, ...]
+    revoked_numbers: tuple[int, ...] = ()
+    """Of those versions that an alias points at."""

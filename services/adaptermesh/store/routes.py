@@ -15,7 +15,7 @@ from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_generation, check_line
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import ChangeKind, RouteRecord, RouteTarget
-from adaptermesh.store.resolution import find_version
+from adaptermesh.store.resolution import find_usable
 from adaptermesh.store.rows import route_record
 from adaptermesh.store.schema import routes
 
@@ -43,7 +43,7 @@ class Routes:
             expected_generation: the one it has now, 0 if it must not exist yet, None for whatever it is.
 
         Raises:
-            MeshError: ROUTE_CONFLICT if it has changed since; NOT_FOUND for a target that doesn't exist.
+            MeshError: ROUTE_CONFLICT if it has changed since; NOT_FOUND or VERSION_REVOKED for a target.
         """
         _check_key(route.tenant, route.task)
         _check_targets(route.targets)
@@ -55,7 +55,7 @@ class Routes:
             _compare(route, expected_generation, generation if live else 0)
             for target in route.targets:
                 for ref in _refs(target):
-                    await find_version(connection, ref)
+                    await find_usable(connection, ref)
             changed = dataclasses.replace(route, generation=generation + 1, update_time_us=now_us)
             await _save(connection, changed, deleted=False, known=generation > 0)
             return changed, await append_change(connection, ChangeKind.ROUTE_SET, changed, now_us)
@@ -108,6 +108,17 @@ class Routes:
         async with self._database.reading() as connection:
             rows = await connection.execute(query.limit(pager.limit))
             return pager.page([route_record(row) for row in rows])
+
+
+async def routes_to(connection: AsyncConnection, ref: Ref) -> list[str]:
+    """The routes, as `tenant/task`, of which a target or a part of one is this very ref."""
+    query = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
+    found = []
+    async for row in await connection.stream(query):
+        route = route_record(row)
+        if any(ref in _refs(target) for target in route.targets):
+            found.append(f"{route.tenant}/{route.task}")
+    return found
 
 
 async def _generation(connection: AsyncConnection, tenant: str, task: str) -> tuple[bool, int]:

@@ -6,20 +6,32 @@ from typing import Any
 
 from sqlalchemy import Row, select
 
+from adaptermesh.core.alias_action import AliasAction
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.records import (
+    NEVER_SET,
     AliasRecord,
     BaseModelRecord,
     RouteRecord,
     RouteTarget,
     SourceFile,
     VersionRecord,
+    VersionStatus,
 )
-from adaptermesh.store.schema import adapters, alias_moves, aliases, versions
+from adaptermesh.store.schema import adapters, alias_moves, aliases, version_statuses, versions
 
-SELECT_VERSIONS = select(versions, adapters.c.namespace, adapters.c.name).join(
-    adapters, adapters.c.id == versions.c.adapter_id
+_STATUS = "status_"
+SELECT_VERSIONS = (
+    select(
+        versions,
+        adapters.c.namespace,
+        adapters.c.name,
+        *(column.label(_STATUS + column.name) for column in version_statuses.c if not column.primary_key),
+    )
+    .join(adapters, adapters.c.id == versions.c.adapter_id)
+    .outerjoin(version_statuses, version_statuses.c.version_id == versions.c.id)
 )
-"""Versions with their adapter's name."""
+"""Versions with their adapter's name and their status."""
 
 _SAME_MOVE = (
     (aliases.c.adapter_id == alias_moves.c.adapter_id)
@@ -75,13 +87,22 @@ def version_record(row: Row[Any]) -> VersionRecord:
         warnings=tuple(row.warnings),
         create_time_us=row.create_time_us,
         source_files=tuple(SourceFile(**file) for file in row.source_files),
+        status=_status(row),
     )
+
+
+def _status(row: Row[Any]) -> VersionStatus:
+    if row.status_generation is None:
+        return NEVER_SET
+    names = (field.name for field in dataclasses.fields(VersionStatus) if field.name != "state")
+    values = {name: getattr(row, _STATUS + name) for name in names}
+    return VersionStatus(state=VersionState(row.status_state), **values)
 
 
 def version_values(record: VersionRecord) -> dict[str, Any]:
     """The columns of `versions` that a record fills."""
     values = dataclasses.asdict(record)
-    del values["namespace"], values["name"]
+    del values["namespace"], values["name"], values["status"]
     return values
 
 
@@ -96,6 +117,8 @@ def alias_record(row: Row[Any]) -> AliasRecord:
         update_time_us=row.update_time_us,
         actor=row.actor,
         comment=row.comment,
+        protected=row.protected,
+        action=AliasAction(row.action),
     )
 
 

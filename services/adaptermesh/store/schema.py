@@ -14,6 +14,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 metadata = MetaData(
@@ -123,6 +124,19 @@ search_documents = Table(
     Index(None, "license", "feed_position"),
 )
 
+version_statuses = Table(
+    "version_statuses",
+    metadata,
+    # A version without a row is active and never was anything else.
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("replacement", String(512), nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
 version_tags = Table(
     "version_tags",
     metadata,
@@ -141,6 +155,9 @@ alias_moves = Table(
     Column("update_time_us", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
     Column("comment", Text, nullable=False),
+    Column("protected", Boolean, nullable=False, server_default=false()),
+    # Rows of before this column are settings.
+    Column("action", String(16), nullable=False, server_default="set"),
     ForeignKeyConstraint(["adapter_id", "version_number"], ["versions.adapter_id", "versions.number"]),
 )
 
@@ -149,7 +166,7 @@ aliases = Table(
     metadata,
     Column("adapter_id", Integer, primary_key=True),
     Column("alias", _KEY, primary_key=True),
-    # The move that holds now.
+    # The move that holds now. An alias that was removed has no row here.
     Column("generation", BigInteger, nullable=False),
     ForeignKeyConstraint(
         ["adapter_id", "alias", "generation"],

@@ -1,18 +1,21 @@
 """Lists of adapters, by name, with conditions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, Row, exists, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary, AliasRecord
 from adaptermesh.store.rows import SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
-from adaptermesh.store.schema import adapters, alias_moves, version_tags, versions
+from adaptermesh.store.schema import adapters, alias_moves, version_statuses, version_tags, versions
 
 MAX_CONDITION = 256
 MAX_TAGS = 32
@@ -66,12 +69,7 @@ class Search:
             statement = statement.where((adapters.c.namespace > namespace) | same)
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
-            found = await aliases_of(connection, [row.adapter_id for row in rows])
-        summaries = []
-        for row in rows:
-            newest = version_record(row)
-            summaries.append(AdapterSummary(newest, newest.number, tuple(found.get(row.adapter_id, ()))))
-        return pager.page(summaries)
+            return pager.page(await summaries(connection, rows))
 
 
 def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
@@ -93,12 +91,41 @@ def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
-async def aliases_of(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
-    """The aliases of each of some adapters, by name."""
+async def summaries(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[AdapterSummary]:
+    """Adapters, from the rows of their newest versions."""
+    ids = [row.adapter_id for row in rows]
+    found, revoked = await _aliases(connection, ids), await _revoked(connection, ids)
+    made = []
+    for row in rows:
+        newest = version_record(row)
+        aliases = tuple(found.get(row.adapter_id, ()))
+        aliased = {alias.version_number for alias in aliases}
+        numbers = tuple(sorted(aliased & revoked.get(row.adapter_id, set())))
+        made.append(AdapterSummary(newest, newest.number, aliases, numbers))
+    return made
+
+
+async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
+    """The aliases of each adapter, by name."""
     found: dict[int, list[AliasRecord]] = {}
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
         batch = adapter_ids[start : start + _IDS_AT_ONCE]
         query = SELECT_ALIASES.where(alias_moves.c.adapter_id.in_(batch)).order_by(alias_moves.c.alias)
         for row in await connection.execute(query):
             found.setdefault(row.adapter_id, []).append(alias_record(row))
+    return found
+
+
+async def _revoked(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, set[int]]:
+    """The numbers of the revoked versions of each adapter."""
+    found: dict[int, set[int]] = {}
+    for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
+        query = (
+            select(versions.c.adapter_id, versions.c.number)
+            .join(version_statuses, version_statuses.c.version_id == versions.c.id)
+            .where(versions.c.adapter_id.in_(adapter_ids[start : start + _IDS_AT_ONCE]))
+            .where(version_statuses.c.state == VersionState.REVOKED.value)
+        )
+        for row in await connection.execute(query):
+            found.setdefault(row.adapter_id, set()).add(row.number)
     return found

@@ -7,14 +7,17 @@ from contextlib import aclosing
 from typing import Any
 
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
-from adaptermesh.core.refs import AdapterName, check_name, parse_ref
+from adaptermesh.core.errors import invalid_field
+from adaptermesh.core.refs import AdapterName, Ref, check_name, parse_ref
 from adaptermesh.rpc.payloads import encode_payload
+from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
 from adaptermesh.store.search import AdapterQuery
+from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import Stores
 
 Context = Any
@@ -62,7 +65,7 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
     async def FetchAdapter(  # type: ignore[override]  # as above
         self, request: store_pb2.FetchAdapterRequest, context: Context
     ) -> AsyncIterator[store_pb2.FetchAdapterResponse | bytes]:
-        version = await self._stores.catalogue.get_digest(request.digest)
+        version = await self._stores.catalogue.usable_digest(request.digest)
         check_offset(request.offset, version.record.size_bytes)
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
@@ -73,11 +76,21 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
     async def ResolveRef(
         self, request: store_pb2.ResolveRefRequest, context: Context
     ) -> store_pb2.ResolveRefResponse:
-        version, aliases = await self._stores.catalogue.resolve(parse_ref(request.ref))
+        version, aliases = await self._stores.catalogue.resolve(
+            await self._ref(request), include_revoked=request.include_revoked
+        )
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         return store_pb2.ResolveRefResponse(
             version=wire.version_to(version.record), aliases=aliases, manifest=manifest
         )
+
+    async def _ref(self, request: store_pb2.ResolveRefRequest) -> Ref:
+        if not request.digest:
+            return parse_ref(request.ref)
+        if request.ref:
+            raise invalid_field("digest", "is for a request without a ref")
+        found = await self._stores.catalogue.get_digest(request.digest)
+        return Ref(found.record.adapter, digest=request.digest)
 
     async def ListVersions(
         self, request: store_pb2.ListVersionsRequest, context: Context
@@ -87,6 +100,12 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
         return store_pb2.ListVersionsResponse(
             versions=[wire.version_to(version) for version in page.items], next_page_token=page.next_token
         )
+
+    async def SetVersionStatus(
+        self, request: store_pb2.SetVersionStatusRequest, context: Context
+    ) -> store_pb2.SetVersionStatusResponse:
+        version, position = await self._stores.statuses.set(_status(request))
+        return store_pb2.SetVersionStatusResponse(version=wire.version_to(version), feed_position=position)
 
     async def ListAdapters(
         self, request: store_pb2.ListAdaptersRequest, context: Context
@@ -128,6 +147,18 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
     ) -> store_pb2.RollBackAliasResponse:
         alias, position = await self._stores.aliases.roll_back(_move(request))
         return store_pb2.RollBackAliasResponse(alias=wire.alias_to(alias), feed_position=position)
+
+    async def SetAliasProtection(
+        self, request: store_pb2.SetAliasProtectionRequest, context: Context
+    ) -> store_pb2.SetAliasProtectionResponse:
+        alias, position = await self._stores.aliases.protect(_move(request), protected=request.protected)
+        return store_pb2.SetAliasProtectionResponse(alias=wire.alias_to(alias), feed_position=position)
+
+    async def DeleteAlias(
+        self, request: store_pb2.DeleteAliasRequest, context: Context
+    ) -> store_pb2.DeleteAliasResponse:
+        alias, position = await self._stores.aliases.delete(_move(request))
+        return store_pb2.DeleteAliasResponse(alias=wire.alias_to(alias), feed_position=position)
 
     async def ListAliasHistory(
         self, request: store_pb2.ListAliasHistoryRequest, context: Context
@@ -218,10 +249,34 @@ def _page(
     return PageRequest(request.page_size, request.page_token)
 
 
-def _move(request: store_pb2.SetAliasRequest | store_pb2.RollBackAliasRequest) -> MoveRequest:
+def _move(
+    request: store_pb2.SetAliasRequest
+    | store_pb2.RollBackAliasRequest
+    | store_pb2.SetAliasProtectionRequest
+    | store_pb2.DeleteAliasRequest,
+) -> MoveRequest:
+    acknowledged = (
+        not isinstance(request, store_pb2.SetAliasProtectionRequest) and request.acknowledge_protection
+    )
     return MoveRequest(
         alias=AliasName(_adapter(request.namespace, request.name), request.alias),
         expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
         actor=request.actor,
         comment=request.comment,
+        acknowledge_protection=acknowledged,
+    )
+
+
+def _status(request: store_pb2.SetVersionStatusRequest) -> StatusRequest:
+    state = state_of(request.state)
+    if state_message(state) != request.state:
+        raise invalid_field("state", "must be active, deprecated or revoked")
+    return StatusRequest(
+        adapter=_adapter(request.namespace, request.name),
+        version_number=request.version_number,
+        state=state,
+        reason=request.reason,
+        replacement=request.replacement,
+        expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
+        actor=request.actor,
     )

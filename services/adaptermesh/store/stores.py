@@ -20,6 +20,7 @@ from adaptermesh.store.routes import Routes
 from adaptermesh.store.search import Search
 from adaptermesh.store.snapshot import SnapshotConfig, Snapshots
 from adaptermesh.store.staging import Staging
+from adaptermesh.store.statuses import Statuses
 from adaptermesh.store.uploads import UploadConfig, Uploads, sweep
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Stores:
         self.catalogue = Catalogue(self.database, clock)
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)
+        self.statuses = Statuses(self.database, clock)
         self.search = Search(self.database)
         self.finding = Finding(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)

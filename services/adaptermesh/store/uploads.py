@@ -141,7 +141,7 @@ class Uploads:
         for digest in header.parents:
             parent = (await self._catalogue.get_digest(digest)).record
             if parent.base_digest != base.digest:
-                raise base_mismatch(f"{parent.adapter}:v{parent.number}", parent.base_digest, base.digest)
+                raise base_mismatch(parent.ref, parent.base_digest, base.digest)
 
     def _admit(self) -> None:
         if self._draining:
@@ -180,7 +180,7 @@ class Uploads:
         log.info(
             "upload finished",
             extra={
-                "version": f"{version.adapter}:v{version.number}",
+                "version": version.ref,
                 "digest": version.digest,
                 "size_bytes": header.size_bytes,
                 "new": outcome.created,
@@ -252,8 +252,8 @@ def _ingest(
         base_model_id=base.model_id,
         task=header.task,
         description=header.description,
-        tags=header.tags,
-        license=header.license,
+        tags=(*header.tags, *(tag for tag in result.manifest.tags if tag not in header.tags)),
+        license=result.manifest.license,
         kind=result.manifest.kind,
         op_kinds=tuple(result.manifest.op_kinds),
         max_rank=result.manifest.max_rank,

@@ -6,6 +6,8 @@ from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.rpc.alias_action import action_message
+from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.feed import FeedMessage
 from adaptermesh.store.finding import Facets, Order, SearchQuery
 from adaptermesh.store.headers import UploadHeader
@@ -19,6 +21,7 @@ from adaptermesh.store.records import (
     RouteTarget,
     SourceFile,
     VersionRecord,
+    VersionStatus,
 )
 from adaptermesh.store.snapshot import SnapshotItem
 
@@ -126,6 +129,18 @@ def version_to(record: VersionRecord) -> adapter_pb2.Version:
         warnings=record.warnings,
         create_time=_time(record.create_time_us) if record.number else None,
         source_files=files,
+        status=_status_to(record.status),
+    )
+
+
+def _status_to(status: VersionStatus) -> adapter_pb2.VersionStatus:
+    return adapter_pb2.VersionStatus(
+        state=state_message(status.state),
+        reason=status.reason,
+        replacement=status.replacement,
+        generation=status.generation,
+        update_time=_time(status.update_time_us) if status.generation else None,
+        actor=status.actor,
     )
 
 
@@ -140,6 +155,8 @@ def alias_to(record: AliasRecord) -> adapter_pb2.Alias:
         update_time=_time(record.update_time_us),
         actor=record.actor,
         comment=record.comment,
+        protected=record.protected,
+        action=action_message(record.action),
     )
 
 
@@ -167,6 +184,7 @@ def summary_to(summary: AdapterSummary) -> store_pb2.AdapterSummary:
         newest=version_to(summary.newest),
         version_count=summary.version_count,
         aliases=[alias_to(alias) for alias in summary.aliases],
+        revoked_numbers=summary.revoked_numbers,
     )
 
 

@@ -8,11 +8,14 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError, Reason
 from adaptermesh.core.refs import AdapterName, parse_ref
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.records import (
+    NEVER_SET,
     BaseModelRecord,
     Change,
+    ChangeKind,
     Record,
     RouteRecord,
     RouteTarget,
@@ -20,6 +23,7 @@ from adaptermesh.store.records import (
     VersionRecord,
 )
 from adaptermesh.store.search import AdapterQuery
+from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import Stores
 
 CONFIG = {
@@ -100,6 +104,7 @@ async def test_every_record_comes_back_as_it_was_written(with_base: Stores) -> N
     targets = (RouteTarget("acme/ner@prod", 90, "stable"), RouteTarget("base", 10, ""))
     route, position = await with_base.routes.set(RouteRecord("*", "ner", targets, 0, 0), 0)
     record = published.version.record
+    assert record.status == NEVER_SET
     assert record == replace(VERSION, number=1, create_time_us=record.create_time_us)
     assert record.create_time_us > 0
     feed_id, head, records = await snapshot(with_base)
@@ -108,6 +113,43 @@ async def test_every_record_comes_back_as_it_was_written(with_base: Stores) -> N
     assert [change.record for change in await changes(with_base, feed_id)] == records
     found, aliases = await with_base.catalogue.resolve(parse_ref("acme/ner@prod"))
     assert (found.record, found.tensor_digest, aliases) == (record, TENSORS, ("prod",))
+
+
+async def test_a_status_comes_back_as_it_was_written_and_so_does_the_next_one(with_base: Stores) -> None:
+    await with_base.catalogue.publish(VERSION, TENSORS)
+    await with_base.catalogue.publish(version(1), TENSORS)
+    ner = AdapterName("acme", "ner")
+    wanted = StatusRequest(ner, 1, VersionState.DEPRECATED, "öld", "acme/ner:v2", 0, "ada")
+    first, _ = await with_base.statuses.set(wanted)
+    second, position = await with_base.statuses.set(StatusRequest(ner, 1, VersionState.REVOKED, "no", "", 1))
+    feed_id, head, records = await snapshot(with_base)
+    assert (head, records[1]) == (position, second)
+    assert [change.record for change in await changes(with_base, feed_id)][-2:] == [first, second]
+    status = first.status
+    assert (status.state, status.reason, status.replacement) == (wanted.state, "öld", "acme/ner:v2")
+    assert (status.generation, status.actor, second.status.generation) == (1, "ada", 2)
+    with pytest.raises(MeshError) as caught:
+        await with_base.statuses.set(replace(wanted, expected_generation=1))
+    assert caught.value.reason is Reason.STATUS_CONFLICT
+
+
+async def test_a_removed_alias_leaves_its_history_and_counts_on(with_base: Stores) -> None:
+    await with_base.catalogue.publish(VERSION, TENSORS)
+    await with_base.aliases.point(MoveRequest(PROD, 0), 1)
+    protected, _ = await with_base.aliases.protect(MoveRequest(PROD, 1, "ada"), protected=True)
+    acknowledged = MoveRequest(PROD, 2, acknowledge_protection=True)
+    gone, position = await with_base.aliases.delete(acknowledged)
+    feed_id, head, records = await snapshot(with_base)
+    assert (head, len(records)) == (position, 2)
+    seen = await changes(with_base, feed_id)
+    assert [(change.kind, change.record) for change in seen[-2:]] == [
+        (ChangeKind.ALIAS_SET, protected),
+        (ChangeKind.ALIAS_DELETED, gone),
+    ]
+    again, _ = await with_base.aliases.point(MoveRequest(PROD, 0), 1)
+    assert (again.generation, again.protected) == (4, False)
+    kept = (await with_base.aliases.history(PROD, PageRequest())).items
+    assert [move.action for move in kept] == ["set", "deleted", "protected", "set"]
 
 
 async def test_numbers_and_positions_have_no_gaps_under_concurrency(with_base: Stores) -> None:

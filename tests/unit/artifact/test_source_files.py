@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from adaptermesh.artifact.card_text import card_is_empty
 from adaptermesh.artifact.problems import Problems, Rejection
 from adaptermesh.artifact.source_files import (
     MAX_TEXT_BYTES,
-    card_is_empty,
+    card_text,
     check_files,
     check_path,
     describe_files,
@@ -130,4 +131,4 @@ def test_a_card_without_words_is_empty(tmp_path: Path, text: str | None, empty: 
     if text is not None:
         files["README.md"] = tmp_path / "README.md"
         files["README.md"].write_text(text)
-    assert card_is_empty(files) is empty
+    assert card_is_empty(card_text(files)) is empty

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.cli.app import build_app
 from tests.unit.client.fake_services import (
     FakeGateway,
@@ -20,6 +21,14 @@ from tests.unit.client.fake_services import (
     fake_store,
     fake_worker,
     serve,
+)
+from tests.unit.store.conftest import (
+    BASE_NAME,
+    RunningStore,
+    base_model,
+    make_files,
+    running_store,
+    store_config,
 )
 
 
@@ -64,7 +73,53 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMesh]:
     loop.close()
 
 
+@pytest.fixture
+def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A real store with one base model, on another thread's event loop, that the environment points at."""
+    ready = threading.Event()
+    found: list[RunningStore] = []
+    loop = asyncio.new_event_loop()
+    stopping = asyncio.Event()
+
+    async def run() -> None:
+        async with running_store(store_config(tmp_path / "store")) as store:
+            await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base_model()))
+            found.append(store)
+            ready.set()
+            await stopping.wait()
+
+    (tmp_path / "store").mkdir()
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    assert ready.wait(30)
+    monkeypatch.setenv("ADAPTERMESH_STORE", found[0].target)
+    yield
+    loop.call_soon_threadsafe(stopping.set)
+    thread.join(30)
+    loop.close()
+
+
 Invoke = Callable[..., Result]
+Publish = Callable[..., str]
+
+
+@pytest.fixture
+def publish(real_store: None, invoke: "Invoke", tmp_path: Path) -> Publish:
+    """Uploads a small adapter to the real store and returns its ref."""
+
+    def upload(name: str = "acme/ner", seed: int = 1, card: str | None = None, **config: Any) -> str:
+        folder = tmp_path / f"{name.replace('/', '-')}-{seed}"
+        folder.mkdir(exist_ok=True)
+        rank = config.pop("rank", 2)
+        for path, data in make_files(seed, rank, **config).items():
+            (folder / path).write_bytes(data)
+        if card is not None:
+            (folder / "README.md").write_text(card)
+        options = ("--base", BASE_NAME, "--license", "mit", "--json")
+        result = invoke("adapters", "upload", str(folder), name, *options)
+        return str(document(result)["version"]["ref"])
+
+    return upload
 
 
 @pytest.fixture

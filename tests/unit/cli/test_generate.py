@@ -34,6 +34,13 @@ def test_verbose_says_what_the_prefix_cache_had(fakes: FakeMesh, invoke: Invoke)
     assert json.loads(last)["cached_tokens"] == 4
 
 
+def test_verbose_warns_of_what_is_deprecated(fakes: FakeMesh, invoke: Invoke) -> None:
+    fakes.gateway.warnings = ["acme/ner:v1 is deprecated; use acme/ner:v2"]
+    assert fakes.gateway.warnings[0] in invoke("generate", "--adapter", "acme/ner:v1", "Hello", "-v").stderr
+    first = invoke("generate", "--adapter", "acme/ner:v1", "Hello", "--json").stdout.splitlines()[0]
+    assert json.loads(first)["warnings"] == fakes.gateway.warnings
+
+
 def test_json_prints_one_line_for_each_event(fakes: FakeMesh, invoke: Invoke) -> None:
     result = invoke("generate", "--adapter", "acme/ner:v1", "Hello", "--json")
     events = [json.loads(line) for line in result.stdout.splitlines()]

@@ -268,6 +268,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self.fail_after: int | None = None
         """Breaks off after so many deltas."""
         self.cached_tokens = 0
+        self.warnings: list[str] = []
         self.finish = True
         self.hang = False
         """Goes on for ever after the first delta."""
@@ -331,6 +332,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
             tier=adapter_pb2.TIER_UNSPECIFIED if is_base else adapter_pb2.TIER_STORE,
             switch_kind=adapter_pb2.SWITCH_KIND_UNSPECIFIED if is_base else adapter_pb2.SWITCH_KIND_COLD,
             prompt_tokens=7,
+            warnings=self.warnings,
         )
 
     def _finished(self) -> inference_pb2.GenerateFinished:

@@ -230,6 +230,20 @@ async def test_many_requests_at_once_keep_their_answers_apart(mesh: Mesh) -> Non
     assert all(seen.order[-1] == "finished" for seen in answers)
 
 
+async def test_what_the_router_warns_of_reaches_the_caller(mesh: Mesh) -> None:
+    await mesh.add_worker("w1")
+
+    def decide(request: router_pb2.DispatchRequest) -> router_pb2.DispatchResponse:
+        response = mesh.router.first_worker(request)
+        response.warnings.append("acme/ner:v3 is deprecated")
+        return response
+
+    mesh.router.decide = decide
+    seen = await mesh.generate()
+    assert seen.started is not None
+    assert list(seen.started.warnings) == ["acme/ner:v3 is deprecated"]
+
+
 def composed(asked: str, **changes: str) -> Callable[[router_pb2.DispatchResponse], None]:
     """What the router answers with for a composition, and what of it is changed."""
 

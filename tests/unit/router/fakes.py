@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.router.catalogue import (
     Alias,
     BaseModel,
@@ -59,6 +60,9 @@ def version(
     servable: bool = True,
     unservable_reason: str = "",
     op_kinds: tuple[str, ...] = ("lowrank",),
+    state: VersionState = VersionState.ACTIVE,
+    state_reason: str = "",
+    replacement: str = "",
 ) -> Version:
     return Version(
         adapter=adapter_name(name),
@@ -70,6 +74,9 @@ def version(
         size_bytes=1234,
         servable=servable,
         unservable_reason=unservable_reason,
+        state=state,
+        state_reason=state_reason,
+        replacement=replacement,
     )
 
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from adaptermesh.router.catalogue import Catalogue, Change, Event, FeedBrokenError, RouteRemoved
+from adaptermesh.router.catalogue import AliasRemoved, Catalogue, Change, Event, FeedBrokenError, RouteRemoved
 from tests.unit.router.fakes import BASE, alias, catalogue, image, route, version
 
 V1, V2 = version(number=1), version(number=2)
@@ -69,6 +69,14 @@ def test_a_removed_route_is_gone_and_removing_it_twice_is_harmless() -> None:
     known.apply(Change(3, RouteRemoved("default", "ner")))
     assert known.image is not None
     assert known.image.routes == {}
+
+
+def test_a_removed_alias_is_gone_and_removing_it_twice_is_harmless() -> None:
+    known = catalogue(V1, alias(V1))
+    known.apply(Change(3, AliasRemoved(V1.adapter, "prod")))
+    known.apply(Change(4, AliasRemoved(V1.adapter, "prod")))
+    assert known.image is not None
+    assert known.image.aliases == {}
 
 
 def test_a_base_goes_by_its_digest_and_by_its_name() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from adaptermesh.core.composition import composition_digest
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.router.catalogue import Event, RouteTarget
 from adaptermesh.router.resolution import ComposedVersion, Question, Resolution, choose_target, resolve
 from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, version
@@ -14,6 +15,8 @@ from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, versi
 V1, V2 = version(number=1), version(number=2)
 ELSEWHERE = version("acme/sql", base=OTHER_BASE)
 STORED_ONLY = version("acme/odd", servable=False, unservable_reason="its kind is x-lora")
+OLD = version("acme/old", state=VersionState.DEPRECATED, state_reason="slow", replacement="acme/ner:v2")
+GONE = version("acme/gone", state=VersionState.REVOKED, state_reason="bad data")
 FUSION = version("acme/mix", servable=False, unservable_reason="ask for fuse", op_kinds=("fusion",))
 KNOWN: tuple[Event, ...] = (
     BASE,
@@ -22,6 +25,8 @@ KNOWN: tuple[Event, ...] = (
     V2,
     ELSEWHERE,
     STORED_ONLY,
+    OLD,
+    GONE,
     FUSION,
     alias(V1),
     route("ner", ("acme/ner@prod", 1, "stable"), tenant="*", generation=4),
@@ -107,6 +112,42 @@ def test_what_is_unknown_is_not_found_by_its_name(
 ) -> None:
     error = refusal(**question)
     assert (error.code, error.reason, error.metadata["name"]) == (Code.NOT_FOUND, reason, name)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"ref": "acme/gone:v1"},
+        {"ref": "acme/gone@prod"},
+        {"ref": f"acme/gone@{GONE.digest}"},
+        {"task": "gone"},
+        {"ref": "average(acme/ner:v1, acme/gone:v1)"},
+        {"ref": "fuse(acme/gone:v1, acme/ner:v1, acme/ner:v2)"},
+    ],
+)
+def test_what_means_a_revoked_version_is_refused_with_the_reason(question: dict[str, str]) -> None:
+    entries = (*KNOWN, alias(GONE), route("gone", ("acme/gone@prod", 1, "all")))
+    with pytest.raises(MeshError) as caught:
+        ask(entries=entries, **question)
+    error = caught.value
+    assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.VERSION_REVOKED)
+    assert "bad data" in error.message
+    assert error.metadata["digest"] == GONE.digest
+
+
+def test_a_deprecated_version_is_found_with_a_warning() -> None:
+    found = ask(ref="acme/old:v1")
+    assert found.version == OLD
+    assert found.warnings == ("acme/old:v1 is deprecated: slow; use acme/ner:v2",)
+    assert ask(ref="average(acme/ner:v1, acme/old:v1)").warnings == found.warnings
+    assert ask(ref="acme/ner:v1").warnings == ask().warnings == ()
+
+
+def test_a_status_holds_from_the_change_that_brings_it_until_the_next() -> None:
+    again = version("acme/gone")
+    assert ask(ref="acme/gone:v1", entries=(*KNOWN, again)).version == again
+    with pytest.raises(MeshError):
+        ask(ref="acme/gone:v1", entries=(*KNOWN, again, GONE))
 
 
 def test_an_adapter_of_another_base_than_the_one_asked_for_is_refused_with_both_digests() -> None:

@@ -299,6 +299,29 @@ async def test_what_was_committed_a_moment_ago_is_dispatched(mesh: Mesh) -> None
         assert response.version.number == number
 
 
+async def test_a_revocation_is_followed_and_so_is_its_end(mesh: Mesh) -> None:
+    await mesh.worker().join()
+    revoked = version(
+        1, status=adapter_pb2.VersionStatus(state=adapter_pb2.VERSION_STATE_REVOKED, reason="bad data")
+    )
+    position = mesh.store.commit(version_status_set=revoked)
+    error = await mesh.refusal(task="ner", min_feed_position=position)
+    assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.VERSION_REVOKED)
+    assert "bad data" in error.message
+    old = adapter_pb2.VersionStatus(state=adapter_pb2.VERSION_STATE_DEPRECATED, replacement="acme/ner:v2")
+    position = mesh.store.commit(version_status_set=version(1, status=old))
+    response = await mesh.dispatch(task="ner", min_feed_position=position)
+    assert list(response.warnings) == ["acme/ner:v1 is deprecated; use acme/ner:v2"]
+    assert response.version.status == old
+
+
+async def test_an_alias_that_is_removed_is_not_found_any_more(mesh: Mesh) -> None:
+    await mesh.worker().join()
+    position = mesh.store.commit(alias_deleted=alias(1, generation=2))
+    error = await mesh.refusal(ref="acme/ner@prod", min_feed_position=position)
+    assert error.reason is Reason.ALIAS_NOT_FOUND
+
+
 async def test_a_caller_reads_its_own_writes_by_their_position(mesh: Mesh) -> None:
     await mesh.worker().join()
     mesh.store.commit(version_published=version(2))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.digests import digest_bytes
@@ -87,3 +88,30 @@ async def test_a_lineage_that_can_not_be_is_refused(store: Any, kit: Any, publis
         await store.upload(kit.make_files(2), **BAD_LINEAGES[kind](one.digest))
     assert (errors[0].code, errors[0].reason) == (Code.INVALID_ARGUMENT, Reason.INVALID_FIELD)
     assert errors[0].metadata["field"] in {"parents", "merge_recipe", "rank"}
+
+
+async def test_a_parent_is_looked_up_by_its_digest_alone_whatever_its_status(
+    store: Any, kit: Any, publish: Any
+) -> None:
+    (one,) = await publish(seeds=(1,))
+    await store.stub.SetVersionStatus(
+        store_pb2.SetVersionStatusRequest(
+            namespace="acme",
+            name="ner",
+            version_number=1,
+            state=adapter_pb2.VERSION_STATE_REVOKED,
+            reason="bad data",
+        )
+    )
+    request = store_pb2.ResolveRefRequest(digest=one.digest, include_revoked=True)
+    found = await store.stub.ResolveRef(request)
+    assert (found.version.number, found.version.status.reason) == (1, "bad data")
+    for wrong, reason in (
+        ({"digest": one.digest}, Reason.VERSION_REVOKED),
+        ({"digest": one.digest, "ref": "acme/ner:v1"}, Reason.INVALID_FIELD),
+        ({"digest": digest_bytes(b"nobody")}, Reason.VERSION_NOT_FOUND),
+        ({}, Reason.INVALID_REF),
+    ):
+        async with kit.refused() as errors:
+            await store.stub.ResolveRef(store_pb2.ResolveRefRequest(**wrong))
+        assert errors[0].reason is reason

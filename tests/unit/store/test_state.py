@@ -22,6 +22,7 @@ from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.pages import PageRequest
@@ -34,6 +35,7 @@ from adaptermesh.store.records import (
     RouteTarget,
     VersionRecord,
 )
+from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import StoreConfig, Stores
 from tests.postgres import MIGRATED
 
@@ -78,7 +80,7 @@ class Follower:
                 break
             assert change.position == self.position + 1
             self.position = change.position
-            if change.kind is ChangeKind.ROUTE_DELETED:
+            if change.kind in {ChangeKind.ROUTE_DELETED, ChangeKind.ALIAS_DELETED}:
                 del self.state[key_of(change.record)]
             else:
                 self.state[key_of(change.record)] = change.record
@@ -94,7 +96,16 @@ class Twin:
         self.versions: dict[str, list[str]] = {}
         self.moves: dict[tuple[str, str], list[int]] = {}
         self.routes: dict[str, int] = {}
+        self.states: dict[tuple[str, int], list[VersionState]] = {}
+        self.gone: set[tuple[str, str]] = set()
+        self.protected: set[tuple[str, str]] = set()
         self.position = 0
+
+    def generation(self, name: str, alias: str) -> int:
+        return 0 if (name, alias) in self.gone else len(self.moves.get((name, alias), []))
+
+    def revoked(self, name: str, number: int) -> bool:
+        return self.states.get((name, number), [VersionState.ACTIVE])[-1] is VersionState.REVOKED
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -181,8 +192,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, alias=ALIASES, number=st.integers(1, 4), expected=EXPECTED)
     def point(self, name: str, alias: str, number: int, expected: int | None) -> None:
-        moves = self.twin.moves.get((name, alias), [])
-        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(moves))
+        generation = self.twin.generation(name, alias)
+        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, generation)
+        legal = legal and not self.twin.revoked(name, number)
+        legal = legal and (name, alias) not in self.twin.protected
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         self._move(legal, name, alias, number, self.stores.aliases.point(request, number))
 
@@ -190,10 +203,33 @@ class StoreMachine(RuleBasedStateMachine):
     def roll_back(self, name: str, alias: str, expected: int | None) -> None:
         moves = self.twin.moves.get((name, alias), [])
         earlier = [number for number in moves if number != moves[-1]]
-        legal = bool(earlier) and expected in (None, len(moves))
+        generation = self.twin.generation(name, alias)
+        legal = bool(earlier) and generation > 0 and expected in (None, generation)
+        legal = legal and (name, alias) not in self.twin.protected
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         number = earlier[-1] if earlier else 0
+        legal = legal and not self.twin.revoked(name, number)
         self._move(legal, name, alias, number, self.stores.aliases.roll_back(request))
+
+    @rule(name=NAMES, alias=ALIASES, protected=st.booleans())
+    def protect(self, name: str, alias: str, protected: bool) -> None:
+        legal = self.twin.generation(name, alias) > 0
+        request = MoveRequest(AliasName(AdapterName("acme", name), alias))
+        number = self.twin.moves[name, alias][-1] if legal else 0
+        self._move(legal, name, alias, number, self.stores.aliases.protect(request, protected=protected))
+        if legal:
+            (self.twin.protected.add if protected else self.twin.protected.discard)((name, alias))
+
+    @rule(name=NAMES, alias=ALIASES, acknowledge=st.booleans())
+    def delete_alias(self, name: str, alias: str, acknowledge: bool) -> None:
+        key = (name, alias)
+        legal = self.twin.generation(name, alias) > 0 and (acknowledge or key not in self.twin.protected)
+        request = MoveRequest(AliasName(AdapterName("acme", name), alias), acknowledge_protection=acknowledge)
+        number = self.twin.moves[key][-1] if legal else 0
+        self._move(legal, name, alias, number, self.stores.aliases.delete(request))
+        if legal:
+            self.twin.gone.add(key)
+            self.twin.protected.discard(key)
 
     def _move(self, legal: bool, name: str, alias: str, number: int, work: Any) -> None:
         if not legal:
@@ -203,9 +239,25 @@ class StoreMachine(RuleBasedStateMachine):
         record, position = self.run(work)
         moves = self.twin.moves.setdefault((name, alias), [])
         moves.append(number)
+        self.twin.gone.discard((name, alias))
         self.twin.position += 1
         assert (record.version_number, record.generation) == (number, len(moves))
         assert record.digest == self.twin.versions[name][number - 1]
+        assert position == self.twin.position
+
+    @rule(name=NAMES, number=st.integers(1, 3), state=st.sampled_from(VersionState), expected=EXPECTED)
+    def set_status(self, name: str, number: int, state: VersionState, expected: int | None) -> None:
+        states = self.twin.states.get((name, number), [])
+        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(states))
+        request = StatusRequest(AdapterName("acme", name), number, state, "because", "", expected)
+        if not legal:
+            with pytest.raises(MeshError):
+                self.run(self.stores.statuses.set(request))
+            return
+        version, position = self.run(self.stores.statuses.set(request))
+        self.twin.states[name, number] = [*states, state]
+        self.twin.position += 1
+        assert (version.status.state, version.status.generation) == (state, len(states) + 1)
         assert position == self.twin.position
 
     @rule(task=TASKS, weight=st.integers(1, 3))

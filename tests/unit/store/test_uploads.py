@@ -340,3 +340,48 @@ async def test_a_client_that_hears_no_answer_may_still_have_published(store: Any
     again = await store.upload(files)
     assert not again.created
     assert again.version.number == 1
+
+
+CARD = b"""---
+license: apache-2.0
+language: en
+tags: [finance]
+datasets: [conll2003]
+model-index:
+- results:
+  - task: {type: ner}
+    dataset: {type: conll2003, split: test}
+    metrics: [{type: f1, value: 0.91}]
+---
+Finds names.
+"""
+
+
+async def test_what_a_card_says_is_in_the_manifest_and_can_be_searched(store: Any, kit: Any) -> None:
+    files = {**kit.make_files(), "README.md": CARD}
+    version = (await store.upload(files, license="", tags=["own"])).version
+    assert (version.license, list(version.tags), list(version.warnings)) == (
+        "apache-2.0",
+        ["own", "finance"],
+        [],
+    )
+    resolved = await store.stub.ResolveRef(store_pb2.ResolveRefRequest(ref="acme/ner:v1"))
+    manifest = Manifest.from_bytes(resolved.manifest)
+    assert (manifest.languages, manifest.tags) == (("en",), ("finance", "own"))
+    assert manifest.training_data == ({"name": "conll2003"},)
+    assert manifest.metrics == (
+        {"task": "ner", "dataset": "conll2003", "split": "test", "metric": "f1", "value": 0.91},
+    )
+    found = await store.stub.ListAdapters(store_pb2.ListAdaptersRequest(tags=["finance", "own"]))
+    assert [one.newest.digest for one in found.adapters] == [version.digest]
+
+
+async def test_the_publishers_license_goes_before_the_cards(store: Any, kit: Any) -> None:
+    version = (await store.upload({**kit.make_files(), "README.md": CARD}, license="mit")).version
+    assert version.license == "mit"
+
+
+async def test_a_card_that_can_not_be_read_is_warned_of_and_kept(store: Any, kit: Any) -> None:
+    version = (await store.upload({**kit.make_files(), "README.md": b"---\na: [\n---\nHi\n"})).version
+    (warning,) = version.warnings
+    assert "front matter can't be read" in warning

@@ -1,22 +1,22 @@
-"""`adaptermesh adapters`: upload, download, search, ls, show; merge is beside it."""
+"""`adaptermesh adapters`: upload, download, search, ls, show; merge and the statuses are beside it."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import RenderableType
 from rich.text import Text
 
+from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.commands.searching import adapters_table, search
+from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
-from adaptermesh.cli.tables import facts, moment, short_digest, size, table
-from adaptermesh.cli.uploads import upload_report, with_rank
-from adaptermesh.client import Publication, ResolvedRef, StoreClient, Version
+from adaptermesh.cli.tables import moment, short_digest, size, table
+from adaptermesh.cli.uploads import upload_report
+from adaptermesh.cli.version_report import version_details, version_report
+from adaptermesh.client import Publication, StoreClient, Version
 from adaptermesh.core.refs import AdapterName
 
 app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
@@ -110,7 +110,7 @@ def show(
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Shows the versions of an adapter, or everything about one version.
+    """Shows the versions of an adapter, or everything about one version: card, lineage, metrics, status.
 
     Examples:
     adaptermesh adapters show acme/ner
@@ -121,8 +121,8 @@ def show(
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
             if "@" in ref or ":" in ref:
-                resolved = await client.resolve(ref)
-                output.result(resolved, *_version_report(resolved))
+                details = await version_details(client, ref)
+                output.result(details, *version_report(details, pretty=output.console.is_terminal))
                 return
             name = AdapterName.parse(ref)
             versions = await client.list_versions(ref)
@@ -135,11 +135,16 @@ def show(
 
 
 app.command()(merge)
+app.command()(diff)
+app.command()(deprecate)
+app.command()(revoke)
+app.command()(restore)
 
 
 def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:
     rows = table(
         "version",
+        "status",
         "digest",
         "published",
         "kind",
@@ -152,6 +157,7 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
     for version in versions:
         rows.add_row(
             version.ref,
+            version.status.state,
             short_digest(version.digest),
             moment(version.create_time),
             version.kind,
@@ -161,44 +167,3 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
             version.description,
         )
     output.result({"versions": versions, "aliases": aliases}, rows)
-
-
-def _recipe(manifest: Mapping[str, Any]) -> str:
-    """How a version was merged, in a line; "" for one that was not."""
-    recipe = manifest.get("merge_recipe")
-    if not recipe:
-        return ""
-    members = " + ".join(f"{one['weight']:g} * {short_digest(one['digest'])}" for one in recipe["members"])
-    numbers = [
-        f", {name} {recipe[name]:g}" for name in ("rank", "density", "seed") if recipe[name] is not None
-    ]
-    return f"{recipe['method']} of {members}{''.join(numbers)}"
-
-
-def _version_report(resolved: ResolvedRef) -> list[RenderableType]:
-    version = resolved.version
-    manifest = json.loads(resolved.manifest)
-    files = table("file", "size", "sha256", right=("size",))
-    for file in version.source_files:
-        files.add_row(file.path, size(file.size_bytes), short_digest(file.digest))
-    return [
-        facts(
-            version=version.ref,
-            digest=version.digest,
-            aliases=", ".join(resolved.aliases),
-            task=version.task,
-            description=version.description,
-            tags=", ".join(version.tags),
-            license=version.license,
-            base=f"{version.base_model_id} ({version.base_digest})",
-            kind=with_rank(version, f"{version.kind} ({', '.join(version.op_kinds)})"),
-            size=size(version.size_bytes),
-            servable="yes" if version.servable else f"no: {version.unservable_reason}",
-            warnings="; ".join(version.warnings),
-            parents="\n".join(manifest.get("parents", ())),
-            merged=_recipe(manifest),
-            published=moment(version.create_time),
-        ),
-        "",
-        files,
-    ]

@@ -1,4 +1,4 @@
-"""`adaptermesh alias set|history` and `adaptermesh rollback`."""
+"""`adaptermesh alias set|protect|unprotect|rm|history` and `adaptermesh rollback`."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ import typer
 from rich.text import Text
 
 from adaptermesh.cli.execute import execute
-from adaptermesh.cli.options import JsonOption, StoreOption
+from adaptermesh.cli.options import ActorOption, JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, table
 from adaptermesh.client import AliasMove, StoreClient
@@ -23,7 +23,7 @@ GenerationOption = Annotated[
         help="Move it only if this is its generation now; 0: only if it does not exist yet.",
     ),
 ]
-ActorOption = Annotated[str, typer.Option(help="Who does it, for the history.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do it although the alias is protected.")]
 CommentOption = Annotated[str, typer.Option("--comment", "-m", help="Why, for the history.")]
 
 
@@ -32,6 +32,7 @@ def set_alias(
     alias: AliasArgument,
     version: Annotated[str, typer.Argument(metavar="VERSION", help="v2, or a ref of the same adapter.")],
     expect: GenerationOption = None,
+    force: ForceOption = False,
     actor: ActorOption = "",
     comment: CommentOption = "",
     store: StoreOption = "",
@@ -47,7 +48,12 @@ def set_alias(
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
             move = await client.set_alias(
-                alias, version, expected_generation=expect, actor=actor, comment=comment
+                alias,
+                version,
+                expected_generation=expect,
+                actor=actor,
+                comment=comment,
+                acknowledge_protection=force,
             )
         output.result(move, _moved(move))
 
@@ -55,8 +61,69 @@ def set_alias(
 
 
 @app.command()
+def protect(
+    alias: AliasArgument,
+    expect: GenerationOption = None,
+    actor: ActorOption = "",
+    comment: CommentOption = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Protects an alias: it moves, and is removed, only with --force.
+
+    Example: adaptermesh alias protect acme/ner@prod
+    """
+    _set_protection(alias, True, expect, actor, comment, store, as_json)
+
+
+@app.command()
+def unprotect(
+    alias: AliasArgument,
+    expect: GenerationOption = None,
+    actor: ActorOption = "",
+    comment: CommentOption = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Takes the protection of an alias away.
+
+    Example: adaptermesh alias unprotect acme/ner@prod
+    """
+    _set_protection(alias, False, expect, actor, comment, store, as_json)
+
+
+@app.command("rm")
+def remove(
+    alias: AliasArgument,
+    expect: GenerationOption = None,
+    force: ForceOption = False,
+    actor: ActorOption = "",
+    comment: CommentOption = "",
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Removes an alias that no route uses. Its history stays, and goes on if it is set again.
+
+    Example: adaptermesh alias rm acme/ner@canary
+    """
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            gone = await client.delete_alias(
+                alias,
+                expected_generation=expect,
+                actor=actor,
+                comment=comment,
+                acknowledge_protection=force,
+            )
+        output.result(gone, Text(f"{gone.alias.ref} removed; it pointed to v{gone.alias.version_number}"))
+
+    execute(as_json, work)
+
+
+@app.command()
 def history(alias: AliasArgument, store: StoreOption = "", as_json: JsonOption = False) -> None:
-    """Lists every move of an alias, newest first.
+    """Lists every change of an alias, newest first, also of one that is removed.
 
     Example: adaptermesh alias history acme/ner@prod
     """
@@ -64,10 +131,11 @@ def history(alias: AliasArgument, store: StoreOption = "", as_json: JsonOption =
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
             moves = await client.alias_history(alias)
-        rows = table("move", "version", "digest", "when", "who", "why", right=("move",))
+        rows = table("move", "what", "version", "digest", "when", "who", "why", right=("move",))
         for move in moves:
             rows.add_row(
                 str(move.generation),
+                move.action,
                 f"v{move.version_number}",
                 short_digest(move.digest),
                 moment(move.update_time),
@@ -82,6 +150,7 @@ def history(alias: AliasArgument, store: StoreOption = "", as_json: JsonOption =
 def roll_back(
     alias: AliasArgument,
     expect: GenerationOption = None,
+    force: ForceOption = False,
     actor: ActorOption = "",
     comment: CommentOption = "",
     store: StoreOption = "",
@@ -94,7 +163,13 @@ def roll_back(
 
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
-            move = await client.roll_back(alias, expected_generation=expect, actor=actor, comment=comment)
+            move = await client.roll_back(
+                alias,
+                expected_generation=expect,
+                actor=actor,
+                comment=comment,
+                acknowledge_protection=force,
+            )
         output.result(move, _moved(move))
 
     execute(as_json, work)
@@ -105,3 +180,22 @@ def _moved(move: AliasMove) -> Text:
     return Text(
         f"{alias.ref} -> v{alias.version_number} ({short_digest(alias.digest)}), move {alias.generation}"
     )
+
+
+def _set_protection(
+    alias: str,
+    protected: bool,
+    expect: int | None,
+    actor: str,
+    comment: str,
+    store: str,
+    as_json: bool,
+) -> None:
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            change = await client.protect_alias(
+                alias, protected=protected, expected_generation=expect, actor=actor, comment=comment
+            )
+        output.result(change, Text(f"{change.alias.ref} is {change.alias.action}"))
+
+    execute(as_json, work)

@@ -171,6 +171,7 @@ def served_by(answer: Generation) -> Table:
     route = f"{started.cohort or started.ref} (route change {started.route_generation})"
     return facts(
         served_by=f"{started.adapter_version} {short_digest(started.adapter_digest)}".strip(),
+        warning="\n".join(started.warnings),
         ref=started.ref,
         route=route if started.route_generation else "",
         switch=f"{started.switch_kind.value}, from {started.tier}" if started.tier else "none",

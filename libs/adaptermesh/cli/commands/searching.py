@@ -11,7 +11,8 @@ from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import size, table
-from adaptermesh.client import Adapter, Found, Search, StoreClient
+from adaptermesh.cli.version_report import state_note
+from adaptermesh.client import Adapter, Found, Search, StoreClient, VersionState
 
 _SHOWN_VALUES = 5
 
@@ -59,10 +60,14 @@ def adapters_table(adapters: Sequence[Adapter]) -> RenderableType:
     )
     for adapter in adapters:
         newest = adapter.newest
-        aliases = ", ".join(f"{alias.alias}=v{alias.version_number}" for alias in adapter.aliases)
+        aliases = ", ".join(
+            f"{alias.alias}=v{alias.version_number}"
+            + (f" ({VersionState.REVOKED})" if alias.version_number in adapter.revoked_numbers else "")
+            for alias in adapter.aliases
+        )
         rows.add_row(
             adapter.name,
-            f"v{newest.number}",
+            f"v{newest.number}{state_note(newest)}",
             newest.task,
             newest.base_model_id,
             newest.kind,

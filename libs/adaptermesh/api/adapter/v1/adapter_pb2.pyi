@@ -80,6 +80,66 @@ SWITCH_KIND_COLD: SwitchKind.ValueType  # 3
 """The adapter was streamed from the store."""
 Global___SwitchKind: _TypeAlias = SwitchKind  # noqa: Y015
 
+class _VersionState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERSION_STATE_UNSPECIFIED: _VersionState.ValueType  # 0
+    """Never sent; refused where a state is asked for."""
+    VERSION_STATE_ACTIVE: _VersionState.ValueType  # 1
+    """It may be used."""
+    VERSION_STATE_DEPRECATED: _VersionState.ValueType  # 2
+    """It is served, with a warning: something else should be used."""
+    VERSION_STATE_REVOKED: _VersionState.ValueType  # 3
+    """It must not be used: nothing resolves to it, nothing can be pointed at it, no worker gets it."""
+
+class VersionState(_VersionState, metaclass=_VersionStateEnumTypeWrapper):
+    """Whether a version should be used."""
+
+VERSION_STATE_UNSPECIFIED: VersionState.ValueType  # 0
+"""Never sent; refused where a state is asked for."""
+VERSION_STATE_ACTIVE: VersionState.ValueType  # 1
+"""It may be used."""
+VERSION_STATE_DEPRECATED: VersionState.ValueType  # 2
+"""It is served, with a warning: something else should be used."""
+VERSION_STATE_REVOKED: VersionState.ValueType  # 3
+"""It must not be used: nothing resolves to it, nothing can be pointed at it, no worker gets it."""
+Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
+
+class _AliasAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AliasActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AliasAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ALIAS_ACTION_UNSPECIFIED: _AliasAction.ValueType  # 0
+    """Never sent."""
+    ALIAS_ACTION_SET: _AliasAction.ValueType  # 1
+    """It was set, moved or rolled back."""
+    ALIAS_ACTION_PROTECTED: _AliasAction.ValueType  # 2
+    """It was protected."""
+    ALIAS_ACTION_UNPROTECTED: _AliasAction.ValueType  # 3
+    """Its protection was taken away."""
+    ALIAS_ACTION_DELETED: _AliasAction.ValueType  # 4
+    """It was removed; the rest says what it was."""
+
+class AliasAction(_AliasAction, metaclass=_AliasActionEnumTypeWrapper):
+    """What a change of an alias did."""
+
+ALIAS_ACTION_UNSPECIFIED: AliasAction.ValueType  # 0
+"""Never sent."""
+ALIAS_ACTION_SET: AliasAction.ValueType  # 1
+"""It was set, moved or rolled back."""
+ALIAS_ACTION_PROTECTED: AliasAction.ValueType  # 2
+"""It was protected."""
+ALIAS_ACTION_UNPROTECTED: AliasAction.ValueType  # 3
+"""Its protection was taken away."""
+ALIAS_ACTION_DELETED: AliasAction.ValueType  # 4
+"""It was removed; the rest says what it was."""
+Global___AliasAction: _TypeAlias = AliasAction  # noqa: Y015
+
 @_typing.final
 class BaseModel(_message.Message):
     """A base model: the frozen transformer that adapters share."""
@@ -135,6 +195,50 @@ class BaseModel(_message.Message):
 Global___BaseModel: _TypeAlias = BaseModel  # noqa: Y015
 
 @_typing.final
+class VersionStatus(_message.Message):
+    """What is said of a version after its upload. It is no part of the manifest, so the digest stays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REPLACEMENT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    state: Global___VersionState.ValueType
+    """Whether it should be used."""
+    reason: _builtins.str
+    """Why, at most 1024 characters. Never empty for a version that is revoked."""
+    replacement: _builtins.str
+    """A ref of what to use instead of a deprecated version. Empty if there is nothing."""
+    generation: _builtins.int
+    """0 for a version whose status was never set, one more with each setting."""
+    actor: _builtins.str
+    """Who set it. Empty when the caller did not say."""
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was set. Absent if it never was."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___VersionState.ValueType = ...,
+        reason: _builtins.str = ...,
+        replacement: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "generation", b"generation", "reason", b"reason", "replacement", b"replacement", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionStatus: _TypeAlias = VersionStatus  # noqa: Y015
+
+@_typing.final
 class Version(_message.Message):
     """One immutable upload of an adapter."""
 
@@ -159,6 +263,7 @@ class Version(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SOURCE_FILES_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace, e.g. "acme"."""
     name: _builtins.str
@@ -207,6 +312,10 @@ class Version(_message.Message):
     def source_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceFile]:
         """The files as they were uploaded."""
 
+    @_builtins.property
+    def status(self) -> Global___VersionStatus:
+        """Whether it should be used. The only part that changes."""
+
     def __init__(
         self,
         *,
@@ -229,10 +338,11 @@ class Version(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         source_files: _abc.Iterable[Global___SourceFile] | None = ...,
+        status: Global___VersionStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "create_time", b"create_time", "description", b"description", "digest", b"digest", "kind", b"kind", "license", b"license", "max_rank", b"max_rank", "name", b"name", "namespace", b"namespace", "number", b"number", "op_kinds", b"op_kinds", "servable", b"servable", "size_bytes", b"size_bytes", "source_files", b"source_files", "tags", b"tags", "task", b"task", "unservable_reason", b"unservable_reason", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "create_time", b"create_time", "description", b"description", "digest", b"digest", "kind", b"kind", "license", b"license", "max_rank", b"max_rank", "name", b"name", "namespace", b"namespace", "number", b"number", "op_kinds", b"op_kinds", "servable", b"servable", "size_bytes", b"size_bytes", "source_files", b"source_files", "status", b"status", "tags", b"tags", "task", b"task", "unservable_reason", b"unservable_reason", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -283,6 +393,8 @@ class Alias(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    PROTECTED_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     name: _builtins.str
@@ -294,14 +406,18 @@ class Alias(_message.Message):
     digest: _builtins.str
     """That version's digest."""
     generation: _builtins.int
-    """1 for the first setting, one more with each move."""
+    """1 for the first setting, one more with each change. Goes on counting over a removal."""
     actor: _builtins.str
-    """Who set it. Empty when no authentication is configured and the caller did not say."""
+    """Who changed it. Empty when no authentication is configured and the caller did not say."""
     comment: _builtins.str
     """Why. May be empty."""
+    protected: _builtins.bool
+    """True for one that moves, and is removed, only when the caller acknowledges the protection."""
+    action: Global___AliasAction.ValueType
+    """What the last change did."""
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was set."""
+        """When it was changed."""
 
     def __init__(
         self,
@@ -315,10 +431,12 @@ class Alias(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         actor: _builtins.str = ...,
         comment: _builtins.str = ...,
+        protected: _builtins.bool = ...,
+        action: Global___AliasAction.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "alias", b"alias", "comment", b"comment", "digest", b"digest", "generation", b"generation", "name", b"name", "namespace", b"namespace", "update_time", b"update_time", "version_number", b"version_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "alias", b"alias", "comment", b"comment", "digest", b"digest", "generation", b"generation", "name", b"name", "namespace", b"namespace", "protected", b"protected", "update_time", b"update_time", "version_number", b"version_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

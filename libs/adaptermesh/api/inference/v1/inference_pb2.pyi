@@ -378,6 +378,7 @@ class GenerateStarted(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     SWITCH_KIND_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, also in x-request-id."""
     adapter_version: _builtins.str
@@ -400,6 +401,10 @@ class GenerateStarted(_message.Message):
     """What switching to the adapter takes."""
     prompt_tokens: _builtins.int
     """Number of prompt tokens."""
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the caller should know of what serves it: that a version is deprecated, why, and what to use instead."""
+
     def __init__(
         self,
         *,
@@ -414,10 +419,11 @@ class GenerateStarted(_message.Message):
         tier: _adapter_pb2.Tier.ValueType = ...,
         switch_kind: _adapter_pb2.SwitchKind.ValueType = ...,
         prompt_tokens: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "cohort", b"cohort", "prompt_tokens", b"prompt_tokens", "ref", b"ref", "request_id", b"request_id", "route_generation", b"route_generation", "switch_kind", b"switch_kind", "tier", b"tier", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "base_digest", b"base_digest", "cohort", b"cohort", "prompt_tokens", b"prompt_tokens", "ref", b"ref", "request_id", b"request_id", "route_generation", b"route_generation", "switch_kind", b"switch_kind", "tier", b"tier", "warnings", b"warnings", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

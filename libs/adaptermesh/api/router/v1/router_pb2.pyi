@@ -95,6 +95,7 @@ class DispatchResponse(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     FEED_POSITION_FIELD_NUMBER: _builtins.int
     COMPOSITION_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     base_digest: _builtins.str
     """The base model's digest."""
     base_model_id: _builtins.str
@@ -121,6 +122,10 @@ class DispatchResponse(_message.Message):
     def composition(self) -> Global___Composition:
         """What a composition was resolved to, instead of `version`. Absent for anything else."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the caller should know of what was resolved: that a version is deprecated, why, and what to use instead."""
+
     def __init__(
         self,
         *,
@@ -135,10 +140,11 @@ class DispatchResponse(_message.Message):
         tier: _adapter_pb2.Tier.ValueType = ...,
         feed_position: _builtins.int = ...,
         composition: Global___Composition | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "cohort", b"cohort", "composition", b"composition", "feed_position", b"feed_position", "ref", b"ref", "route_generation", b"route_generation", "tier", b"tier", "version", b"version", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "cohort", b"cohort", "composition", b"composition", "feed_position", b"feed_position", "ref", b"ref", "route_generation", b"route_generation", "tier", b"tier", "version", b"version", "warnings", b"warnings", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -303,16 +303,24 @@ class ResolveRefRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
+    INCLUDE_REVOKED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
-    """The ref."""
+    """The ref. Empty if a digest is given."""
+    include_revoked: _builtins.bool
+    """Also find a version that is revoked: to look at it, not to use it."""
+    digest: _builtins.str
+    """A version's digest alone, instead of a ref: to look up a parent. Both, or neither, is INVALID_ARGUMENT."""
     def __init__(
         self,
         *,
         ref: _builtins.str = ...,
+        include_revoked: _builtins.bool = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_revoked", b"include_revoked", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -413,6 +421,86 @@ class ListVersionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
+
+@_typing.final
+class SetVersionStatusRequest(_message.Message):
+    """Asks to say whether a version should be used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_NUMBER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REPLACEMENT_FIELD_NUMBER: _builtins.int
+    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    version_number: _builtins.int
+    """The version."""
+    state: _adapter_pb2.VersionState.ValueType
+    """What it shall be. Unspecified is refused."""
+    reason: _builtins.str
+    """Why, at most 1024 characters. A revocation needs one."""
+    replacement: _builtins.str
+    """A ref of what to use instead, for a deprecation only: it must exist and not be revoked. May be empty."""
+    expected_generation: _builtins.int
+    """The generation that the status has now; 0 if it was never set. Absent sets it whatever it is."""
+    actor: _builtins.str
+    """Who sets it. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version_number: _builtins.int = ...,
+        state: _adapter_pb2.VersionState.ValueType = ...,
+        reason: _builtins.str = ...,
+        replacement: _builtins.str = ...,
+        expected_generation: _builtins.int | None = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "actor", b"actor", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace", "reason", b"reason", "replacement", b"replacement", "state", b"state", "version_number", b"version_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
+    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+
+Global___SetVersionStatusRequest: _TypeAlias = SetVersionStatusRequest  # noqa: Y015
+
+@_typing.final
+class SetVersionStatusResponse(_message.Message):
+    """The status is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def version(self) -> _adapter_pb2.Version:
+        """The version as it is now."""
+
+    def __init__(
+        self,
+        *,
+        version: _adapter_pb2.Version | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetVersionStatusResponse: _TypeAlias = SetVersionStatusResponse  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
@@ -659,6 +747,7 @@ class AdapterSummary(_message.Message):
     NEWEST_FIELD_NUMBER: _builtins.int
     VERSION_COUNT_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    REVOKED_NUMBERS_FIELD_NUMBER: _builtins.int
     version_count: _builtins.int
     """How many versions it has."""
     @_builtins.property
@@ -669,16 +758,21 @@ class AdapterSummary(_message.Message):
     def aliases(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Alias]:
         """Its aliases."""
 
+    @_builtins.property
+    def revoked_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The numbers of those versions that an alias points at and that are revoked."""
+
     def __init__(
         self,
         *,
         newest: _adapter_pb2.Version | None = ...,
         version_count: _builtins.int = ...,
         aliases: _abc.Iterable[_adapter_pb2.Alias] | None = ...,
+        revoked_numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "version_count", b"version_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "revoked_numbers", b"revoked_numbers", "version_count", b"version_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -697,6 +791,7 @@ class SetAliasRequest(_message.Message):
     EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_PROTECTION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     name: _builtins.str
@@ -711,6 +806,8 @@ class SetAliasRequest(_message.Message):
     """Who sets it. At most 256 characters."""
     comment: _builtins.str
     """Why. At most 1024 characters."""
+    acknowledge_protection: _builtins.bool
+    """Move it although it is protected. Means nothing for one that isn't."""
     def __init__(
         self,
         *,
@@ -721,10 +818,11 @@ class SetAliasRequest(_message.Message):
         expected_generation: _builtins.int | None = ...,
         actor: _builtins.str = ...,
         comment: _builtins.str = ...,
+        acknowledge_protection: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "actor", b"actor", "alias", b"alias", "comment", b"comment", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace", "version_number", b"version_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "acknowledge_protection", b"acknowledge_protection", "actor", b"actor", "alias", b"alias", "comment", b"comment", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace", "version_number", b"version_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
     _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
@@ -772,6 +870,7 @@ class RollBackAliasRequest(_message.Message):
     EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_PROTECTION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     name: _builtins.str
@@ -784,6 +883,8 @@ class RollBackAliasRequest(_message.Message):
     """Who does it. At most 256 characters."""
     comment: _builtins.str
     """Why. At most 1024 characters."""
+    acknowledge_protection: _builtins.bool
+    """Move it although it is protected. Means nothing for one that isn't."""
     def __init__(
         self,
         *,
@@ -793,10 +894,11 @@ class RollBackAliasRequest(_message.Message):
         expected_generation: _builtins.int | None = ...,
         actor: _builtins.str = ...,
         comment: _builtins.str = ...,
+        acknowledge_protection: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "actor", b"actor", "alias", b"alias", "comment", b"comment", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "acknowledge_protection", b"acknowledge_protection", "actor", b"actor", "alias", b"alias", "comment", b"comment", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
     _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
@@ -831,6 +933,158 @@ class RollBackAliasResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RollBackAliasResponse: _TypeAlias = RollBackAliasResponse  # noqa: Y015
+
+@_typing.final
+class SetAliasProtectionRequest(_message.Message):
+    """Asks to protect an alias, or to take its protection away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    PROTECTED_FIELD_NUMBER: _builtins.int
+    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    alias: _builtins.str
+    """The alias."""
+    protected: _builtins.bool
+    """Whether it shall be protected."""
+    expected_generation: _builtins.int
+    """The generation it has now. Absent changes it whatever it is."""
+    actor: _builtins.str
+    """Who does it. At most 256 characters."""
+    comment: _builtins.str
+    """Why. At most 1024 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        protected: _builtins.bool = ...,
+        expected_generation: _builtins.int | None = ...,
+        actor: _builtins.str = ...,
+        comment: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "actor", b"actor", "alias", b"alias", "comment", b"comment", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace", "protected", b"protected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
+    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+
+Global___SetAliasProtectionRequest: _TypeAlias = SetAliasProtectionRequest  # noqa: Y015
+
+@_typing.final
+class SetAliasProtectionResponse(_message.Message):
+    """The protection is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def alias(self) -> _adapter_pb2.Alias:
+        """The alias as it is now."""
+
+    def __init__(
+        self,
+        *,
+        alias: _adapter_pb2.Alias | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "feed_position", b"feed_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasProtectionResponse: _TypeAlias = SetAliasProtectionResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    """Asks to remove an alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_PROTECTION_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    alias: _builtins.str
+    """The alias."""
+    expected_generation: _builtins.int
+    """The generation it has now. Absent removes it whatever it is."""
+    actor: _builtins.str
+    """Who does it. At most 256 characters."""
+    comment: _builtins.str
+    """Why. At most 1024 characters."""
+    acknowledge_protection: _builtins.bool
+    """Remove it although it is protected. Means nothing for one that isn't."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        expected_generation: _builtins.int | None = ...,
+        actor: _builtins.str = ...,
+        comment: _builtins.str = ...,
+        acknowledge_protection: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "acknowledge_protection", b"acknowledge_protection", "actor", b"actor", "alias", b"alias", "comment", b"comment", "expected_generation", b"expected_generation", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
+    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasResponse(_message.Message):
+    """The alias is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def alias(self) -> _adapter_pb2.Alias:
+        """The last entry of its history."""
+
+    def __init__(
+        self,
+        *,
+        alias: _adapter_pb2.Alias | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "feed_position", b"feed_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
 
 @_typing.final
 class ListAliasHistoryRequest(_message.Message):
@@ -1300,6 +1554,8 @@ class Change(_message.Message):
     ALIAS_SET_FIELD_NUMBER: _builtins.int
     ROUTE_SET_FIELD_NUMBER: _builtins.int
     ROUTE_DELETED_FIELD_NUMBER: _builtins.int
+    VERSION_STATUS_SET_FIELD_NUMBER: _builtins.int
+    ALIAS_DELETED_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """1, 2, 3, ... without gaps."""
     @_builtins.property
@@ -1316,7 +1572,7 @@ class Change(_message.Message):
 
     @_builtins.property
     def alias_set(self) -> _adapter_pb2.Alias:
-        """An alias was set or moved."""
+        """An alias was set or moved, protected or no longer so."""
 
     @_builtins.property
     def route_set(self) -> _adapter_pb2.Route:
@@ -1325,6 +1581,14 @@ class Change(_message.Message):
     @_builtins.property
     def route_deleted(self) -> _adapter_pb2.Route:
         """A route was removed; tenant and task are set."""
+
+    @_builtins.property
+    def version_status_set(self) -> _adapter_pb2.Version:
+        """A version's status was set; the version as it was then."""
+
+    @_builtins.property
+    def alias_deleted(self) -> _adapter_pb2.Alias:
+        """An alias was removed; as it was, with the last entry of its history."""
 
     def __init__(
         self,
@@ -1336,12 +1600,14 @@ class Change(_message.Message):
         alias_set: _adapter_pb2.Alias | None = ...,
         route_set: _adapter_pb2.Route | None = ...,
         route_deleted: _adapter_pb2.Route | None = ...,
+        version_status_set: _adapter_pb2.Version | None = ...,
+        alias_deleted: _adapter_pb2.Alias | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_status_set", b"version_status_set"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_status_set", b"version_status_set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

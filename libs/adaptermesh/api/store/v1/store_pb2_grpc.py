@@ -60,6 +60,11 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
+        self.SetVersionStatus = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/SetVersionStatus',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/ListAdapters',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.SerializeToString,
@@ -79,6 +84,16 @@ class StoreServiceStub:
                 '/adaptermesh.api.store.v1.StoreService/RollBackAlias',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasResponse.FromString,
+                _registered_method=True)
+        self.SetAliasProtection = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/SetAliasProtection',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/DeleteAlias',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasResponse.FromString,
                 _registered_method=True)
         self.ListAliasHistory = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/ListAliasHistory',
@@ -139,6 +154,7 @@ class StoreServiceServicer:
 
     def DownloadFile(self, request, context):
         """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
+        What is revoked can still be looked at in this way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,13 +163,15 @@ class StoreServiceServicer:
     def FetchAdapter(self, request, context):
         """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
         manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
+        FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResolveRef(self, request, context):
-        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias.
+        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+        (VERSION_REVOKED): it is revoked, with the reason that was given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,6 +179,16 @@ class StoreServiceServicer:
 
     def ListVersions(self, request, context):
         """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetVersionStatus(self, request, context):
+        """Says whether a version should be used, by compare-and-set. ABORTED (STATUS_CONFLICT): it was set since (ErrorInfo
+        has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
+        replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
+        deprecated, or of itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,20 +210,38 @@ class StoreServiceServicer:
 
     def SetAlias(self, request, context):
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
+        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackAlias(self, request, context):
-        """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none.
+        """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
+        revoked, or the alias is protected (ALIAS_PROTECTED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAliasProtection(self, request, context):
+        """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+        there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+        FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAliasHistory(self, request, context):
-        """Every move of an alias, newest first. NOT_FOUND: the alias was never set.
+        """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,6 +249,7 @@ class StoreServiceServicer:
 
     def SetRoute(self, request, context):
         """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
+        FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -281,6 +328,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsResponse.SerializeToString,
             ),
+            'SetVersionStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetVersionStatus,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.SerializeToString,
+            ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.FromString,
@@ -300,6 +352,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.RollBackAlias,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasResponse.SerializeToString,
+            ),
+            'SetAliasProtection': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAliasProtection,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasResponse.SerializeToString,
             ),
             'ListAliasHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAliasHistory,
@@ -489,6 +551,33 @@ class StoreService:
             _registered_method=True)
 
     @staticmethod
+    def SetVersionStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/SetVersionStatus',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListAdapters(request,
             target,
             options=(),
@@ -586,6 +675,60 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/RollBackAlias',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.RollBackAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAliasProtection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/SetAliasProtection',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasProtectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/DeleteAlias',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,27 +41,52 @@ class StoreServiceStub:
     another (both digests).
     """
     DownloadFile: _grpc.UnaryStreamMultiCallable[_store_pb2.DownloadFileRequest, _store_pb2.DownloadFileResponse]
-    """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end."""
+    """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
+    What is revoked can still be looked at in this way.
+    """
     FetchAdapter: _grpc.UnaryStreamMultiCallable[_store_pb2.FetchAdapterRequest, _store_pb2.FetchAdapterResponse]
     """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
     manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
+    FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
     """
     ResolveRef: _grpc.UnaryUnaryMultiCallable[_store_pb2.ResolveRefRequest, _store_pb2.ResolveRefResponse]
-    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias."""
+    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+    (VERSION_REVOKED): it is revoked, with the reason that was given.
+    """
     ListVersions: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListVersionsRequest, _store_pb2.ListVersionsResponse]
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
+    SetVersionStatus: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetVersionStatusRequest, _store_pb2.SetVersionStatusResponse]
+    """Says whether a version should be used, by compare-and-set. ABORTED (STATUS_CONFLICT): it was set since (ErrorInfo
+    has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
+    replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
+    deprecated, or of itself.
+    """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]
     """Lists or searches adapters, by name."""
     SearchAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]
     """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]
-    """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation)."""
+    """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
+    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+    """
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]
-    """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none."""
+    """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
+    revoked, or the alias is protected (ALIAS_PROTECTED).
+    """
+    SetAliasProtection: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]
+    """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+    there is none.
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteAliasRequest, _store_pb2.DeleteAliasResponse]
+    """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+    FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
+    """
     ListAliasHistory: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListAliasHistoryRequest, _store_pb2.ListAliasHistoryResponse]
-    """Every move of an alias, newest first. NOT_FOUND: the alias was never set."""
+    """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
     SetRoute: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetRouteRequest, _store_pb2.SetRouteResponse]
-    """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref."""
+    """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
+    FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+    """
     DeleteRoute: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteRouteRequest, _store_pb2.DeleteRouteResponse]
     """Removes a route. NOT_FOUND: there is none."""
     ListRoutes: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListRoutesRequest, _store_pb2.ListRoutesResponse]
@@ -93,27 +118,52 @@ class StoreServiceAsyncStub(StoreServiceStub):
     another (both digests).
     """
     DownloadFile: _aio.UnaryStreamMultiCallable[_store_pb2.DownloadFileRequest, _store_pb2.DownloadFileResponse]  # type: ignore[assignment]
-    """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end."""
+    """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
+    What is revoked can still be looked at in this way.
+    """
     FetchAdapter: _aio.UnaryStreamMultiCallable[_store_pb2.FetchAdapterRequest, _store_pb2.FetchAdapterResponse]  # type: ignore[assignment]
     """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
     manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
+    FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
     """
     ResolveRef: _aio.UnaryUnaryMultiCallable[_store_pb2.ResolveRefRequest, _store_pb2.ResolveRefResponse]  # type: ignore[assignment]
-    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias."""
+    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+    (VERSION_REVOKED): it is revoked, with the reason that was given.
+    """
     ListVersions: _aio.UnaryUnaryMultiCallable[_store_pb2.ListVersionsRequest, _store_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
+    SetVersionStatus: _aio.UnaryUnaryMultiCallable[_store_pb2.SetVersionStatusRequest, _store_pb2.SetVersionStatusResponse]  # type: ignore[assignment]
+    """Says whether a version should be used, by compare-and-set. ABORTED (STATUS_CONFLICT): it was set since (ErrorInfo
+    has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
+    replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
+    deprecated, or of itself.
+    """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists or searches adapters, by name."""
     SearchAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]  # type: ignore[assignment]
     """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation)."""
+    """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
+    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+    """
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]  # type: ignore[assignment]
-    """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none."""
+    """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
+    revoked, or the alias is protected (ALIAS_PROTECTED).
+    """
+    SetAliasProtection: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]  # type: ignore[assignment]
+    """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+    there is none.
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteAliasRequest, _store_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+    FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
+    """
     ListAliasHistory: _aio.UnaryUnaryMultiCallable[_store_pb2.ListAliasHistoryRequest, _store_pb2.ListAliasHistoryResponse]  # type: ignore[assignment]
-    """Every move of an alias, newest first. NOT_FOUND: the alias was never set."""
+    """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
     SetRoute: _aio.UnaryUnaryMultiCallable[_store_pb2.SetRouteRequest, _store_pb2.SetRouteResponse]  # type: ignore[assignment]
-    """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref."""
+    """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
+    FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+    """
     DeleteRoute: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteRouteRequest, _store_pb2.DeleteRouteResponse]  # type: ignore[assignment]
     """Removes a route. NOT_FOUND: there is none."""
     ListRoutes: _aio.UnaryUnaryMultiCallable[_store_pb2.ListRoutesRequest, _store_pb2.ListRoutesResponse]  # type: ignore[assignment]
@@ -154,7 +204,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.DownloadFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.DownloadFileResponse], _abc.AsyncIterator[_store_pb2.DownloadFileResponse]]:
-        """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end."""
+        """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
+        What is revoked can still be looked at in this way.
+        """
 
     @_abc_1.abstractmethod
     def FetchAdapter(
@@ -164,6 +216,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_store_pb2.FetchAdapterResponse], _abc.AsyncIterator[_store_pb2.FetchAdapterResponse]]:
         """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
         manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
+        FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
         """
 
     @_abc_1.abstractmethod
@@ -172,7 +225,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.ResolveRefRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ResolveRefResponse, _abc.Awaitable[_store_pb2.ResolveRefResponse]]:
-        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias."""
+        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+        (VERSION_REVOKED): it is revoked, with the reason that was given.
+        """
 
     @_abc_1.abstractmethod
     def ListVersions(
@@ -181,6 +236,18 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ListVersionsResponse, _abc.Awaitable[_store_pb2.ListVersionsResponse]]:
         """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
+
+    @_abc_1.abstractmethod
+    def SetVersionStatus(
+        self,
+        request: _store_pb2.SetVersionStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.SetVersionStatusResponse, _abc.Awaitable[_store_pb2.SetVersionStatusResponse]]:
+        """Says whether a version should be used, by compare-and-set. ABORTED (STATUS_CONFLICT): it was set since (ErrorInfo
+        has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
+        replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
+        deprecated, or of itself.
+        """
 
     @_abc_1.abstractmethod
     def ListAdapters(
@@ -204,7 +271,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.SetAliasResponse, _abc.Awaitable[_store_pb2.SetAliasResponse]]:
-        """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation)."""
+        """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
+        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+        """
 
     @_abc_1.abstractmethod
     def RollBackAlias(
@@ -212,7 +281,29 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.RollBackAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.RollBackAliasResponse, _abc.Awaitable[_store_pb2.RollBackAliasResponse]]:
-        """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none."""
+        """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
+        revoked, or the alias is protected (ALIAS_PROTECTED).
+        """
+
+    @_abc_1.abstractmethod
+    def SetAliasProtection(
+        self,
+        request: _store_pb2.SetAliasProtectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.SetAliasProtectionResponse, _abc.Awaitable[_store_pb2.SetAliasProtectionResponse]]:
+        """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
+        there is none.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _store_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.DeleteAliasResponse, _abc.Awaitable[_store_pb2.DeleteAliasResponse]]:
+        """Removes an alias, by compare-and-set; its history stays. ABORTED: it has changed since. NOT_FOUND: there is none.
+        FAILED_PRECONDITION: it is protected (ALIAS_PROTECTED), or a route sends requests there (ALIAS_IN_USE).
+        """
 
     @_abc_1.abstractmethod
     def ListAliasHistory(
@@ -220,7 +311,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.ListAliasHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ListAliasHistoryResponse, _abc.Awaitable[_store_pb2.ListAliasHistoryResponse]]:
-        """Every move of an alias, newest first. NOT_FOUND: the alias was never set."""
+        """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
 
     @_abc_1.abstractmethod
     def SetRoute(
@@ -228,7 +319,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.SetRouteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.SetRouteResponse, _abc.Awaitable[_store_pb2.SetRouteResponse]]:
-        """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref."""
+        """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
+        FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+        """
 
     @_abc_1.abstractmethod
     def DeleteRoute(

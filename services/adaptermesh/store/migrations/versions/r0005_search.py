@@ -3,7 +3,7 @@
 Cards are not in the database: those of adapters that are there already are found after their next version.
 
 Revision ID: r0005
-Revises: r0001
+Revises: r0002b
 """
 
 import re
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "r0005"
-down_revision = "r0001"
+down_revision = "r0002b"
 branch_labels = None
 depends_on = None
 
