@@ -11,7 +11,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from adaptermesh.core.errors import MeshError, Reason, unavailable
+from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
 from adaptermesh.store.dialect import Dialect, Trouble
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.ownership import OwnedWork
@@ -89,7 +89,8 @@ class Database:
         """Makes the tables if there are none and brings the schema up to date.
 
         Raises:
-            MeshError: UNAVAILABLE if the database can't be reached, after some attempts.
+            MeshError: UNAVAILABLE if the database can't be reached, after some attempts;
+                FAILED_PRECONDITION if it refuses the tables, or has those of a newer store.
         """
         await self._dialect.make_room()
         deadline = asyncio.get_running_loop().time() + self._busy_seconds
@@ -145,6 +146,9 @@ class Database:
             if error.reason is Reason.STORE_UNREACHABLE and asyncio.get_running_loop().time() < deadline:
                 return False
             raise
+        except exc.DBAPIError as error:
+            message = f"the store can't make its tables: {_words(error)}"
+            raise MeshError(Code.FAILED_PRECONDITION, Reason.INTERNAL, message) from error
         return True
 
     async def _follow(self) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select
 
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.store import schema
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,9 @@ def migrate(connection: Connection, new_feed_id: str) -> None:
     Args:
         connection: in a write transaction that the caller commits.
         new_feed_id: the feed's identity if the database is new.
+
+    Raises:
+        MeshError: FAILED_PRECONDITION if a newer store has brought the database to a schema of its own.
     """
     # It logs how it works at INFO; what it did is logged below.
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -28,6 +33,10 @@ def migrate(connection: Connection, new_feed_id: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
     config.attributes["connection"] = connection
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if before is not None and before not in known:
+        message = f"the database has schema {before}, of a newer store than this one"
+        raise MeshError(Code.FAILED_PRECONDITION, Reason.INTERNAL, message)
     command.upgrade(config, "head")
     after = MigrationContext.configure(connection).get_current_revision()
     if connection.execute(select(schema.feed.c.id)).first() is None:

@@ -35,7 +35,10 @@ class StoreSettings(ServiceSettings):
     )
     ingest_threads: int = Field(default=2, gt=0, description="Uploads that are checked at the same time.")
     database_connections: int = Field(
-        default=16, ge=4, description="Database transactions at the same time; more wait."
+        default=16,
+        ge=4,
+        description="Database transactions at the same time; more wait. On PostgreSQL each is a connection "
+        "of each store, which has one more to listen.",
     )
     database_busy_seconds: float = Field(
         default=10.0, gt=0, description="How long a transaction waits for its turn, in seconds."

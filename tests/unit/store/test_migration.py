@@ -11,13 +11,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, NullPool, inspect
+from sqlalchemy import Connection, NullPool, inspect, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from adaptermesh.core.clock import SystemClock
+from adaptermesh.core.errors import Code, MeshError
 from adaptermesh.core.refs import parse_ref
 from adaptermesh.store import migration, schema
-from adaptermesh.store.database import DatabaseConfig
+from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.finding import SearchQuery
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.pages import PageRequest
@@ -132,6 +133,18 @@ async def test_a_migration_that_fails_leaves_nothing_behind(url: str) -> None:
             raise RuntimeError("in the middle")
     async with transaction(url) as run:
         assert await run(lambda connection: inspect(connection).get_table_names()) == []
+
+
+async def test_a_database_of_a_newer_store_is_left_alone(url: str) -> None:
+    async with transaction(url) as run:
+        await run(lambda connection: migrate(connection, "id"))
+        newer = text("UPDATE alembic_version SET version_num = 'r9999'")
+        await run(lambda connection: connection.execute(newer))
+    database = Database(DatabaseConfig(url), lambda: None)
+    with pytest.raises(MeshError, match="r9999, of a newer store") as caught:
+        await database.open("id")
+    assert caught.value.code is Code.FAILED_PRECONDITION
+    await database.close()
 
 
 async def test_every_revision_can_be_taken_back(url: str) -> None:

@@ -176,6 +176,17 @@ async def test_a_database_that_can_not_be_reached_is_named_without_its_password(
         assert PASSWORD not in text_shown
 
 
+async def test_a_user_who_may_not_make_tables_is_told_so(
+    bare_postgres_url: str, postgres_server: Any
+) -> None:
+    postgres_server.sql("CREATE ROLE guest LOGIN PASSWORD 'hunter2'")
+    url = make_url(bare_postgres_url).set(username="guest", password="hunter2")
+    with pytest.raises(MeshError, match="permission denied for schema public") as caught:
+        async with opened(url.render_as_string(hide_password=False)):
+            pass
+    assert caught.value.code is Code.FAILED_PRECONDITION
+
+
 async def test_a_schema_that_changes_under_a_running_store_costs_no_write(postgres_url: str) -> None:
     async with opened(postgres_url) as database:
         query = select(schema.feed)
