@@ -37,7 +37,8 @@ def rows(settings: type[ServiceSettings], shared: bool) -> list[str]:
 def default_of(name: str, field: FieldInfo) -> str:
     if name == "home":
         return "`~/.adaptermesh`"
-    if field.default is None or field.default in ("", PydanticUndefined):
+    # A secret's text is empty, too, though it is no string.
+    if field.default in (None, PydanticUndefined) or not str(field.default):
         return "unset"
     return f"`{field.default}`"
 

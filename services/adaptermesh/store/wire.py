@@ -4,8 +4,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.store.feed import FeedMessage
+from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
 from adaptermesh.store.records import (
     AdapterSummary,
@@ -131,6 +133,26 @@ def summary_to(summary: AdapterSummary) -> store_pb2.AdapterSummary:
         newest=version_to(summary.newest),
         version_count=summary.version_count,
         aliases=[alias_to(alias) for alias in summary.aliases],
+    )
+
+
+def grace_from(request: store_pb2.CollectGarbageRequest) -> float:
+    """In seconds; raises MeshError INVALID_FIELD."""
+    if not request.HasField("grace"):
+        return DEFAULT_GRACE_SECONDS
+    seconds = request.grace.seconds + request.grace.nanos / 1e9
+    if not 0 <= seconds <= MAX_GRACE_SECONDS:
+        raise invalid_field("grace", "must be between 0 and 10 years")
+    return seconds
+
+
+def garbage_to(report: GarbageReport) -> store_pb2.CollectGarbageResponse:
+    return store_pb2.CollectGarbageResponse(
+        removed_blobs=report.removed_blobs,
+        removed_bytes=report.removed_bytes,
+        needed_blobs=report.needed_blobs,
+        young_blobs=report.young_blobs,
+        unfinished_uploads=report.unfinished_uploads,
     )
 
 
