@@ -107,13 +107,10 @@ class S3BlobStore:
         return f"{self._prefix}sha256/{digits[:2]}/{digits[2:]}"
 
     def _try_out(self) -> None:
-        """Looks whether the bucket is there and takes objects. Some servers would make one on the first put."""
+        """Looks whether the bucket takes objects. First whether it is there: some servers would make it."""
         if not self._client.bucket_exists(self._bucket):
-            raise MeshError(
-                Code.FAILED_PRECONDITION,
-                Reason.STORE_UNREACHABLE,
-                f"the S3 server at {self._connection.config.endpoint} has no bucket '{self._bucket}': make it",
-            )
+            message = f"the S3 server at {self._connection.config.endpoint} has no bucket '{self._bucket}'"
+            raise MeshError(Code.FAILED_PRECONDITION, Reason.STORE_UNREACHABLE, message)
         key = f"{self._prefix}probe-{uuid.uuid4().hex}"
         self._client.put_object(self._bucket, key, io.BytesIO(b"writable"), 8)
         self._client.remove_object(self._bucket, key)
@@ -216,6 +213,8 @@ class _ObjectReader:
         except S3Error as error:
             if is_absent(error):
                 raise corrupt_blob(self._blob.digest, "it is missing") from error
+            if error.code == "InvalidRange":
+                raise corrupt_blob(self._blob.digest, f"it ends before byte {offset + size}") from error
             raise
         try:
             if response.headers.get("Content-Length") != str(size):

@@ -11,6 +11,7 @@ from adaptermesh.core.clock import SystemClock
 from adaptermesh.rpc.channel import open_channel
 from adaptermesh.rpc.server import MeshServer, ServerConfig
 from adaptermesh.rpc.service import ServiceContext
+from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.service import GRPC_NAME, StoreService, store_config
 from adaptermesh.store.settings import StoreSettings
 from adaptermesh.telemetry.tracing import no_tracing
@@ -52,6 +53,43 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert (config.database.connections, config.database.busy_seconds) == (6, 7)
     assert config.feed.heartbeat_seconds == 8
     assert (config.snapshots.concurrent, config.snapshots.seconds) == (9, 10)
+
+
+def test_the_bytes_are_in_the_bucket_that_is_set_and_in_the_folder_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert store_config(StoreSettings()).s3 is None
+    values = {
+        "ENDPOINT": "minio:9000",
+        "BUCKET": "b",
+        "PREFIX": "mesh",
+        "REGION": "eu-west-1",
+        "ACCESS_KEY": "key",
+        "SECRET_KEY": "not to be seen",
+        "SECURE": "false",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"ADAPTERMESH_STORE_S3_{name}", value)
+    settings = StoreSettings()
+    expected = S3Config("minio:9000", "b", "mesh", "eu-west-1", "key", "not to be seen", secure=False)
+    config = store_config(settings)
+    assert config.s3 == expected
+    assert "not to be seen" not in f"{settings!r} {settings} {settings.model_dump_json()} {config!r}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"s3_endpoint": "http://minio:9000"},
+        {"s3_access_key": "key"},
+        {"s3_secret_key": "not to be seen"},
+        {"s3_secret_key": "not to be seen", "s3_endpoint": "a/b"},
+    ],
+)
+def test_s3_settings_that_make_no_sense_are_refused_without_the_secret(values: dict[str, str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        StoreSettings.model_validate(values)
+    assert "not to be seen" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["postgresql+asyncpg://h/d", "sqlite:///x", "catalogue.db"])
