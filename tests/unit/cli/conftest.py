@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.cli.app import build_app
 from tests.unit.client.fake_services import (
     FakeGateway,
@@ -21,6 +22,7 @@ from tests.unit.client.fake_services import (
     fake_worker,
     serve,
 )
+from tests.unit.store.conftest import base_model, running_store, store_config
 
 
 @dataclass
@@ -86,6 +88,30 @@ def adapter_folder(tmp_path: Path) -> Path:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     return folder
+
+
+@pytest.fixture
+def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder of a store with one base, on another thread's event loop; the environment points at it."""
+    ready, stopping = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+    found: list[str] = []
+
+    async def run() -> None:
+        async with running_store(store_config(tmp_path / "store")) as store:
+            await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base_model()))
+            found.append(store.target)
+            ready.set()
+            await stopping.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    assert ready.wait(30)
+    monkeypatch.setenv("ADAPTERMESH_STORE", found[0])
+    yield tmp_path / "store"
+    loop.call_soon_threadsafe(stopping.set)
+    thread.join(30)
+    loop.close()
 
 
 def document(result: Result) -> Any:

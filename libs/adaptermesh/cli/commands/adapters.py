@@ -1,4 +1,4 @@
-"""`adaptermesh adapters`: upload, download, search, ls, show; merge is beside it."""
+"""`adaptermesh adapters`: upload, download, search, ls, show; merge, verify and gc are beside it."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.stored_bytes import collect_garbage, verify
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
@@ -155,6 +156,8 @@ def show(
 
 
 app.command()(merge)
+app.command()(verify)
+app.command("gc")(collect_garbage)
 
 
 def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
