@@ -56,14 +56,16 @@ def base_model() -> adapter_pb2.BaseModel:
     )
 
 
-def adapter_files(seed: int) -> dict[str, bytes]:
+def adapter_files(seed: int, rank: int = RANK, modules: tuple[str, ...] = ("q_proj",)) -> dict[str, bytes]:
+    """4 KiB of tensors for each layer, module and unit of rank."""
     random = np.random.default_rng(seed)
     tensors = {}
     for layer in range(LAYERS):
-        path = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        tensors[f"{path}.lora_A.weight"] = random.standard_normal((RANK, HIDDEN)).astype(np.float32)
-        tensors[f"{path}.lora_B.weight"] = random.standard_normal((HIDDEN, RANK)).astype(np.float32)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+        for module in modules:
+            path = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{path}.lora_A.weight"] = random.standard_normal((rank, HIDDEN), np.float32)
+            tensors[f"{path}.lora_B.weight"] = random.standard_normal((HIDDEN, rank), np.float32)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": modules, "bias": "none"}
     return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors)}
 
 

@@ -42,11 +42,11 @@ class S3Config:
     """How long the server may be silent within one request."""
     retries: int = 3
     """Of one request, for a lost connection or an answer of 5xx."""
-    part_bytes: int = 8 * 2**20
-    """Larger blobs are sent in parts; each call of `put` holds one part in memory."""
-    read_threads: int = 16
+    part_bytes: int = 5 * 2**20
+    """Larger blobs are sent in parts, of which a call of `put` holds one in memory. S3 takes none smaller."""
+    read_threads: int = 8
     write_threads: int = 4
-    look_threads: int = 8
+    look_threads: int = 4
     """For short requests: they never wait behind bytes."""
     wait_seconds: float = 60.0
     """How long a read or a short request may take, its wait for a thread included."""
