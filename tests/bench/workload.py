@@ -36,6 +36,8 @@ class Scale:
     sequential_tokens: int = 16
     cold: int = 40
     """Cold switches of one round."""
+    downloads: int = 6
+    """Downloads of each client in one round."""
     checked: int = 8
     """Answers of a round that are compared where no peer runs the whole workload."""
     checked_tokens: int = 8
@@ -65,6 +67,7 @@ TINY = Scale(
     sequential=2,
     sequential_tokens=2,
     cold=2,
+    downloads=1,
     checked=2,
     checked_tokens=2,
 )

@@ -8,6 +8,7 @@ from tests.bench.result import Result
 from tests.bench.scenarios import (
     cold_switch,
     decode_bound,
+    downloads,
     kinds,
     many_adapters,
     many_rows,
@@ -105,5 +106,12 @@ SCENARIOS = {
         "protobuf, receiving on while the manifest is read, staging layers as they arrive, manifests read "
         "five times faster, host memory that is used again. What is left is the time until the store's "
         "first message (4 ms) and work that has to be done for each byte.",
+    ),
+    "downloads": Scenario(
+        "Downloads, eight at once",
+        "Store processes whose bytes are in a folder and in a real S3 server on this machine (SeaweedFS), "
+        "and a bare gRPC server that streams the same file from memory in pieces of 512 KiB. Eight clients "
+        "in one process, each over its own connection, read it again and again and drop it.",
+        downloads.run,
     ),
 }
