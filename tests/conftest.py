@@ -5,8 +5,12 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 pytest_plugins = ["tests.postgres"]
 
@@ -32,3 +36,13 @@ def logging_as_before() -> Iterator[None]:
     root.handlers[:] = [handler for handler in root.handlers if handler in handlers]
     root.handlers.extend(handler for handler in handlers if handler not in root.handlers)
     root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3Server]":
+    """A real S3 server, for all tests that leave it running."""
+    # Only where it is asked for: other machines may lack what it needs.
+    from tests.s3_server import s3_server as running
+
+    with running(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -74,6 +74,7 @@ def _vllm_environment(folder: Path) -> Mapping[str, str]:
 KINDS: Mapping[str, PeerKind] = {
     "engine": PeerKind("tests.bench.peers.with_engine"),
     "store": PeerKind("tests.bench.peers.with_store"),
+    "downloads": PeerKind("tests.bench.peers.with_downloads"),
     "memory": PeerKind("tests.bench.peers.with_memory"),
     "transformers": PeerKind("tests.bench.peers.with_transformers"),
     "vllm": PeerKind(

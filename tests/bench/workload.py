@@ -43,6 +43,8 @@ class Scale:
     searches: int = 100
     """Pages of each kind of search in one round."""
     events: int = 10_000
+    downloads: int = 6
+    """Downloads of each client in one round."""
     checked: int = 8
     """Answers of a round that are compared where no peer runs the whole workload."""
     checked_tokens: int = 8
@@ -76,6 +78,7 @@ TINY = Scale(
     lookups=20,
     searches=4,
     events=50,
+    downloads=1,
     checked=2,
     checked_tokens=2,
 )

@@ -16,7 +16,13 @@ from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.rpc.status import mesh_error_from
 from adaptermesh.testing.polling import eventually
-from tests.integration.test_store_kill import StoreProcess, adapter_files, base_model, upload_messages
+from tests.integration.store_process import (
+    Place,
+    StoreProcess,
+    adapter_files,
+    base_model,
+    upload_messages,
+)
 from tests.postgres import PostgresServer, running_postgres
 
 DATABASE = "mesh"
@@ -49,8 +55,8 @@ async def store_processes(
 
 
 async def start(server: PostgresServer, home: Path) -> StoreProcess:
-    url = server.url(DATABASE)
-    return await StoreProcess.start(home, database_url=url, heartbeat_seconds=NO_HEARTBEAT)
+    settings = {"HEARTBEAT_SECONDS": NO_HEARTBEAT}
+    return await StoreProcess.start(Place(home, database_url=server.url(DATABASE), settings=settings))
 
 
 async def end(store: StoreProcess) -> None:

@@ -77,6 +77,44 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class BlobCheck:
+    """What became of some stored bytes; `problem` is empty if they are what was put."""
+
+    digest: str
+    size_bytes: int
+    problem: str
+    name: str = ""
+    """What they are to the version, e.g. a file's path; "" if no version was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A version's bytes as they arrived here, and as the store read them again."""
+
+    version: Version
+    downloaded: tuple[BlobCheck, ...]
+    stored: tuple[BlobCheck, ...]
+
+    @property
+    def problems(self) -> tuple[BlobCheck, ...]:
+        """Those that are not what was put; empty for a version that is whole."""
+        return tuple(check for check in (*self.downloaded, *self.stored) if check.problem)
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageReport:
+    """What a garbage collection removed, or, in a dry run, would have."""
+
+    dry_run: bool
+    removed_blobs: int
+    removed_bytes: int
+    needed_blobs: int
+    young_blobs: int
+    """No version needs them, but they are younger than the grace."""
+    unfinished_uploads: int
+
+
+@dataclass(frozen=True, slots=True)
 class Alias:
     """A movable pointer to a version, as it was after its `generation`-th change, which was `action`.
 

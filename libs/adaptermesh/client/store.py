@@ -1,5 +1,6 @@
 """The adapter store's client: upload, download, find, point aliases, set routes."""
 
+import datetime
 import functools
 import json
 import tempfile
@@ -19,7 +20,9 @@ from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pa
 from adaptermesh.client.records import (
     Adapter,
     BaseModel,
+    BlobCheck,
     Found,
+    GarbageReport,
     Lineage,
     Merge,
     MergeResult,
@@ -29,12 +32,14 @@ from adaptermesh.client.records import (
     RouteTarget,
     Search,
     UploadResult,
+    Verification,
     Version,
     VersionDifference,
 )
 from adaptermesh.client.source_folder import read_folder
 from adaptermesh.client.statuses import StatusCalls
 from adaptermesh.client.transfer import (
+    FileStream,
     Progress,
     ProgressCallback,
     destination,
@@ -194,6 +199,45 @@ class StoreClient(AliasCalls, StatusCalls):
         from adaptermesh.client.comparing import compare
 
         return await compare(self, a, b, progress)
+
+    async def verify(self, ref: str, *, progress: ProgressCallback | None = None) -> Verification:
+        """Downloads everything of a version and compares it with its digests; needs numpy.
+
+        That is the manifest, every chunk of the tensors and every uploaded file. The store reads its copies
+        again, too. Nothing is kept; what is wrong is in the result, not raised.
+        """
+        from adaptermesh.client.verifying import Verifier
+
+        def files(digest: str, path: str) -> FileStream:
+            return functools.partial(self._file_bytes, digest, path)
+
+        return await Verifier(self, files, progress).verify(ref)
+
+    async def verify_stored(self, digest: str = "") -> list[BlobCheck]:
+        """Has the store read the blobs of a version again, or, without a digest, those of all versions."""
+        request = store_pb2.VerifyBlobsRequest(digest=digest)
+        try:
+            stream = self._stub.VerifyBlobs(request, timeout=self.deadlines.transfer_seconds)
+            return [BlobCheck(one.blob_digest, one.size_bytes, one.problem) async for one in stream]
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def collect_garbage(
+        self, *, grace: datetime.timedelta | None = None, dry_run: bool = False
+    ) -> GarbageReport:
+        """Removes stored bytes that no version needs and are older than the grace (24 hours)."""
+        request = store_pb2.CollectGarbageRequest(dry_run=dry_run)
+        if grace is not None:
+            request.grace.FromTimedelta(grace)
+        found = await self._call(self._stub.CollectGarbage, request, self.deadlines.transfer_seconds)
+        return GarbageReport(
+            dry_run,
+            found.removed_blobs,
+            found.removed_bytes,
+            found.needed_blobs,
+            found.young_blobs,
+            found.unfinished_uploads,
+        )
 
     async def list_versions(self, adapter: str) -> list[Version]:
         """Every version of `namespace/name`, newest first."""

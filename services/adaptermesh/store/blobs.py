@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import os
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -14,6 +16,17 @@ from adaptermesh.core.errors import Code, MeshError, Reason
 
 _PIECE = 1024 * 1024
 _PREFIX = "sha256:"
+_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """A blob that is there, without its bytes."""
+
+    digest: str
+    size_bytes: int
+    modify_time: float
+    """When it was put, by the backend's clock: seconds since 1970."""
 
 
 class BlobReader(Protocol):
@@ -30,7 +43,22 @@ class BlobReader(Protocol):
 
 
 class BlobStore(Protocol):
-    """Blobs that never change. What `put` has returned for survives a crash."""
+    """Blobs that never change. What `put` has returned for survives a crash.
+
+    Every call may raise MeshError UNAVAILABLE (STORE_UNREACHABLE) if the backend can't be reached.
+    """
+
+    async def recover(self) -> None:
+        """Makes the backend ready, and removes what a crash left that nobody else can be at work on.
+
+        Raises:
+            MeshError: it can't be used; the message says why.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Lets go of connections and threads."""
+        ...
 
     async def put(self, digest: str, source: Path) -> None:
         """Keeps the content of a file; the same content again changes nothing.
@@ -44,8 +72,24 @@ class BlobStore(Protocol):
         """Opens a blob; raises MeshError DATA_CORRUPT if there is none, since the catalogue says there is."""
         ...
 
+    async def stat(self, digest: str) -> StoredBlob | None:
+        """The blob with a digest, if there is one."""
+        ...
+
+    def scan(self) -> AsyncGenerator[StoredBlob]:
+        """Every blob, in no order. One that comes or goes meanwhile may be in it or not."""
+        ...
+
     async def delete(self, digest: str) -> None:
         """Removes a blob, if it is there."""
+        ...
+
+    async def unfinished(self, before: float) -> int:
+        """How many calls of `put` began before a time (seconds since 1970) and never came to an end."""
+        ...
+
+    async def discard_unfinished(self, before: float) -> int:
+        """Removes what those left; returns how many there were."""
         ...
 
 
@@ -63,6 +107,9 @@ class FolderBlobStore:
         """Makes the folders and removes what a crash left under temporary names."""
         await asyncio.to_thread(self._recover)
 
+    async def close(self) -> None:
+        """Nothing is kept open."""
+
     async def put(self, digest: str, source: Path) -> None:
         await asyncio.to_thread(self._put, digest, source)
 
@@ -74,8 +121,26 @@ class FolderBlobStore:
         finally:
             reader.close()
 
+    async def stat(self, digest: str) -> StoredBlob | None:
+        return await asyncio.to_thread(_stat, self._path(digest), digest)
+
+    async def scan(self) -> AsyncGenerator[StoredBlob]:
+        found = self._scan()
+        while page := await asyncio.to_thread(lambda: [*islice(found, _PAGE)]):
+            for blob in page:
+                yield blob
+
     async def delete(self, digest: str) -> None:
         await asyncio.to_thread(self._path(digest).unlink, missing_ok=True)
+
+    async def unfinished(self, before: float) -> int:
+        return len(await asyncio.to_thread(self._unfinished, before))
+
+    async def discard_unfinished(self, before: float) -> int:
+        left = await asyncio.to_thread(self._unfinished, before)
+        for path in left:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+        return len(left)
 
     def _path(self, digest: str) -> Path:
         if not is_digest(digest):
@@ -89,13 +154,24 @@ class FolderBlobStore:
         for left in self._temporary.iterdir():
             left.unlink(missing_ok=True)
 
+    def _scan(self) -> Iterator[StoredBlob]:
+        for path in self._blobs.glob("??/*"):
+            digest = f"{_PREFIX}{path.parent.name}{path.name}"
+            blob = _stat(path, digest) if is_digest(digest) else None
+            if blob is not None:
+                yield blob
+
+    def _unfinished(self, before: float) -> list[Path]:
+        times = ((path, _modify_time(path)) for path in self._temporary.iterdir())
+        return [path for path, time in times if time is not None and time < before]
+
     def _put(self, digest: str, source: Path) -> None:
         target = self._path(digest)
         if not target.exists():
             temporary = self._temporary / uuid.uuid4().hex
             try:
                 if _copy(source, temporary) != digest:
-                    raise _corrupt(digest, "what was to be kept has another digest")
+                    raise corrupt_blob(digest, "what was to be kept has another digest")
                 target.parent.mkdir(exist_ok=True)
                 temporary.rename(target)
             finally:
@@ -113,7 +189,7 @@ class _FileReader:
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise _corrupt(digest, "it is missing") from error
+            raise corrupt_blob(digest, "it is missing") from error
         self._size = os.fstat(self._file).st_size
         self._pending: set[asyncio.Future[bytes]] = set()
         self._closed = False
@@ -146,7 +222,7 @@ class _FileReader:
         while len(data) < size:
             more = os.pread(self._file, size - len(data), offset + len(data))
             if not more:
-                raise _corrupt(self._digest, f"it ends before byte {offset + size}")
+                raise corrupt_blob(self._digest, f"it ends before byte {offset + size}")
             data += more
         return data
 
@@ -155,6 +231,21 @@ def file_digest(path: Path) -> str:
     """The digest of a file's content; blocks."""
     with path.open("rb") as file:
         return _PREFIX + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stat(path: Path, digest: str) -> StoredBlob | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return StoredBlob(digest, found.st_size, found.st_mtime)
+
+
+def _modify_time(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -183,7 +274,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _corrupt(digest: str, message: str) -> MeshError:
+def corrupt_blob(digest: str, message: str) -> MeshError:
+    """DATA_LOSS (DATA_CORRUPT)."""
     return MeshError(
         Code.DATA_LOSS, Reason.DATA_CORRUPT, f"blob {digest}: {message}", metadata={"digest": digest}
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from sqlalchemy import delete, insert, select, update
@@ -47,7 +47,6 @@ from adaptermesh.store.words import Wording, word_index
 log = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 64 * 1024
-_BLOB_COLUMNS = (versions.c.digest, versions.c.tensor_digest, versions.c.source_files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +123,21 @@ class Catalogue:
             rows = (await connection.execute(query)).all()
         return pager.page([base_model_record(row) for row in rows])
 
-    async def publish(self, version: VersionRecord, tensor_digest: str, card: str = "") -> Published:
+    async def publish(
+        self,
+        version: VersionRecord,
+        tensor_digest: str,
+        card: str = "",
+        confirm: Callable[[], Awaitable[None]] | None = None,
+    ) -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
 
         Args:
             version: its number and time are set here.
             tensor_digest: the blob of the canonical tensor file.
             card: the text by which it can be found, beside its own fields.
+            confirm: called when no other writer can come in between any more; what it raises prevents the
+                publication.
         """
         stamped = dataclasses.replace(version, create_time_us=int(self._clock.wall() * 1e6))
 
@@ -143,6 +150,9 @@ class Catalogue:
             record = stored.record
             wording = Wording(str(record.adapter), " ".join(record.tags), record.description, card)
             await self._words.put(connection, adapter_id, wording)
+            if confirm is not None:
+                # Here, because from its first change on the transaction has the writers' lock.
+                await confirm()
             return Published(stored, created=True)
 
         return await self._database.write(work)
@@ -201,15 +211,6 @@ class Catalogue:
                 query = query.where(versions.c.number < pager.after[0])
             rows = await connection.execute(query.order_by(versions.c.number.desc()).limit(pager.limit))
             return pager.page([version_record(row) for row in rows])
-
-    async def blob_digests(self) -> AsyncIterator[str]:
-        """The digests of all blobs that versions need; some come more than once."""
-        async with self._database.reading() as connection:
-            async for row in await connection.stream(select(*_BLOB_COLUMNS)):
-                yield row.digest
-                yield row.tensor_digest
-                for file in row.source_files:
-                    yield file["digest"]
 
 
 async def _insert(

@@ -9,6 +9,7 @@ from adaptermesh.rpc.server import MeshServer
 from adaptermesh.rpc.service import ServiceContext
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
+from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.servicer import StoreServicer
 from adaptermesh.store.settings import StoreSettings
 from adaptermesh.store.snapshot import SnapshotConfig
@@ -56,6 +57,7 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             connections=settings.database_connections,
             busy_seconds=settings.database_busy_seconds,
         ),
+        s3=_s3_config(settings) if settings.s3_endpoint else None,
         uploads=UploadConfig(
             max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
@@ -65,4 +67,16 @@ def store_config(settings: StoreSettings) -> StoreConfig:
         ),
         feed=FeedConfig(heartbeat_seconds=settings.heartbeat_seconds),
         snapshots=SnapshotConfig(concurrent=settings.concurrent_snapshots, seconds=settings.snapshot_seconds),
+    )
+
+
+def _s3_config(settings: StoreSettings) -> S3Config:
+    return S3Config(
+        endpoint=settings.s3_endpoint,
+        bucket=settings.s3_bucket,
+        prefix=settings.s3_prefix,
+        region=settings.s3_region,
+        access_key=settings.s3_access_key,
+        secret_key=settings.s3_secret_key.get_secret_value(),
+        secure=settings.s3_secure,
     )

@@ -226,6 +226,21 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
             async for message in messages:
                 yield wire.watch_response(message)
 
+    async def CollectGarbage(
+        self, request: store_pb2.CollectGarbageRequest, context: Context
+    ) -> store_pb2.CollectGarbageResponse:
+        grace = wire.grace_from(request)
+        return wire.garbage_to(await self._stores.garbage.collect(grace, dry_run=request.dry_run))
+
+    async def VerifyBlobs(
+        self, request: store_pb2.VerifyBlobsRequest, context: Context
+    ) -> AsyncIterator[store_pb2.VerifyBlobsResponse]:
+        async with aclosing(self._stores.scrubber.check(request.digest)) as checks:
+            async for check in checks:
+                yield store_pb2.VerifyBlobsResponse(
+                    blob_digest=check.digest, size_bytes=check.size_bytes, problem=check.problem
+                )
+
 
 async def _data(messages: AsyncIterator[store_pb2.UploadAdapterRequest]) -> AsyncGenerator[bytes]:
     async for message in messages:

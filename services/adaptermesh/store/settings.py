@@ -1,6 +1,8 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
-from pydantic import Field, SecretStr, field_validator
+from typing import Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -11,7 +13,7 @@ from adaptermesh.rpc.settings import ServiceSettings
 class StoreSettings(ServiceSettings):
     """Read from the environment."""
 
-    # A value that is refused is not shown: it may hold a password.
+    # A value that is refused is not shown: it may hold a password or the secret key.
     model_config = SettingsConfigDict(env_prefix="ADAPTERMESH_STORE_", hide_input_in_errors=True)
 
     port: int = Field(default=7702, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
@@ -21,8 +23,21 @@ class StoreSettings(ServiceSettings):
         "postgresql+asyncpg://<user>:<password>@<host>:<port>/<name>. Empty: <home>/store/catalogue.db.",
     )
     blobs: str = Field(
-        default="", description="Folder for the bytes and for uploads in progress. Empty: <home>/store."
+        default="",
+        description="Folder for uploads in progress, and for the bytes unless S3 has them. One store each. "
+        "Empty: <home>/store.",
     )
+    s3_endpoint: str = Field(
+        default="",
+        description="S3 server that keeps the bytes, host:port; several stores may share its bucket. "
+        "Empty: the folder keeps them.",
+    )
+    s3_bucket: str = Field(default="adaptermesh", description="The bucket. It must be there.")
+    s3_prefix: str = Field(default="", description="What keys begin with. Empty: the bucket is this mesh's.")
+    s3_region: str = Field(default="us-east-1", description="The bucket's region.")
+    s3_access_key: str = Field(default="", description="Access key. Empty: calls are not signed.")
+    s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key.")
+    s3_secure: bool = Field(default=True, description="Calls the S3 server over TLS.")
     max_upload_bytes: int = Field(
         default=512 * 2**20, gt=0, description="Largest upload, all its files together, in bytes."
     )
@@ -50,6 +65,19 @@ class StoreSettings(ServiceSettings):
     snapshot_seconds: float = Field(
         default=60.0, gt=0, description="How long one snapshot may take, the wait included, in seconds."
     )
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _host_and_port(cls, endpoint: str) -> str:
+        if "/" in endpoint:
+            raise ValueError("must be host:port, without a scheme")
+        return endpoint
+
+    @model_validator(mode="after")
+    def _both_keys_or_none(self) -> Self:
+        if bool(self.s3_access_key) != bool(self.s3_secret_key.get_secret_value()):
+            raise ValueError("an S3 access key needs its secret key, and the other way round")
+        return self
 
     @field_validator("database_url")
     @classmethod

@@ -11,17 +11,21 @@ from pathlib import Path
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Reason, unavailable
 from adaptermesh.store.aliases import Aliases
-from adaptermesh.store.blobs import FolderBlobStore
+from adaptermesh.store.blobs import BlobStore, FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.finding import Finding
+from adaptermesh.store.garbage import GarbageCollector
 from adaptermesh.store.routes import Routes
+from adaptermesh.store.s3_blobs import S3BlobStore
+from adaptermesh.store.s3_connection import S3Config
+from adaptermesh.store.scrubbing import Scrubber
 from adaptermesh.store.search import Search
 from adaptermesh.store.snapshot import SnapshotConfig, Snapshots
 from adaptermesh.store.staging import Staging
 from adaptermesh.store.statuses import Statuses
-from adaptermesh.store.uploads import UploadConfig, Uploads, sweep
+from adaptermesh.store.uploads import UploadConfig, Uploads
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +37,10 @@ class StoreConfig:
     """Everything that can be set."""
 
     folder: Path
-    """For bytes: `blobs` and `staging`."""
+    """For bytes: `staging`, and `blobs` unless they are in a bucket."""
     database: DatabaseConfig
+    s3: S3Config | None = None
+    """Where blobs are. None: in the folder."""
     uploads: UploadConfig = field(default_factory=UploadConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
@@ -52,7 +58,7 @@ class Stores:
         self.staging = Staging(config.folder / "staging")
         self.feed = Feed(config.feed)
         self.database = Database(config.database, self.feed.announce)
-        self.blobs = FolderBlobStore(config.folder / "blobs")
+        self.blobs = _blob_store(config)
         self.catalogue = Catalogue(self.database, clock)
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)
@@ -61,17 +67,23 @@ class Stores:
         self.finding = Finding(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
+        self.garbage = GarbageCollector(self.database, self.blobs, clock)
+        self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
 
     async def open(self) -> None:
         """Takes the folder, brings the database up to date, and removes what a crash has left.
 
+        The folder is this store's alone; others may share its database and its bucket, and be at work.
+
         Raises:
-            MeshError: UNAVAILABLE if another process has the folder.
+            MeshError: UNAVAILABLE if another process has the folder, or if the bucket can't be used.
         """
         await self._lock.take(self._config.lock_seconds)
         await self.database.open(str(uuid.uuid4()))
         await self.blobs.recover()
-        await sweep(self.catalogue, self.blobs, await self.staging.left_blobs())
+        removed = await self.garbage.remove_unneeded(await self.staging.left_blobs())
+        if removed:
+            log.warning("blobs of unfinished uploads removed", extra={"count": removed})
         await self.staging.recover()
         self._open = True
 
@@ -90,7 +102,12 @@ class Stores:
         self.drain()
         await self.uploads.close()
         await self.database.close()
+        await self.blobs.close()
         self._lock.release()
+
+
+def _blob_store(config: StoreConfig) -> BlobStore:
+    return FolderBlobStore(config.folder / "blobs") if config.s3 is None else S3BlobStore(config.s3)
 
 
 class FolderLock:

@@ -10,6 +10,7 @@ from adaptermesh.rpc.alias_action import action_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.feed import FeedMessage
 from adaptermesh.store.finding import Facets, Order, SearchQuery
+from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
 from adaptermesh.store.records import (
     AdapterSummary,
@@ -185,6 +186,26 @@ def summary_to(summary: AdapterSummary) -> store_pb2.AdapterSummary:
         version_count=summary.version_count,
         aliases=[alias_to(alias) for alias in summary.aliases],
         revoked_numbers=summary.revoked_numbers,
+    )
+
+
+def grace_from(request: store_pb2.CollectGarbageRequest) -> float:
+    """In seconds; raises MeshError INVALID_FIELD."""
+    if not request.HasField("grace"):
+        return DEFAULT_GRACE_SECONDS
+    seconds = request.grace.seconds + request.grace.nanos / 1e9
+    if not 0 <= seconds <= MAX_GRACE_SECONDS:
+        raise invalid_field("grace", "must be between 0 and 10 years")
+    return seconds
+
+
+def garbage_to(report: GarbageReport) -> store_pb2.CollectGarbageResponse:
+    return store_pb2.CollectGarbageResponse(
+        removed_blobs=report.removed_blobs,
+        removed_bytes=report.removed_bytes,
+        needed_blobs=report.needed_blobs,
+        young_blobs=report.young_blobs,
+        unfinished_uploads=report.unfinished_uploads,
     )
 
 

@@ -1,8 +1,10 @@
 """A gRPC server with nothing behind it: streams the bytes of one file from memory. Prints its port."""
 
 import asyncio
+import contextlib
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,17 @@ import grpc.aio
 PIECE_BYTES = 512 * 1024
 METHOD = "Stream"
 SERVICE = "adaptermesh.bench.Raw"
+
+
+@contextlib.contextmanager
+def run_raw_server(file: Path) -> Iterator[int]:
+    """Gives the port of a process that serves a file; it ends with the block."""
+    command = [sys.executable, "-m", "tests.bench.peers.raw_server", str(file)]
+    # Leaving the process's block closes its stdin, which ends it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        if process.stdout is None:
+            raise RuntimeError("the bare server has no stdout")
+        yield int(process.stdout.readline())
 
 
 async def run(file: Path) -> None:

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import importlib.metadata
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -18,7 +16,6 @@ import grpc.aio
 
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.artifact.base_facts import BaseFacts
-from adaptermesh.client import Publication, StoreClient
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import MeshError
 from adaptermesh.core.tiers import Tier
@@ -28,13 +25,12 @@ from adaptermesh.worker.adapter_stream import SourceConfig
 from adaptermesh.worker.engine.base import load_base
 from adaptermesh.worker.engine.config import EngineConfig
 from adaptermesh.worker.engine.engine import Engine
-from adaptermesh.worker.registration import register_within
 from adaptermesh.worker.source import GrpcAdapterSource
 from tests.bench.adapter_files import CANONICAL_FILE
-from tests.bench.peers.raw_server import METHOD, SERVICE
+from tests.bench.peers.raw_server import METHOD, SERVICE, run_raw_server
 from tests.bench.peers.rows import Heard, make_request
 from tests.bench.peers.serve import serve
-from tests.bench.peers.store_process import run_store
+from tests.bench.peers.store_process import publish, run_store
 
 _CALL_SECONDS = 60.0
 _EVICT_SECONDS = 5.0
@@ -59,16 +55,18 @@ class StorePeer:
         adapters, names = Path(message["adapters"]), message["options"]["names"]
         model = Path(message["model"])
         facts = BaseFacts.from_json(json.loads((model / "base_model.json").read_text()))
-        self._on_loop(self._publish(target, facts, adapters, names))
+        versions = self._on_loop(publish(target, facts, adapters, names))
+        self._digests = {name: version.digest for name, version in zip(names, versions, strict=True)}
         source = self._on_loop(self._connect(target))
         config = EngineConfig(disk_dir=home / "disk", dtype="float32")
         self._engine = Engine(config, load_base(model, config), source, SystemClock())
         self._engine.start()
         self._stack.callback(self._engine.stop)
         file = adapters / names[0] / CANONICAL_FILE
-        self._raw = self._on_loop(self._connect_raw(self._start_raw(file)))
-        versions = {name: importlib.metadata.version(name) for name in ("adaptermesh", "grpcio", "torch")}
-        return {"versions": versions, "adapter_bytes": file.stat().st_size}
+        port = self._stack.enter_context(run_raw_server(file))
+        self._raw = self._on_loop(self._connect_raw(port))
+        packages = {name: importlib.metadata.version(name) for name in ("adaptermesh", "grpcio", "torch")}
+        return {"versions": packages, "adapter_bytes": file.stat().st_size}
 
     def cold(self, message: dict[str, Any]) -> list[float]:
         """Seconds from the wish until the adapter is in its device slot, for each name."""
@@ -105,17 +103,6 @@ class StorePeer:
     def _on_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_SECONDS * 5)
 
-    async def _publish(self, target: str, facts: BaseFacts, adapters: Path, names: list[str]) -> None:
-        channel = open_channel(target)
-        await register_within(channel, facts, _CALL_SECONDS)
-        await channel.close()
-        async with StoreClient(target) as store:
-            for name in names:
-                result = await store.upload(
-                    adapters / name / "peft", f"bench/{name}", Publication(facts.model_id)
-                )
-                self._digests[name] = result.version.digest
-
     async def _connect(self, target: str) -> GrpcAdapterSource:
         channel = open_channel(target)
         self._store = store_pb2_grpc.StoreServiceStub(channel)
@@ -124,18 +111,6 @@ class StorePeer:
     async def _connect_raw(self, port: int) -> Any:
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         return channel.unary_stream(f"/{SERVICE}/{METHOD}")
-
-    def _start_raw(self, file: Path) -> int:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.peers.raw_server", str(file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        # Leaving the process's block closes its stdin, which ends it.
-        self._stack.enter_context(process)
-        if process.stdout is None:
-            raise RuntimeError("the bare server has no stdout")
-        return int(process.stdout.readline())
 
     def _load_cold(self, digest: str) -> float:
         done: Future[float] = Future()

@@ -8,6 +8,7 @@ from tests.bench.result import Result
 from tests.bench.scenarios import (
     cold_switch,
     decode_bound,
+    downloads,
     kinds,
     many_adapters,
     many_rows,
@@ -113,5 +114,12 @@ SCENARIOS = {
         "versions, an alias, three tags and a card of 100 words, out of 20,000 words of which few are said "
         "often. A page has 50 adapters. The p99 is over all rounds; in brackets the lowest and the highest.",
         registry.run,
+    ),
+    "downloads": Scenario(
+        "Downloads, eight at once",
+        "Store processes whose bytes are in a folder and in a real S3 server on this machine (SeaweedFS), "
+        "and a bare gRPC server that streams the same file from memory in pieces of 512 KiB. Eight clients "
+        "in one process, each over its own connection, read it again and again and drop it.",
+        downloads.run,
     ),
 }

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,58 @@ async def test_a_deleted_blob_is_gone_and_may_be_deleted_again(blobs: BlobStore,
     assert await whole(blobs, DIGEST) == CONTENT
 
 
-async def test_a_reader_that_was_open_goes_on_while_the_blob_is_deleted(
+async def test_a_reader_whose_blob_is_deleted_gets_the_right_bytes_or_an_error(
     blobs: BlobStore, source: Path
 ) -> None:
     await blobs.put(DIGEST, source)
     async with blobs.open(DIGEST) as reader:
         await blobs.delete(DIGEST)
-        assert await reader.read(10, 100) == CONTENT[10:110]
+        try:
+            assert await reader.read(10, 100) == CONTENT[10:110]
+        except MeshError as error:
+            assert error.reason is Reason.DATA_CORRUPT
+
+
+async def test_what_is_there_is_listed_with_its_size_and_the_time_it_was_put(
+    blobs: BlobStore, source: Path
+) -> None:
+    assert [blob async for blob in blobs.scan()] == []
+    assert await blobs.stat(DIGEST) is None
+    before = time.time()
+    contents = {digest_bytes(bytes([value]) * value): bytes([value]) * value for value in range(5)}
+    for digest, content in contents.items():
+        await asyncio.to_thread(source.write_bytes, content)
+        await blobs.put(digest, source)
+    found = {blob.digest: blob async for blob in blobs.scan()}
+    assert {digest: blob.size_bytes for digest, blob in found.items()} == {
+        digest: len(content) for digest, content in contents.items()
+    }
+    # Some backends count in seconds.
+    assert all(before - 2 < blob.modify_time < time.time() + 2 for blob in found.values())
+    for digest, blob in found.items():
+        assert await blobs.stat(digest) == blob
+
+
+async def test_a_blob_that_was_put_leaves_nothing_unfinished(blobs: BlobStore, source: Path) -> None:
+    large = CONTENT * 5
+    await asyncio.to_thread(source.write_bytes, large)
+    await blobs.put(digest_bytes(large), source)
+    with pytest.raises(MeshError):
+        await blobs.put(DIGEST, source)
+    assert await whole(blobs, digest_bytes(large)) == large
+    assert await blobs.unfinished(time.time() + 10) == 0
+    assert await blobs.discard_unfinished(time.time() + 10) == 0
+
+
+async def test_a_put_whose_caller_goes_away_leaves_all_or_nothing(blobs: BlobStore, source: Path) -> None:
+    large = CONTENT * 5
+    await asyncio.to_thread(source.write_bytes, large)
+    putting = asyncio.create_task(blobs.put(digest_bytes(large), source))
+    await asyncio.sleep(0)
+    putting.cancel()
+    await asyncio.gather(putting, return_exceptions=True)
+    await blobs.put(digest_bytes(large), source)
+    assert await whole(blobs, digest_bytes(large)) == large
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "../../etc/passwd", DIGEST.upper(), DIGEST + "/x"])

@@ -24,7 +24,6 @@ from tests.unit.client.fake_services import (
 )
 from tests.unit.store.conftest import (
     BASE_NAME,
-    RunningStore,
     base_model,
     make_files,
     running_store,
@@ -73,38 +72,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMesh]:
     loop.close()
 
 
-@pytest.fixture
-def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A real store with one base model, on another thread's event loop, that the environment points at."""
-    ready = threading.Event()
-    found: list[RunningStore] = []
-    loop = asyncio.new_event_loop()
-    stopping = asyncio.Event()
-
-    async def run() -> None:
-        async with running_store(store_config(tmp_path / "store")) as store:
-            await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base_model()))
-            found.append(store)
-            ready.set()
-            await stopping.wait()
-
-    (tmp_path / "store").mkdir()
-    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
-    thread.start()
-    assert ready.wait(30)
-    monkeypatch.setenv("ADAPTERMESH_STORE", found[0].target)
-    yield
-    loop.call_soon_threadsafe(stopping.set)
-    thread.join(30)
-    loop.close()
-
-
 Invoke = Callable[..., Result]
 Publish = Callable[..., str]
 
 
 @pytest.fixture
-def publish(real_store: None, invoke: "Invoke", tmp_path: Path) -> Publish:
+def publish(real_store: Path, invoke: "Invoke", tmp_path: Path) -> Publish:
     """Uploads a small adapter to the real store and returns its ref."""
 
     def upload(name: str = "acme/ner", seed: int = 1, card: str | None = None, **config: Any) -> str:
@@ -141,6 +114,30 @@ def adapter_folder(tmp_path: Path) -> Path:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     return folder
+
+
+@pytest.fixture
+def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder of a store with one base, on another thread's event loop; the environment points at it."""
+    ready, stopping = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+    found: list[str] = []
+
+    async def run() -> None:
+        async with running_store(store_config(tmp_path / "store")) as store:
+            await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base_model()))
+            found.append(store.target)
+            ready.set()
+            await stopping.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    assert ready.wait(30)
+    monkeypatch.setenv("ADAPTERMESH_STORE", found[0])
+    yield tmp_path / "store"
+    loop.call_soon_threadsafe(stopping.set)
+    thread.join(30)
+    loop.close()
 
 
 def document(result: Result) -> Any:

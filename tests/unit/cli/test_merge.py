@@ -1,43 +1,15 @@
 """`adapters merge` against a real store."""
 
-import asyncio
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from adaptermesh.api.store.v1 import store_pb2
 from tests.unit.cli.conftest import Invoke, document
-from tests.unit.store.conftest import BASE_NAME, base_model, make_files, running_store, store_config
+from tests.unit.store.conftest import BASE_NAME, make_files
 
 
 @pytest.fixture
-def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A store with one base on another thread's event loop, that the environment points at."""
-    ready, stopping = threading.Event(), asyncio.Event()
-    loop = asyncio.new_event_loop()
-    found: list[str] = []
-
-    async def run() -> None:
-        async with running_store(store_config(tmp_path / "store")) as store:
-            await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base_model()))
-            found.append(store.target)
-            ready.set()
-            await stopping.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
-    thread.start()
-    assert ready.wait(30)
-    monkeypatch.setenv("ADAPTERMESH_STORE", found[0])
-    yield
-    loop.call_soon_threadsafe(stopping.set)
-    thread.join(30)
-    loop.close()
-
-
-@pytest.fixture
-def published(real_store: None, invoke: Invoke, tmp_path: Path) -> Invoke:
+def published(real_store: Path, invoke: Invoke, tmp_path: Path) -> Invoke:
     """acme/one:v1 of rank 2 and acme/two:v1 of rank 3."""
     for seed, name in enumerate(("one", "two")):
         folder = tmp_path / name

@@ -25,6 +25,7 @@ from adaptermesh.rpc.server import MeshServer, ServerConfig
 from adaptermesh.rpc.status import mesh_error_from
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
+from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.service import GRPC_NAME
 from adaptermesh.store.servicer import StoreServicer
 from adaptermesh.store.stores import StoreConfig, Stores
@@ -195,9 +196,10 @@ async def until(true: Callable[[], Any]) -> None:
     await eventually(look, within=20)
 
 
-def store_config(folder: Path, database_url: str = "") -> StoreConfig:
+def store_config(folder: Path, database_url: str = "", s3: S3Config | None = None) -> StoreConfig:
     return StoreConfig(
         folder=folder,
+        s3=s3,
         database=DatabaseConfig(url=database_url or f"sqlite+aiosqlite:///{folder}/catalogue.db"),
         feed=FeedConfig(heartbeat_seconds=0.2, page_size=4),
         lock_seconds=0.3,
@@ -223,6 +225,13 @@ def kit() -> SimpleNamespace:
 @pytest.fixture
 def config(tmp_path: Path, database_url: str) -> StoreConfig:
     return store_config(tmp_path, database_url)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> StoreConfig:
+    """A store of either backend."""
+    s3 = request.getfixturevalue("s3_server").config() if request.param == "s3" else None
+    return store_config(tmp_path, s3=s3)
 
 
 @pytest.fixture

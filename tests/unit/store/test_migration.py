@@ -120,9 +120,9 @@ async def test_what_an_older_store_published_is_found_by_its_words(url: str, tmp
             await run(lambda connection, row=row: connection.exec_driver_sql(row))
     stores = Stores(StoreConfig(tmp_path / "bytes", DatabaseConfig(url)), SystemClock())
     await stores.open()
-    for text in ("", "ner", "name", "acme a", "other"):
-        page = await stores.finding.find(SearchQuery(text, task="ner", tags=("a",)), PageRequest())
-        assert [item.newest.digest for item in page.items] == [DIGEST] * (text != "other"), text
+    for words in ("", "ner", "name", "acme a", "other"):
+        page = await stores.finding.find(SearchQuery(words, task="ner", tags=("a",)), PageRequest())
+        assert [item.newest.digest for item in page.items] == [DIGEST] * (words != "other"), words
     await stores.close()
 
 

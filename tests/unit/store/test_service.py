@@ -11,6 +11,7 @@ from adaptermesh.core.clock import SystemClock
 from adaptermesh.rpc.channel import open_channel
 from adaptermesh.rpc.server import MeshServer, ServerConfig
 from adaptermesh.rpc.service import ServiceContext
+from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.service import GRPC_NAME, StoreService, store_config
 from adaptermesh.store.settings import StoreSettings
 from adaptermesh.telemetry.tracing import no_tracing
@@ -81,6 +82,43 @@ def test_a_password_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert config.database.url == url
     for shown in (repr(settings), str(settings), settings.model_dump_json(), repr(config)):
         assert "hunter2" not in shown
+
+
+def test_the_bytes_are_in_the_bucket_that_is_set_and_in_the_folder_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert store_config(StoreSettings()).s3 is None
+    values = {
+        "ENDPOINT": "minio:9000",
+        "BUCKET": "b",
+        "PREFIX": "mesh",
+        "REGION": "eu-west-1",
+        "ACCESS_KEY": "key",
+        "SECRET_KEY": "not to be seen",
+        "SECURE": "false",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"ADAPTERMESH_STORE_S3_{name}", value)
+    settings = StoreSettings()
+    expected = S3Config("minio:9000", "b", "mesh", "eu-west-1", "key", "not to be seen", secure=False)
+    config = store_config(settings)
+    assert config.s3 == expected
+    assert "not to be seen" not in f"{settings!r} {settings} {settings.model_dump_json()} {config!r}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"s3_endpoint": "http://minio:9000"},
+        {"s3_access_key": "key"},
+        {"s3_secret_key": "not to be seen"},
+        {"s3_secret_key": "not to be seen", "s3_endpoint": "a/b"},
+    ],
+)
+def test_s3_settings_that_make_no_sense_are_refused_without_the_secret(values: dict[str, str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        StoreSettings.model_validate(values)
+    assert "not to be seen" not in str(caught.value)
 
 
 async def test_a_draining_service_finishes_the_upload_that_has_begun(

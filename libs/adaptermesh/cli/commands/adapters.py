@@ -1,4 +1,4 @@
-"""`adaptermesh adapters`: upload, download, search, ls, show; merge and the statuses are beside it."""
+"""`adaptermesh adapters`: upload, download, search, ls, show; what is beside them has files of its own."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
+from adaptermesh.cli.commands.stored_bytes import collect_garbage, verify
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
@@ -139,6 +140,8 @@ app.command()(diff)
 app.command()(deprecate)
 app.command()(revoke)
 app.command()(restore)
+app.command()(verify)
+app.command("gc")(collect_garbage)
 
 
 def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:

@@ -6,6 +6,7 @@ The adapter store: the system of record for adapters, versions, aliases and rout
 from adaptermesh.api.adapter.v1 import adapter_pb2 as _adapter_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -1612,3 +1613,123 @@ class Change(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___Change: _TypeAlias = Change  # noqa: Y015
+
+@_typing.final
+class CollectGarbageRequest(_message.Message):
+    """Asks to remove what no version needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only report what would be removed."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """Leave alone what is younger, [0, 10 years]. Absent means 24 hours. Zero: also what uploads in progress have just
+        put, which they then put again.
+        """
+
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+        grace: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "grace", b"grace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectGarbageRequest: _TypeAlias = CollectGarbageRequest  # noqa: Y015
+
+@_typing.final
+class CollectGarbageResponse(_message.Message):
+    """What was removed, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOVED_BLOBS_FIELD_NUMBER: _builtins.int
+    REMOVED_BYTES_FIELD_NUMBER: _builtins.int
+    NEEDED_BLOBS_FIELD_NUMBER: _builtins.int
+    YOUNG_BLOBS_FIELD_NUMBER: _builtins.int
+    UNFINISHED_UPLOADS_FIELD_NUMBER: _builtins.int
+    removed_blobs: _builtins.int
+    """Blobs that no version needs."""
+    removed_bytes: _builtins.int
+    """Their size, in bytes."""
+    needed_blobs: _builtins.int
+    """Blobs that a version needs."""
+    young_blobs: _builtins.int
+    """Blobs that no version needs, and that stay because they are younger than the grace."""
+    unfinished_uploads: _builtins.int
+    """Blobs that had been sent in part only, besides those above."""
+    def __init__(
+        self,
+        *,
+        removed_blobs: _builtins.int = ...,
+        removed_bytes: _builtins.int = ...,
+        needed_blobs: _builtins.int = ...,
+        young_blobs: _builtins.int = ...,
+        unfinished_uploads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["needed_blobs", b"needed_blobs", "removed_blobs", b"removed_blobs", "removed_bytes", b"removed_bytes", "unfinished_uploads", b"unfinished_uploads", "young_blobs", b"young_blobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectGarbageResponse: _TypeAlias = CollectGarbageResponse  # noqa: Y015
+
+@_typing.final
+class VerifyBlobsRequest(_message.Message):
+    """Asks to read stored bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The version's digest. Empty means every version."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyBlobsRequest: _TypeAlias = VerifyBlobsRequest  # noqa: Y015
+
+@_typing.final
+class VerifyBlobsResponse(_message.Message):
+    """One blob that was read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    blob_digest: _builtins.str
+    """Its digest."""
+    size_bytes: _builtins.int
+    """Its size, in bytes. Zero if it is missing."""
+    problem: _builtins.str
+    """What is wrong with it. Empty: nothing."""
+    def __init__(
+        self,
+        *,
+        blob_digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_digest", b"blob_digest", "problem", b"problem", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyBlobsResponse: _TypeAlias = VerifyBlobsResponse  # noqa: Y015

@@ -135,6 +135,16 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesResponse.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/CollectGarbage',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
+        self.VerifyBlobs = channel.unary_stream(
+                '/adaptermesh.api.store.v1.StoreService/VerifyBlobs',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.VerifyBlobsRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.VerifyBlobsResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -300,6 +310,22 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectGarbage(self, request, context):
+        """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
+        Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyBlobs(self, request, context):
+        """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
+        it has been read. NOT_FOUND: unknown version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -402,6 +428,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.WatchChanges,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'VerifyBlobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyBlobs,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.VerifyBlobsRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.VerifyBlobsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -945,6 +981,60 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/WatchChanges',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/CollectGarbage',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/VerifyBlobs',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.VerifyBlobsRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.VerifyBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

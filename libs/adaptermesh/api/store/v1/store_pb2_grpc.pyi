@@ -104,6 +104,14 @@ class StoreServiceStub:
     the first one comes as soon as the watcher has caught up.
     OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
     """
+    CollectGarbage: _grpc.UnaryUnaryMultiCallable[_store_pb2.CollectGarbageRequest, _store_pb2.CollectGarbageResponse]
+    """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
+    Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+    """
+    VerifyBlobs: _grpc.UnaryStreamMultiCallable[_store_pb2.VerifyBlobsRequest, _store_pb2.VerifyBlobsResponse]
+    """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
+    it has been read. NOT_FOUND: unknown version.
+    """
 
 @_typing.type_check_only
 class StoreServiceAsyncStub(StoreServiceStub):
@@ -180,6 +188,14 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Every change after a position, in order, exactly once, then live. A message without a change is a heartbeat;
     the first one comes as soon as the watcher has caught up.
     OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
+    """
+    CollectGarbage: _aio.UnaryUnaryMultiCallable[_store_pb2.CollectGarbageRequest, _store_pb2.CollectGarbageResponse]  # type: ignore[assignment]
+    """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
+    Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+    """
+    VerifyBlobs: _aio.UnaryStreamMultiCallable[_store_pb2.VerifyBlobsRequest, _store_pb2.VerifyBlobsResponse]  # type: ignore[assignment]
+    """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
+    it has been read. NOT_FOUND: unknown version.
     """
 
 class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -374,6 +390,26 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """Every change after a position, in order, exactly once, then live. A message without a change is a heartbeat;
         the first one comes as soon as the watcher has caught up.
         OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
+        """
+
+    @_abc_1.abstractmethod
+    def CollectGarbage(
+        self,
+        request: _store_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.CollectGarbageResponse, _abc.Awaitable[_store_pb2.CollectGarbageResponse]]:
+        """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
+        Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyBlobs(
+        self,
+        request: _store_pb2.VerifyBlobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_store_pb2.VerifyBlobsResponse], _abc.AsyncIterator[_store_pb2.VerifyBlobsResponse]]:
+        """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
+        it has been read. NOT_FOUND: unknown version.
         """
 
 def add_StoreServiceServicer_to_server(servicer: StoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

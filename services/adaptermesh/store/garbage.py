@@ -1,0 +1,150 @@
+"""Mark and sweep: blobs that no version needs are removed, beside the uploads of any number of stores.
+
+That is safe because both sides meet in the database, where one writer goes at a time: an upload looks in its
+own transaction whether its blobs are (still) there before its version becomes visible, and puts them again if
+they aren't; a blob is removed in a transaction that first looks whether a version needs it by now. So a blob
+that a version needs is never removed, whatever the clocks say; the grace only spares uploads in progress from
+sending blobs twice.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.clock import Clock
+from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.store.blobs import BlobStore
+from adaptermesh.store.database import Database
+from adaptermesh.store.schema import feed, versions
+
+log = logging.getLogger(__name__)
+
+DEFAULT_GRACE_SECONDS = 24 * 3600.0
+_ALIVE_SECONDS = 1.0
+MAX_GRACE_SECONDS = 10 * 365 * 24 * 3600.0
+# Writers wait while so many are removed.
+_AT_ONCE = 32
+_COLUMNS = (versions.c.digest, versions.c.tensor_digest, versions.c.source_files)
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageReport:
+    """What a collection found; `dry_run`: and left where it was."""
+
+    dry_run: bool
+    removed_blobs: int = 0
+    removed_bytes: int = 0
+    needed_blobs: int = 0
+    """A version needs them."""
+    young_blobs: int = 0
+    """No version needs them, but they came within the grace."""
+    unfinished_uploads: int = 0
+    """Blobs of which only a part had been sent, removed as well."""
+
+
+class GarbageCollector:
+    """Collects one at a time."""
+
+    def __init__(self, database: Database, blobs: BlobStore, clock: Clock) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._clock = clock
+        self._running = False
+
+    async def collect(self, grace_seconds: float, *, dry_run: bool = False) -> GarbageReport:
+        """Removes every blob that no version needs and that is older than the grace.
+
+        Raises:
+            MeshError: RESOURCE_EXHAUSTED if a collection runs already.
+        """
+        if self._running:
+            message = "garbage is being collected already"
+            raise MeshError(Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED, message, retry_after=5.0)
+        self._running = True
+        try:
+            report = await self._collect(self._clock.wall() - grace_seconds, dry_run=dry_run)
+        finally:
+            self._running = False
+        log.info("garbage collected", extra=dataclasses.asdict(report))
+        return report
+
+    async def remove_unneeded(self, digests: set[str]) -> int:
+        """Removes those blobs that no version needs, however young; returns how many there were."""
+        if not digests:
+            return 0
+        position, needed = await self._mark()
+        return len(await self._remove(sorted(digests - needed), position))
+
+    async def _collect(self, before: float, *, dry_run: bool) -> GarbageReport:
+        position, needed = await self._mark()
+        unneeded: dict[str, int] = {}
+        needed_blobs = young_blobs = 0
+        async for blob in self._blobs.scan():
+            if blob.digest in needed:
+                needed_blobs += 1
+            elif blob.modify_time >= before:
+                young_blobs += 1
+            else:
+                unneeded[blob.digest] = blob.size_bytes
+        removed = list(unneeded) if dry_run else await self._remove(list(unneeded), position)
+        finish = self._blobs.unfinished if dry_run else self._blobs.discard_unfinished
+        return GarbageReport(
+            dry_run=dry_run,
+            removed_blobs=len(removed),
+            removed_bytes=sum(unneeded[digest] for digest in removed),
+            needed_blobs=needed_blobs,
+            young_blobs=young_blobs,
+            unfinished_uploads=await finish(before),
+        )
+
+    async def _mark(self) -> tuple[int, set[str]]:
+        """The blobs that versions need, and the feed position up to which that is known."""
+        async with self._database.reading() as connection:
+            position = (await connection.execute(select(feed.c.head_position))).scalar_one()
+            return position, {digest async for digest in needed_blobs(connection)}
+
+    async def _remove(self, digests: Sequence[str], position: int) -> list[str]:
+        removed: list[str] = []
+        for start in range(0, len(digests), _AT_ONCE):
+            batch = digests[start : start + _AT_ONCE]
+
+            async def work(connection: AsyncConnection, batch: Sequence[str] = batch) -> list[str]:
+                # Nobody publishes until this transaction ends.
+                await connection.execute(select(feed.c.id).with_for_update())
+                needed = {digest async for digest in needed_blobs(connection, position)}
+                unneeded = [digest for digest in batch if digest not in needed]
+                return await self._delete(connection, unneeded)
+
+            removed += await self._database.write(work)
+        return removed
+
+    async def _delete(self, connection: AsyncConnection, digests: Sequence[str]) -> list[str]:
+        """Returns when nothing is being removed any more, also after an error."""
+        deletions = asyncio.gather(
+            *(self._blobs.delete(digest) for digest in digests), return_exceptions=True
+        )
+        try:
+            while not (await asyncio.wait([deletions], timeout=_ALIVE_SECONDS))[0]:
+                # A database may end a transaction that says nothing, and let others publish meanwhile.
+                await connection.execute(select(feed.c.id))
+        finally:
+            outcomes = await deletions
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return list(digests)
+
+
+async def needed_blobs(connection: AsyncConnection, after_position: int = 0) -> AsyncIterator[str]:
+    """The digests of the blobs of all versions after a feed position; some come more than once."""
+    query = select(*_COLUMNS).where(versions.c.feed_position > after_position)
+    async for row in await connection.stream(query):
+        yield row.digest
+        yield row.tensor_digest
+        for file in row.source_files:
+            yield file["digest"]

@@ -1,0 +1,72 @@
+"""The memory of a real store process does not grow with the bytes that pass through it."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from adaptermesh.api.adapter.v1 import adapter_pb2
+from adaptermesh.api.store.v1 import store_pb2
+from tests.integration.store_process import Place, StoreProcess, adapter_files, upload_messages
+
+MIB = 2**20
+SIZE = 32 * MIB
+WEIGHTS = "adapter_model.safetensors"
+AT_ONCE = 8
+# Of uploads and of downloads: windows of gRPC, blocks read ahead, a part on its way to S3.
+MOST_FOR_ONE = 12 * MIB
+MOST_GROWTH = 64 * MIB
+
+
+def peak(store: StoreProcess) -> int:
+    """The most memory that the process had since the last time it was asked for, in bytes."""
+    folder = Path(f"/proc/{store.process.pid}")
+    found = re.search(r"VmHWM:\s+(\d+) kB", (folder / "status").read_text())
+    assert found is not None
+    (folder / "clear_refs").write_text("5")
+    return int(found[1]) * 1024
+
+
+async def upload(store: StoreProcess, seed: int) -> adapter_pb2.Version:
+    files = await asyncio.to_thread(adapter_files, seed, 512, ("q_proj", "v_proj"))
+    return (await store.stub.UploadAdapter(upload_messages(f"a{seed}", files))).version
+
+
+async def download(store: StoreProcess, version: adapter_pb2.Version) -> int:
+    request = store_pb2.DownloadFileRequest(digest=version.digest, path=WEIGHTS)
+    size = 0
+    async for part in store.stub.DownloadFile(request):
+        size += len(part.data)
+    return size
+
+
+async def wave(store: StoreProcess, number: int, version: adapter_pb2.Version) -> int:
+    """Uploads and downloads at the same time; returns the peak."""
+    uploads = (upload(store, number * AT_ONCE + index) for index in range(AT_ONCE))
+    downloads = (download(store, version) for _ in range(AT_ONCE))
+    _, sizes = await asyncio.gather(asyncio.gather(*uploads), asyncio.gather(*downloads))
+    assert min(sizes) > SIZE
+    return peak(store)
+
+
+@pytest.mark.parametrize("backend", ["folder", "s3"])
+async def test_memory_stays_flat_while_many_uploads_and_downloads_run(
+    backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    place = Place.new(tmp_path, request.getfixturevalue("s3_server") if backend == "s3" else None)
+    store = await StoreProcess.start(place)
+    try:
+        await store.register()
+        # What one transfer of each kind brings is there once: code, threads, the heaps of the allocator.
+        version = await upload(store, 0)
+        await download(store, version)
+        one = peak(store)
+        first = await wave(store, 1, version)
+        second = await wave(store, 2, version)
+        print(f"{backend}: peaks of {one // MIB}, {first // MIB} and {second // MIB} MiB")
+        assert first - one < 2 * AT_ONCE * MOST_FOR_ONE
+        assert second - first < MOST_GROWTH
+    finally:
+        store.kill()
+        await store.gone()

