@@ -54,6 +54,8 @@ from adaptermesh.client.records import (
     MergedMember,
     MergeResult,
     Model,
+    NamespacePolicy,
+    PolicyChange,
     Publication,
     Residency,
     ResolvedRef,
@@ -61,6 +63,9 @@ from adaptermesh.client.records import (
     RouteChange,
     RouterStatus,
     RouteTarget,
+    Signature,
+    Signed,
+    SigningKey,
     SourceFile,
     StatusChange,
     UploadResult,
@@ -75,6 +80,7 @@ from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.tiers import Tier
 from adaptermesh.core.version_state import VersionState
 
@@ -111,6 +117,8 @@ __all__ = [
     "MeshError",
     "Message",
     "Model",
+    "NamespacePolicy",
+    "PolicyChange",
     "Progress",
     "ProgressCallback",
     "Prompt",
@@ -125,6 +133,10 @@ __all__ = [
     "RouterClient",
     "RouterStatus",
     "SamplingParams",
+    "Signature",
+    "SignaturePolicy",
+    "Signed",
+    "SigningKey",
     "SourceFile",
     "Started",
     "StatusChange",

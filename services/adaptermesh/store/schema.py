@@ -117,6 +117,26 @@ version_statuses = Table(
     Column("actor", Text, nullable=False),
 )
 
+version_signatures = Table(
+    "version_signatures",
+    metadata,
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
+    # A list: all of them are read with the version.
+    Column("entries", JSON, nullable=False),
+)
+
+namespace_policies = Table(
+    "namespace_policies",
+    metadata,
+    Column("namespace", _KEY, primary_key=True),
+    Column("signatures", String(16), nullable=False),
+    # The trusted keys.
+    Column("keys", JSON, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
 version_tags = Table(
     "version_tags",
     metadata,

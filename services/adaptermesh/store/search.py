@@ -1,19 +1,20 @@
 """Lists of adapters, by name, with conditions."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, Row, exists, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary, AliasRecord
-from adaptermesh.store.rows import SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
-from adaptermesh.store.schema import adapters, alias_moves, version_statuses, version_tags, versions
+from adaptermesh.store.rows import SAME_MOVE, SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
+from adaptermesh.store.schema import adapters, alias_moves, aliases, version_tags, versions
+from adaptermesh.store.usability import find_policies, why_not
 
 MAX_CONDITION = 256
 MAX_TAGS = 32
@@ -66,14 +67,13 @@ class Search:
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
             ids = [row.adapter_id for row in rows]
-            found, revoked = await _aliases(connection, ids), await _revoked(connection, ids)
+            found, unusable = await _aliases(connection, ids), await _unusable(connection, ids)
         summaries = []
         for row in rows:
             newest = version_record(row)
-            aliases = tuple(found.get(row.adapter_id, ()))
-            aliased = {alias.version_number for alias in aliases}
-            numbers = tuple(sorted(aliased & revoked.get(row.adapter_id, set())))
-            summaries.append(AdapterSummary(newest, newest.number, aliases, numbers))
+            pointers = tuple(found.get(row.adapter_id, ()))
+            numbers = unusable.get(row.adapter_id, ())
+            summaries.append(AdapterSummary(newest, newest.number, pointers, numbers))
         return pager.page(summaries)
 
 
@@ -106,16 +106,24 @@ async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[
     return found
 
 
-async def _revoked(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, set[int]]:
-    """The numbers of the revoked versions of each adapter."""
-    found: dict[int, set[int]] = {}
+async def _unusable(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, tuple[int, ...]]:
+    """Of each adapter's newest and aliased versions the numbers of those that must not be used."""
+    rows: list[Row[Any]] = []
+    pointed = (
+        select(alias_moves.c.version_number)
+        .join(aliases, SAME_MOVE)
+        .where(aliases.c.adapter_id == versions.c.adapter_id)
+        .correlate(versions)
+    )
+    shown = (versions.c.number == adapters.c.version_count) | versions.c.number.in_(pointed)
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
-        query = (
-            select(versions.c.adapter_id, versions.c.number)
-            .join(version_statuses, version_statuses.c.version_id == versions.c.id)
-            .where(versions.c.adapter_id.in_(adapter_ids[start : start + _IDS_AT_ONCE]))
-            .where(version_statuses.c.state == VersionState.REVOKED.value)
-        )
-        for row in await connection.execute(query):
-            found.setdefault(row.adapter_id, set()).add(row.number)
+        batch = adapter_ids[start : start + _IDS_AT_ONCE]
+        query = SELECT_VERSIONS.where(versions.c.adapter_id.in_(batch)).where(shown)
+        rows += (await connection.execute(query.order_by(versions.c.number))).all()
+    policies = await find_policies(connection, (row.namespace for row in rows))
+    found: dict[int, tuple[int, ...]] = {}
+    for row in rows:
+        version = version_record(row)
+        if why_not(version.ref, version, policies[version.namespace]) is not None:
+            found[row.adapter_id] = (*found.get(row.adapter_id, ()), version.number)
     return found

@@ -16,10 +16,11 @@ from adaptermesh.store.rows import (
     SELECT_VERSIONS,
     alias_record,
     base_model_record,
+    policy_record,
     route_record,
     version_record,
 )
-from adaptermesh.store.schema import base_models, routes, versions
+from adaptermesh.store.schema import base_models, namespace_policies, routes, versions
 
 _ITEMS_AHEAD = 64
 
@@ -50,7 +51,7 @@ class Snapshots:
         self._places = asyncio.Semaphore(config.concurrent)
 
     async def read(self) -> AsyncGenerator[SnapshotItem]:
-        """Yields base models, versions, aliases and routes, all from one read transaction.
+        """Yields base models, versions, aliases, policies and routes, all from one read transaction.
 
         Raises:
             MeshError: DEADLINE_EXCEEDED if the reader is too slow.
@@ -97,5 +98,7 @@ async def _records(connection: AsyncConnection) -> AsyncGenerator[Record]:
         yield version_record(row)
     async for row in await connection.stream(SELECT_ALIASES):
         yield alias_record(row)
+    async for row in await connection.stream(select(namespace_policies)):
+        yield policy_record(row)
     async for row in await connection.stream(select(routes).where(routes.c.deleted.is_(False))):
         yield route_record(row)

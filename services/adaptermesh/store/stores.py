@@ -15,8 +15,10 @@ from adaptermesh.store.blobs import FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
+from adaptermesh.store.policies import Policies
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.search import Search
+from adaptermesh.store.signatures import Signatures
 from adaptermesh.store.snapshot import SnapshotConfig, Snapshots
 from adaptermesh.store.staging import Staging
 from adaptermesh.store.statuses import Statuses
@@ -56,6 +58,8 @@ class Stores:
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)
         self.statuses = Statuses(self.database, clock)
+        self.policies = Policies(self.database, clock)
+        self.signatures = Signatures(self.database, clock)
         self.search = Search(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)

@@ -1,4 +1,4 @@
-"""`adaptermesh adapters`: upload, download, search, ls, show; merge and the statuses are beside it."""
+"""`adaptermesh adapters`: upload, download, search, ls, show; the others are beside it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ from rich.text import Text
 
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
@@ -15,7 +16,7 @@ from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, size, table
 from adaptermesh.cli.uploads import upload_report
 from adaptermesh.cli.version_report import state_note, version_details, version_report
-from adaptermesh.client import Adapter, Publication, StoreClient, Version, VersionState
+from adaptermesh.client import Adapter, Publication, StoreClient, Version
 from adaptermesh.core.refs import AdapterName
 
 app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
@@ -130,7 +131,9 @@ def show(
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Shows the versions of an adapter, or everything about one version: card, lineage, metrics, status.
+    """Shows the versions of an adapter, or everything about one version.
+
+    That is status, card, lineage, metrics, signatures and files.
 
     Examples:
     adaptermesh adapters show acme/ner
@@ -156,6 +159,7 @@ def show(
 
 app.command()(merge)
 app.command()(diff)
+app.command()(sign)
 app.command()(deprecate)
 app.command()(revoke)
 app.command()(restore)
@@ -169,7 +173,7 @@ def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
         newest = adapter.newest
         aliases = ", ".join(
             f"{alias.alias}=v{alias.version_number}"
-            + (f" ({VersionState.REVOKED})" if alias.version_number in adapter.revoked_numbers else "")
+            + (" (unusable)" if alias.version_number in adapter.unusable_numbers else "")
             for alias in adapter.aliases
         )
         rows.add_row(
