@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -37,7 +38,7 @@ def rows(settings: type[ServiceSettings], shared: bool) -> list[str]:
 def default_of(name: str, field: FieldInfo) -> str:
     if name == "home":
         return "`~/.adaptermesh`"
-    if field.default is None or field.default in ("", PydanticUndefined):
+    if field.default is None or field.default in ("", SecretStr(""), PydanticUndefined):
         return "unset"
     return f"`{field.default}`"
 

@@ -36,6 +36,13 @@ class Scale:
     sequential_tokens: int = 16
     cold: int = 40
     """Cold switches of one round."""
+    catalogue: int = 100_000
+    """Adapters of the store's own scenario, with three versions each."""
+    lookups: int = 1000
+    """Refs resolved in one round."""
+    searches: int = 100
+    """Pages of each kind of search in one round."""
+    events: int = 10_000
     checked: int = 8
     """Answers of a round that are compared where no peer runs the whole workload."""
     checked_tokens: int = 8
@@ -65,6 +72,10 @@ TINY = Scale(
     sequential=2,
     sequential_tokens=2,
     cold=2,
+    catalogue=200,
+    lookups=20,
+    searches=4,
+    events=50,
     checked=2,
     checked_tokens=2,
 )

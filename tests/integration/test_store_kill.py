@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import grpc.aio
 import numpy as np
@@ -23,6 +23,7 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.manifest import Manifest
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.rpc.channel import open_channel
+from adaptermesh.testing.polling import eventually
 
 HIDDEN = 512
 LAYERS = 8
@@ -69,21 +70,22 @@ class StoreProcess:
     """`python -m adaptermesh.store` over a home folder."""
 
     home: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     channel: grpc.aio.Channel
     stub: "store_pb2_grpc.StoreServiceAsyncStub"
 
     @classmethod
-    async def start(cls, home: Path) -> "StoreProcess":
+    async def start(cls, home: Path, **settings: str) -> "StoreProcess":
         environment = {
             **os.environ,
             "ADAPTERMESH_HOME": str(home),
             "ADAPTERMESH_STORE_PORT": "0",
             "ADAPTERMESH_LOG_JSON": "true",
             "ADAPTERMESH_TRACES": "",
+            **{f"ADAPTERMESH_STORE_{name.upper()}": value for name, value in settings.items()},
         }
-        process = await asyncio.to_thread(launch, environment)
-        port = await asyncio.to_thread(serving_port, process)
+        process, log = await asyncio.to_thread(launch, environment, home / "store.log")
+        port = await eventually(lambda: serving_port(process, log))
         channel = open_channel(f"127.0.0.1:{port}")
         return cls(home, process, channel, store_pb2_grpc.StoreServiceStub(channel))
 
@@ -92,7 +94,7 @@ class StoreProcess:
 
     async def gone(self) -> None:
         await self.channel.close()
-        await asyncio.to_thread(self.process.communicate, timeout=30)
+        await asyncio.to_thread(self.process.wait, timeout=30)
 
     @property
     def staging(self) -> Path:
@@ -109,21 +111,28 @@ class StoreProcess:
         return found
 
 
-def launch(environment: dict[str, str]) -> subprocess.Popen[str]:
+def launch(environment: dict[str, str], path: Path) -> tuple[subprocess.Popen[bytes], TextIO]:
+    """Returns the process and its log, of which nothing was read yet."""
     command = [sys.executable, "-m", "adaptermesh.store"]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    path.parent.mkdir(exist_ok=True)
+    # A pipe would stop the store once it is full.
+    with path.open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stderr=log)
+    return process, path.open(encoding="utf-8")
 
 
-def serving_port(process: subprocess.Popen[str]) -> int:
-    """Reads the log until the store serves."""
-    assert process.stderr is not None
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        entry = json.loads(line)
+async def serving_port(process: subprocess.Popen[bytes], log: TextIO) -> int:
+    """0 until the log says that the store serves."""
+    log.seek(0)
+    lines = log.read().splitlines(keepends=True)
+    for line in lines:
+        entry = json.loads(line) if line.endswith("\n") else {}
         if "serving" in entry.values():
+            log.close()
             return int(entry["port"])
-    pytest.fail(f"the store did not start:\n{seen}")
+    if process.poll() is not None:
+        pytest.fail(f"the store did not start:\n{''.join(lines)}")
+    return 0
 
 
 def upload_header(name: str, files: dict[str, bytes]) -> store_pb2.UploadHeader:

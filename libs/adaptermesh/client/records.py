@@ -120,6 +120,35 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Search:
+    """Conditions that must all hold of an adapter's newest version; an empty one matches all.
+
+    `text` are words, each of which must begin a word of the name, the tags, the description or the card.
+    `order` is "relevance", "newest" or "name"; empty: by relevance where there are words, else newest first.
+    """
+
+    text: str = ""
+    namespace: str = ""
+    base_model: str = ""
+    task: str = ""
+    kind: str = ""
+    license: str = ""
+    tags: tuple[str, ...] = ()
+    order: str = ""
+    with_facets: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found, and how many of all that match have each value of a field."""
+
+    adapters: tuple[Adapter, ...]
+    facets: Mapping[str, tuple[tuple[str, int], ...]]
+    more: bool
+    """Whether there are more than these."""
+
+
+@dataclass(frozen=True, slots=True)
 class RouteTarget:
     """One destination of a route; `weight` is relative to the other targets."""
 

@@ -19,6 +19,7 @@ from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pa
 from adaptermesh.client.records import (
     Adapter,
     BaseModel,
+    Found,
     Lineage,
     Merge,
     MergeResult,
@@ -26,6 +27,7 @@ from adaptermesh.client.records import (
     Route,
     RouteChange,
     RouteTarget,
+    Search,
     UploadResult,
     Version,
     VersionDifference,
@@ -232,6 +234,27 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls):
             return [wire.adapter_of(adapter) for adapter in response.adapters], response.next_page_token
 
         return await all_pages(page)
+
+    async def search(self, query: Search, *, limit: int = 100) -> Found:
+        """The first `limit` adapters that match, in the order that is asked for; with facets if asked for.
+
+        In order of relevance there are at most 1,000.
+        """
+        adapters: list[Adapter] = []
+        request = wire.search_request(query)
+        facets: dict[str, tuple[tuple[str, int], ...]] = {}
+        while len(adapters) < limit:
+            request.page_size = min(PAGE_SIZE, limit - len(adapters))
+            response = await self._call(self._stub.SearchAdapters, request)
+            adapters.extend(wire.adapter_of(adapter) for adapter in response.adapters)
+            if request.with_facets:
+                facets = wire.facets_of(response)
+                request.with_facets = False
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                break
+        more = bool(request.page_token) or len(adapters) > limit
+        return Found(tuple(adapters[:limit]), facets, more=more)
 
     async def set_route(
         self,

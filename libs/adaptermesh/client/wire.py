@@ -21,6 +21,7 @@ from adaptermesh.client.records import (
     Route,
     RouterStatus,
     RouteTarget,
+    Search,
     Signature,
     SigningKey,
     SourceFile,
@@ -28,6 +29,7 @@ from adaptermesh.client.records import (
     VersionStatus,
     Worker,
 )
+from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.tiers import Tier
 from adaptermesh.rpc.alias_action import action_of
 from adaptermesh.rpc.signature_policy import policy_of
@@ -225,3 +227,34 @@ def model_of(message: inference_pb2.Model) -> Model:
         task=message.task,
         aliases=tuple(message.aliases),
     )
+
+
+_ORDERS = {
+    "": store_pb2.SEARCH_ORDER_UNSPECIFIED,
+    "relevance": store_pb2.SEARCH_ORDER_RELEVANCE,
+    "newest": store_pb2.SEARCH_ORDER_NEWEST,
+    "name": store_pb2.SEARCH_ORDER_NAME,
+}
+
+
+def search_request(query: Search) -> store_pb2.SearchAdaptersRequest:
+    """Raises MeshError INVALID_FIELD for an order that is none."""
+    if query.order not in _ORDERS:
+        raise invalid_field("order", f"{query.order!r} is none of {', '.join(filter(None, _ORDERS))}")
+    return store_pb2.SearchAdaptersRequest(
+        text=query.text,
+        namespace=query.namespace,
+        base_model=query.base_model,
+        task=query.task,
+        kind=query.kind,
+        license=query.license,
+        tags=query.tags,
+        order=_ORDERS[query.order],
+        with_facets=query.with_facets,
+    )
+
+
+def facets_of(response: store_pb2.SearchAdaptersResponse) -> dict[str, tuple[tuple[str, int], ...]]:
+    return {
+        facet.field: tuple((value.value, value.count) for value in facet.values) for facet in response.facets
+    }

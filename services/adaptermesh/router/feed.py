@@ -11,8 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
+from adaptermesh.core.backoff import Backoff
 from adaptermesh.core.errors import Code, MeshError
-from adaptermesh.router.backoff import Backoff
 from adaptermesh.router.catalogue import Catalogue, CatalogueImage, Change, Entry, FeedBrokenError
 from adaptermesh.router.settings import RouterSettings
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.artifact.base_facts import BaseFacts
@@ -32,8 +32,16 @@ from adaptermesh.store.rows import (
     version_record,
     version_values,
 )
-from adaptermesh.store.schema import adapters, alias_moves, base_models, version_tags, versions
+from adaptermesh.store.schema import (
+    adapters,
+    alias_moves,
+    base_models,
+    search_documents,
+    version_tags,
+    versions,
+)
 from adaptermesh.store.usability import find_usable
+from adaptermesh.store.words import Wording, word_index
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +62,7 @@ class Catalogue:
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
+        self._words = word_index(database.dialect)
         self._clock = clock
 
     async def register_base_model(self, base: BaseModelRecord) -> tuple[bool, int]:
@@ -114,12 +123,13 @@ class Catalogue:
             rows = (await connection.execute(query)).all()
         return pager.page([base_model_record(row) for row in rows])
 
-    async def publish(self, version: VersionRecord, tensor_digest: str) -> Published:
+    async def publish(self, version: VersionRecord, tensor_digest: str, card: str = "") -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
 
         Args:
             version: its number and time are set here.
             tensor_digest: the blob of the canonical tensor file.
+            card: the text by which it can be found, beside its own fields.
         """
         stamped = dataclasses.replace(version, create_time_us=int(self._clock.wall() * 1e6))
 
@@ -127,7 +137,12 @@ class Catalogue:
             known = await find_digest(connection, version.digest)
             if known is not None:
                 return Published(known, created=False)
-            return Published(await _insert(connection, stamped, tensor_digest), created=True)
+            stored, adapter_id, version_id = await _insert(connection, stamped, tensor_digest)
+            await _document(connection, stored, adapter_id, version_id)
+            record = stored.record
+            wording = Wording(str(record.adapter), " ".join(record.tags), record.description, card)
+            await self._words.put(connection, adapter_id, wording)
+            return Published(stored, created=True)
 
         return await self._database.write(work)
 
@@ -198,7 +213,10 @@ class Catalogue:
                     yield file["digest"]
 
 
-async def _insert(connection: AsyncConnection, version: VersionRecord, tensor_digest: str) -> StoredVersion:
+async def _insert(
+    connection: AsyncConnection, version: VersionRecord, tensor_digest: str
+) -> tuple[StoredVersion, int, int]:
+    """The version, the adapter's row id and the version's."""
     adapter_id, number = await _next_number(connection, version.adapter)
     numbered = dataclasses.replace(version, number=number)
     position = await append_change(
@@ -215,7 +233,27 @@ async def _insert(connection: AsyncConnection, version: VersionRecord, tensor_di
     tags = [{"version_id": version_id, "tag": tag} for tag in sorted(set(version.tags))]
     if tags:
         await connection.execute(insert(version_tags), tags)
-    return StoredVersion(numbered, tensor_digest, position)
+    return StoredVersion(numbered, tensor_digest, position), adapter_id, int(version_id)
+
+
+async def _document(
+    connection: AsyncConnection, stored: StoredVersion, adapter_id: int, version_id: int
+) -> None:
+    """What can be searched of an adapter is what its newest version is."""
+    record = stored.record
+    await connection.execute(delete(search_documents).where(search_documents.c.adapter_id == adapter_id))
+    await connection.execute(
+        insert(search_documents).values(
+            adapter_id=adapter_id,
+            version_id=version_id,
+            feed_position=stored.feed_position,
+            base_digest=record.base_digest,
+            base_model_id=record.base_model_id,
+            task=record.task,
+            kind=record.kind,
+            license=record.license,
+        )
+    )
 
 
 async def _next_number(connection: AsyncConnection, adapter: AdapterName) -> tuple[int, int]:
@@ -232,6 +270,7 @@ async def _next_number(connection: AsyncConnection, adapter: AdapterName) -> tup
 
 def _check_base_model(base: BaseModelRecord) -> None:
     check_line("base_model.model_id", base.model_id, 200, required=True)
+    check_line("base_model.architecture", base.architecture, 200)
     if len(base.config_json.encode()) > MAX_CONFIG_BYTES:
         raise invalid_field("base_model.config_json", f"has more than {MAX_CONFIG_BYTES} bytes")
     try:

@@ -1,34 +1,46 @@
 """The SQL database: connections, read and write transactions."""
 
 import asyncio
-import sqlite3
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from sqlalchemy import Connection, event, exc
+from sqlalchemy import exc
 from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from adaptermesh.core.errors import MeshError, Reason, unavailable
+from adaptermesh.store.dialect import Dialect, Trouble
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.ownership import OwnedWork
+from adaptermesh.store.postgres import Postgres
+from adaptermesh.store.sqlite import Sqlite
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WRITES = "adaptermesh_writes"
-_PRAGMA_SECONDS = 10.0
-_PRAGMA_PAUSE = 0.01
+_DIALECTS: dict[str, Callable[..., Dialect]] = {"sqlite": Sqlite, "postgresql": Postgres}
+_RUNS = 4
+_RUN_PAUSE_SECONDS = 0.05
+_CLOSE_SECONDS = 5.0
+_OPEN_PAUSE_SECONDS = 0.5
+_MESSAGES = {
+    Trouble.BUSY: (Reason.OVERLOADED, "the store's database is busy"),
+    Trouble.RERUN: (Reason.OVERLOADED, "the store's database is busy: others changed the same at once"),
+    Trouble.LOST: (Reason.STORE_UNREACHABLE, "the store can't reach its database"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseConfig:
     """Where the catalogue is and how it is reached."""
 
-    url: str
-    """SQLAlchemy's URL, `sqlite+aiosqlite:///<path>`."""
+    # Not shown: there may be a password in it.
+    url: str = field(repr=False)
+    """SQLAlchemy's URL, `sqlite+aiosqlite:///<path>` or `postgresql+asyncpg://user:password@host:port/name`."""
     connections: int = 8
     """How many transactions run at the same time."""
     busy_seconds: float = 10.0
@@ -43,28 +55,52 @@ class Database:
 
         Args:
             config: where the database is.
-            on_commit: called on the event loop after each write.
+            on_commit: called on the event loop after each write; if the database tells of them, also after
+                those of other processes.
         """
-        self._url = make_url(config.url)
-        self._reader = _open_engine(config)
-        # The same pool; the option tells the `begin` listener to take the write lock at once.
-        self._writer = self._reader.execution_options(**{_WRITES: True})
+        url = make_url(config.url)
+        self._dialect = _DIALECTS[url.get_backend_name()](url, config.busy_seconds)
+        access = self._dialect.access
+        self._engine = create_async_engine(
+            url,
+            pool_size=config.connections,
+            max_overflow=0,
+            pool_timeout=config.busy_seconds,
+            connect_args=dict(access.connect_args),
+        )
+        self._dialect.prepare(self._engine)
+        # Both have the same pool.
+        self._reader = self._engine.execution_options(**access.reading)
+        self._writer = self._engine.execution_options(**access.writing)
         self._busy_seconds = config.busy_seconds
         self._turn = asyncio.Lock()
+        # Whether the last one who asked was told so: an outage is two lines in the log.
+        self._lost = False
         self._on_commit = on_commit
         self._work = OwnedWork()
+        self._following: asyncio.Task[None] | None = None
+
+    @property
+    def dialect(self) -> str:
+        """SQLAlchemy's name of the kind of database."""
+        return self._engine.dialect.name
 
     async def open(self, new_feed_id: str) -> None:
-        """Makes the database if there is none and brings its schema up to date."""
-        if self._url.database:
-            await asyncio.to_thread(Path(self._url.database).parent.mkdir, parents=True, exist_ok=True)
-        async with self._writer.begin() as connection:
-            await connection.run_sync(migrate, new_feed_id)
+        """Makes the tables if there are none and brings the schema up to date.
+
+        Raises:
+            MeshError: UNAVAILABLE if the database can't be reached, after some attempts.
+        """
+        await self._dialect.make_room()
+        deadline = asyncio.get_running_loop().time() + self._busy_seconds
+        while not await self._migrated(new_feed_id, deadline):  # noqa: ASYNC110 (no event tells of a server)
+            await asyncio.sleep(_OPEN_PAUSE_SECONDS)
+        self._following = asyncio.create_task(self._follow())
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A read transaction: everything in it sees the same state."""
-        with _busy_is_unavailable():
+        with self._trouble_is_unavailable():
             async with self._reader.connect() as connection:
                 yield connection
 
@@ -73,89 +109,101 @@ class Database:
 
         A caller that is cancelled meanwhile doesn't interrupt it: a mutation that has begun runs to its end.
 
+        Args:
+            work: does everything over the connection; it may be run again, after all that it did was undone.
+
         Raises:
-            MeshError: UNAVAILABLE if its turn doesn't come in time; else what `work` raises.
+            MeshError: UNAVAILABLE if its turn doesn't come in time, or the database is lost, in which case
+                the mutation may have been committed; else what `work` raises.
         """
-        with _busy_is_unavailable():
+        try:
             async with asyncio.timeout(self._busy_seconds):
                 await self._turn.acquire()
+        except TimeoutError as error:
+            raise _unavailable(Trouble.BUSY) from error
         return await self._work.finish(self._write(work))
 
     async def close(self) -> None:
         """Waits for the writes that have begun and closes the connections."""
         await self._work.wait()
-        await self._reader.dispose()
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        with suppress(TimeoutError):
+            # A server that doesn't answer is not waited for.
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._engine.dispose()
+
+    async def _migrated(self, new_feed_id: str, deadline: float) -> bool:
+        """False if the database can't be reached yet, and it isn't too late to try again."""
+        try:
+            with self._trouble_is_unavailable():
+                async with self._writer.begin() as connection:
+                    await self._dialect.lock_schema(connection)
+                    await connection.run_sync(migrate, new_feed_id)
+        except MeshError as error:
+            if error.reason is Reason.STORE_UNREACHABLE and asyncio.get_running_loop().time() < deadline:
+                return False
+            raise
+        return True
+
+    async def _follow(self) -> None:
+        try:
+            await self._dialect.follow(self._on_commit)
+        except Exception:
+            # Watchers find the changes of others late from here on, but they find them.
+            log.exception("other stores are not heard any more")
 
     async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         try:
-            with _busy_is_unavailable():
-                async with self._writer.begin() as connection:
-                    result = await work(connection)
+            with self._trouble_is_unavailable():
+                result = await self._run(work)
         finally:
             self._turn.release()
         self._on_commit()
         return result
 
+    async def _run(self, work: Callable[[AsyncConnection], Awaitable[T]], runs: int = _RUNS) -> T:
+        """Runs a transaction, and again if the database undid it for the sake of another one."""
+        try:
+            async with self._writer.begin() as connection:
+                await self._dialect.take_turn(connection)
+                result = await work(connection)
+                await self._dialect.announce(connection)
+        except exc.DBAPIError as error:
+            if runs == 1 or self._dialect.trouble(error) is not Trouble.RERUN:
+                raise
+            log.info("transaction runs again", extra={"runs_left": runs - 1})
+            # The other one is to have what it waited for.
+            await asyncio.sleep(_RUN_PAUSE_SECONDS)
+            return await self._run(work, runs - 1)
+        return result
 
-@contextmanager
-def _busy_is_unavailable() -> Iterator[None]:
-    """A wait for a connection or for another writer that took too long is worth a retry."""
-    try:
-        yield
-    except (TimeoutError, exc.TimeoutError) as error:
-        raise _busy() from error
-    except exc.OperationalError as error:
-        if getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
-            raise _busy() from error
-        raise
-
-
-def _busy() -> MeshError:
-    return unavailable(Reason.OVERLOADED, "the store's database is busy", retry_after=1.0)
-
-
-def _open_engine(config: DatabaseConfig) -> AsyncEngine:
-    engine = create_async_engine(
-        config.url,
-        pool_size=config.connections,
-        max_overflow=0,
-        pool_timeout=config.busy_seconds,
-        # The driver shall begin nothing by itself: see `_begin`.
-        connect_args={"isolation_level": None, "timeout": config.busy_seconds},
-    )
-    event.listen(engine.sync_engine, "connect", _prepare)
-    event.listen(engine.sync_engine, "begin", _begin)
-    return engine
-
-
-def _prepare(connection: Any, _record: object) -> None:
-    connection.run_async(_set_pragmas)
-
-
-async def _set_pragmas(connection: Any) -> None:
-    # WAL lets readers go on during a write; FULL makes a commit survive a power cut.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        async with asyncio.timeout(_PRAGMA_SECONDS):
-            while not await _set_pragma(connection, pragma):  # noqa: ASYNC110 (no event tells of another process)
-                await asyncio.sleep(_PRAGMA_PAUSE)
+    @contextmanager
+    def _trouble_is_unavailable(self) -> Iterator[None]:
+        """What passes is worth a retry."""
+        try:
+            yield
+        except (TimeoutError, exc.TimeoutError) as error:
+            raise _unavailable(Trouble.BUSY) from error
+        except (exc.DBAPIError, OSError) as error:
+            trouble = self._dialect.trouble(error)
+            if trouble is None:
+                raise
+            if trouble is Trouble.LOST and not self._lost:
+                self._lost = True
+                log.warning("database lost", extra={"reason": _words(error)})
+            raise _unavailable(trouble) from error
+        if self._lost:
+            self._lost = False
+            log.info("database is back")
 
 
-async def _set_pragma(connection: Any, pragma: str) -> bool:
-    """False if another connection holds the file.
-
-    SQLite does not wait for that itself where waiting could last for ever: when several open a new file at
-    once, of which each wants to make one of WAL.
-    """
-    try:
-        async with connection.execute(f"PRAGMA {pragma}"):
-            return True
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-            raise
-        return False
+def _words(error: Exception) -> str:
+    """The driver's words, without the statement and its values."""
+    return str(error.orig if isinstance(error, exc.DBAPIError) else error)[:200]
 
 
-def _begin(connection: Connection) -> None:
-    # IMMEDIATE, because a transaction that reads first and writes later can't be made to wait for its turn.
-    writes = connection.get_execution_options().get(_WRITES, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+def _unavailable(trouble: Trouble) -> MeshError:
+    reason, message = _MESSAGES[trouble]
+    return unavailable(reason, message, retry_after=1.0)

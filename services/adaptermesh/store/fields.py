@@ -20,6 +20,9 @@ def check_text(field: str, text: str, limit: int, *, required: bool = False) -> 
         raise invalid_field(field, "must not be empty")
     if len(text) > limit:
         raise invalid_field(field, f"has {len(text)} characters, at most {limit} are allowed")
+    if "\0" in text:
+        # PostgreSQL can't keep it.
+        raise invalid_field(field, "must not hold a NUL character")
     return text
 
 

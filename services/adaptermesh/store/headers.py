@@ -7,7 +7,7 @@ from adaptermesh.artifact.merging_recipe import MergeRecipe, check_lineage
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 from adaptermesh.core.refs import AdapterName, check_name
-from adaptermesh.store.fields import check_line
+from adaptermesh.store.fields import check_line, check_text
 from adaptermesh.store.records import SourceFile
 
 MAX_DESCRIPTION_BYTES = 4096
@@ -52,6 +52,7 @@ def check_header(header: UploadHeader, max_files: int, max_bytes: int) -> None:
     check_line("base_model", header.base_model, MAX_LINE, required=True)
     if header.task:
         check_name(header.task, "task")
+    check_text("description", header.description, MAX_DESCRIPTION_BYTES)
     if len(header.description.encode()) > MAX_DESCRIPTION_BYTES:
         raise invalid_field("description", f"has more than {MAX_DESCRIPTION_BYTES} bytes")
     check_line("license", header.license, MAX_LINE)

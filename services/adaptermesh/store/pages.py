@@ -74,8 +74,11 @@ class Pager(Generic[T]):
         if count == len(items):
             return Page(tuple(items), "")
         shown = tuple(items[:count])
-        token = canonical_json([self._scope, *self._key(shown[-1])])
-        return Page(shown, base64.urlsafe_b64encode(token).decode())
+        return Page(shown, self.token(self._key(shown[-1])))
+
+    def token(self, key: Key) -> str:
+        """The token of the page after a key."""
+        return base64.urlsafe_b64encode(canonical_json([self._scope, *key])).decode()
 
     def _parse(self, token: str, types: tuple[type, ...]) -> Key:
         try:
@@ -84,7 +87,14 @@ class Pager(Generic[T]):
             raise _bad_token() from error
         if scope != self._scope or [type(part) for part in key] != list(types):
             raise _bad_token()
+        if not all(map(_can_be_asked, key)):
+            raise _bad_token()
         return tuple(key)
+
+
+def _can_be_asked(part: str | int) -> bool:
+    """Whether every database takes it as a parameter; what a list gave was in one."""
+    return "\0" not in part if isinstance(part, str) else 0 <= part < 2**31
 
 
 def _bad_token() -> Exception:

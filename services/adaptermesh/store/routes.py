@@ -25,6 +25,7 @@ ANY_TENANT = "*"
 MAX_TARGETS = 64
 MAX_WEIGHT = 1_000_000
 MAX_COHORT = 64
+MAX_TENANT = 256
 
 
 class Routes:
@@ -92,6 +93,7 @@ class Routes:
 
     async def list(self, tenant: str, request: PageRequest) -> Page[RouteRecord]:
         """Routes by tenant and task; an empty tenant means all of them."""
+        check_line("tenant", tenant, MAX_TENANT)
 
         def key(route: RouteRecord) -> Key:
             return route.tenant, route.task

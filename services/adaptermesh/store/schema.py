@@ -137,6 +137,26 @@ namespace_policies = Table(
     Column("actor", Text, nullable=False),
 )
 
+search_documents = Table(
+    "search_documents",
+    metadata,
+    # One for each adapter: what can be searched of its newest version. Its words are in `search_words`, whose
+    # form is the database's own.
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True, autoincrement=False),
+    Column("version_id", ForeignKey("versions.id"), nullable=False),
+    Column("feed_position", BigInteger, nullable=False),
+    Column("base_digest", _DIGEST, nullable=False),
+    Column("base_model_id", _KEY, nullable=False),
+    Column("task", String(200), nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("license", Text, nullable=False),
+    Index(None, "feed_position"),
+    Index(None, "base_model_id", "feed_position"),
+    Index(None, "task", "feed_position"),
+    Index(None, "kind", "feed_position"),
+    Index(None, "license", "feed_position"),
+)
+
 version_tags = Table(
     "version_tags",
     metadata,

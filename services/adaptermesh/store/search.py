@@ -1,5 +1,6 @@
 """Lists of adapters, by name, with conditions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,8 @@ class Search:
             check_text("query" if field == "text" else field, getattr(query, field), MAX_CONDITION)
         if len(query.tags) > MAX_TAGS:
             raise invalid_field("tags", f"at most {MAX_TAGS} are allowed")
+        for tag in query.tags:
+            check_text("tags", tag, MAX_CONDITION)
 
         def key(summary: AdapterSummary) -> Key:
             return summary.newest.namespace, summary.newest.name
@@ -66,14 +69,7 @@ class Search:
             statement = statement.where((adapters.c.namespace > namespace) | same)
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
-            ids = [row.adapter_id for row in rows]
-            found, unusable = await _aliases(connection, ids), await _unusable(connection, ids)
-        summaries = []
-        for row in rows:
-            newest = version_record(row)
-            pointers = tuple(found.get(row.adapter_id, ()))
-            numbers = unusable.get(row.adapter_id, ())
-            summaries.append(AdapterSummary(newest, newest.number, pointers, numbers))
+            summaries = await summaries_of(connection, rows)
         return pager.page(summaries)
 
 
@@ -96,7 +92,20 @@ def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
+async def summaries_of(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[AdapterSummary]:
+    """The adapters whose newest versions are in the rows, in their order."""
+    ids = [row.adapter_id for row in rows]
+    found, unusable = await _aliases(connection, ids), await _unusable(connection, ids)
+    summaries = []
+    for row in rows:
+        newest, pointers = version_record(row), tuple(found.get(row.adapter_id, ()))
+        numbers = unusable.get(row.adapter_id, ())
+        summaries.append(AdapterSummary(newest, newest.number, pointers, numbers))
+    return summaries
+
+
 async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
+    """The aliases of each of some adapters, by name."""
     found: dict[int, list[AliasRecord]] = {}
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
         batch = adapter_ids[start : start + _IDS_AT_ONCE]

@@ -52,7 +52,7 @@ def store_config(settings: StoreSettings) -> StoreConfig:
     return StoreConfig(
         folder=folder.absolute(),
         database=DatabaseConfig(
-            url=settings.database_url or f"sqlite+aiosqlite:///{catalogue}",
+            url=settings.database_url.get_secret_value() or f"sqlite+aiosqlite:///{catalogue}",
             connections=settings.database_connections,
             busy_seconds=settings.database_busy_seconds,
         ),

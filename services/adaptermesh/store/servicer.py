@@ -113,6 +113,20 @@ class StoreServicer(SigningServicer):
             adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
         )
 
+    async def SearchAdapters(
+        self, request: store_pb2.SearchAdaptersRequest, context: Context
+    ) -> store_pb2.SearchAdaptersResponse:
+        query = wire.search_from(request)
+        page = await self._stores.finding.find(query, _page(request))
+        response = store_pb2.SearchAdaptersResponse(
+            adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
+        )
+        if request.with_facets:
+            facets = await self._stores.finding.facets(query)
+            response.facets.extend(wire.facets_to(facets))
+            response.facets_capped = facets.capped
+        return response
+
     async def SetAlias(
         self, request: store_pb2.SetAliasRequest, context: Context
     ) -> store_pb2.SetAliasResponse:
@@ -218,6 +232,7 @@ def _adapter(namespace: str, name: str) -> AdapterName:
 def _page(
     request: store_pb2.ListVersionsRequest
     | store_pb2.ListAdaptersRequest
+    | store_pb2.SearchAdaptersRequest
     | store_pb2.ListAliasHistoryRequest
     | store_pb2.ListRoutesRequest
     | store_pb2.ListBaseModelsRequest,

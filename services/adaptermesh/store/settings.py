@@ -1,7 +1,9 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from adaptermesh.rpc.settings import ServiceSettings
 
@@ -9,13 +11,14 @@ from adaptermesh.rpc.settings import ServiceSettings
 class StoreSettings(ServiceSettings):
     """Read from the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="ADAPTERMESH_STORE_")
+    # A value that is refused is not shown: it may hold a password.
+    model_config = SettingsConfigDict(env_prefix="ADAPTERMESH_STORE_", hide_input_in_errors=True)
 
     port: int = Field(default=7702, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
-    database_url: str = Field(
-        default="",
-        description="SQLAlchemy URL of the catalogue, sqlite+aiosqlite:///<path>. "
-        "Empty: <home>/store/catalogue.db.",
+    database_url: SecretStr = Field(
+        default=SecretStr(""),
+        description="SQLAlchemy URL of the catalogue: sqlite+aiosqlite:///<path>, or "
+        "postgresql+asyncpg://<user>:<password>@<host>:<port>/<name>. Empty: <home>/store/catalogue.db.",
     )
     blobs: str = Field(
         default="", description="Folder for the bytes and for uploads in progress. Empty: <home>/store."
@@ -47,7 +50,24 @@ class StoreSettings(ServiceSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _known_database(cls, url: str) -> str:
-        if url and not url.startswith("sqlite+aiosqlite:///"):
-            raise ValueError("must be sqlite+aiosqlite:///<path>")
+    def _known_database(cls, url: SecretStr) -> SecretStr:
+        if not _is_known(url.get_secret_value()):
+            raise ValueError(
+                "must be sqlite+aiosqlite:///<path> or "
+                "postgresql+asyncpg://<user>:<password>@<host>:<port>/<name>, "
+                "with what is special in a URL escaped in the password, such as %40 for @"
+            )
         return url
+
+
+def _is_known(url: str) -> bool:
+    if not url or url.startswith("sqlite+aiosqlite:///"):
+        return True
+    if not url.startswith("postgresql+asyncpg://"):
+        return False
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return False
+    # An @ that is not escaped ends up in the host.
+    return bool(parsed.database and parsed.host) and "@" not in (parsed.host or "")

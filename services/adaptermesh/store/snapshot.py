@@ -20,7 +20,7 @@ from adaptermesh.store.rows import (
     route_record,
     version_record,
 )
-from adaptermesh.store.schema import base_models, namespace_policies, routes, versions
+from adaptermesh.store.schema import alias_moves, base_models, namespace_policies, routes, versions
 
 _ITEMS_AHEAD = 64
 
@@ -92,13 +92,16 @@ class Snapshots:
 
 
 async def _records(connection: AsyncConnection) -> AsyncGenerator[Record]:
-    async for row in await connection.stream(select(base_models)):
+    async for row in await connection.stream(select(base_models).order_by(base_models.c.feed_position)):
         yield base_model_record(row)
     async for row in await connection.stream(SELECT_VERSIONS.order_by(versions.c.id)):
         yield version_record(row)
-    async for row in await connection.stream(SELECT_ALIASES):
+    query = SELECT_ALIASES.order_by(alias_moves.c.adapter_id, alias_moves.c.alias)
+    async for row in await connection.stream(query):
         yield alias_record(row)
-    async for row in await connection.stream(select(namespace_policies)):
+    policies = select(namespace_policies).order_by(namespace_policies.c.namespace)
+    async for row in await connection.stream(policies):
         yield policy_record(row)
-    async for row in await connection.stream(select(routes).where(routes.c.deleted.is_(False))):
+    live = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
+    async for row in await connection.stream(live):
         yield route_record(row)

@@ -15,6 +15,7 @@ from adaptermesh.store.blobs import FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
+from adaptermesh.store.finding import Finding
 from adaptermesh.store.policies import Policies
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.search import Search
@@ -61,6 +62,7 @@ class Stores:
         self.policies = Policies(self.database, clock)
         self.signatures = Signatures(self.database, clock)
         self.search = Search(self.database)
+        self.finding = Finding(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.artifact.ingest import SourceBundle, ingest
+from adaptermesh.artifact.source_files import CARD_FILE
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, unavailable
 from adaptermesh.store.blobs import BlobStore, file_digest
@@ -20,6 +21,7 @@ from adaptermesh.store.headers import UploadHeader, check_header
 from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.records import BaseModelRecord, VersionRecord
 from adaptermesh.store.staging import Place, Staging, next_message, receive_files
+from adaptermesh.store.words import MAX_CARD_CHARACTERS
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class _Ingested:
     manifest: Path
     tensors: Path
     tensor_digest: str
+    card: str
 
 
 class Uploads:
@@ -201,7 +204,7 @@ class Uploads:
         await place.intend(blobs)
         for digest, path in blobs.items():
             await self._blobs.put(digest, path)
-        published = await self._catalogue.publish(made.version, made.tensor_digest)
+        published = await self._catalogue.publish(made.version, made.tensor_digest, made.card)
         place.settle()
         stored = published.version
         return UploadOutcome(stored.record, published.created, stored.feed_position)
@@ -261,7 +264,16 @@ def _ingest(
         create_time_us=0,
         source_files=header.files,
     )
-    return _Ingested(version, manifest_path, tensors, file_digest(tensors))
+    return _Ingested(version, manifest_path, tensors, file_digest(tensors), _card(sources))
+
+
+def _card(sources: Mapping[str, Path]) -> str:
+    """The beginning of the card, which is text whatever it holds."""
+    path = sources.get(CARD_FILE)
+    if path is None:
+        return ""
+    with path.open("rb") as file:
+        return file.read(MAX_CARD_CHARACTERS).decode(errors="replace")
 
 
 def _raise_if_full(error: BaseException) -> None:

@@ -4,11 +4,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.rpc.alias_action import action_message
 from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.feed import FeedMessage
+from adaptermesh.store.finding import Facets, Order, SearchQuery
 from adaptermesh.store.headers import UploadHeader
 from adaptermesh.store.records import (
     AdapterSummary,
@@ -41,6 +43,40 @@ def header_from(message: store_pb2.UploadHeader) -> UploadHeader:
         parents=tuple(message.parents),
         merge_recipe_json=message.merge_recipe_json,
     )
+
+
+_ORDERS = {
+    store_pb2.SEARCH_ORDER_UNSPECIFIED: None,
+    store_pb2.SEARCH_ORDER_RELEVANCE: Order.RELEVANCE,
+    store_pb2.SEARCH_ORDER_NEWEST: Order.NEWEST,
+    store_pb2.SEARCH_ORDER_NAME: Order.NAME,
+}
+
+
+def search_from(message: store_pb2.SearchAdaptersRequest) -> SearchQuery:
+    """Raises MeshError INVALID_FIELD for an order that is none."""
+    if message.order not in _ORDERS:
+        raise invalid_field("order", f"{message.order} is none of the orders")
+    return SearchQuery(
+        text=message.text,
+        namespace=message.namespace,
+        base_model=message.base_model,
+        task=message.task,
+        kind=message.kind,
+        license=message.license,
+        tags=tuple(message.tags),
+        order=_ORDERS[message.order],
+    )
+
+
+def facets_to(facets: Facets) -> list[store_pb2.Facet]:
+    return [
+        store_pb2.Facet(
+            field=field,
+            values=[store_pb2.FacetValue(value=value, count=count) for value, count in values],
+        )
+        for field, values in facets.counts.items()
+    ]
 
 
 def base_model_from(message: adapter_pb2.BaseModel) -> BaseModelRecord:

@@ -21,16 +21,12 @@ async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield store
 
 
-def database_url(kind: str, folder: Path) -> str:
-    return {"sqlite": f"sqlite+aiosqlite:///{folder}/catalogue.db"}[kind]
-
-
-@pytest.fixture(params=["sqlite"])
-async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stores]:
+@pytest.fixture
+async def stores(database_url: str, tmp_path: Path) -> AsyncIterator[Stores]:
     """An empty catalogue."""
     config = StoreConfig(
         folder=tmp_path,
-        database=DatabaseConfig(url=database_url(request.param, tmp_path)),
+        database=DatabaseConfig(url=database_url),
         feed=FeedConfig(heartbeat_seconds=0.2),
     )
     opened = Stores(config, SystemClock())

@@ -33,14 +33,8 @@ __all__ = ["butterflies"]
 GEMMA3 = "Gemma3ForCausalLM"
 SOME = ["q_proj", "v_proj", "down_proj"]
 ATTENTION = {LLAMA: ["q_proj"], GPT2: ["c_attn"], PHI3: ["qkv_proj"]}
-pytestmark = [
-    # It says that it saves the embeddings too, and asks for what it could not know of a tied head.
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings:UserWarning"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True:UserWarning"),
-]
+# It says that it saves the embeddings too, and asks for what it can't know of a tied head.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
 def lora(targets: list[str], **changes: Any) -> peft.LoraConfig:

@@ -128,13 +128,18 @@ COMMON: dict[str, peft.PeftConfig] = {
     "adalora": peft.AdaLoraConfig(init_r=6, target_r=4, total_step=9, target_modules=["q_proj", "up_proj"]),
     "lokr": peft.LoKrConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
     "oft": peft.OFTConfig(oft_block_size=32, target_modules=["q_proj", "v_proj", "o_proj"]),
+    # Tied ends: peft saves a copy of both beside it.
+    "ends": LoraConfig(r=4, lora_alpha=4, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=list(range(0, 49152, 7))),
+    "norms": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]),
 }
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_common_kinds_in_one_batch_on_the_default_base_equal_peft(tmp_path: Path) -> None:
     facts, source = BaseFacts.from_json(json.loads((MODEL / "base_model.json").read_text())), Memory()
-    config = EngineConfig(disk_dir=tmp_path / "disk", kv_tokens=2048, max_batch_rows=8)
+    config = EngineConfig(disk_dir=tmp_path / "disk", kv_tokens=2048, max_batch_rows=len(COMMON))
     base = load_base(MODEL, config)
     engine = Engine(config, base, source, SystemClock())
     prompt = base.tokenizer("The capital of France is").input_ids

@@ -62,6 +62,8 @@ DIGESTS = {
         "llama",
         "compacter_own_rules",
     ): "sha256:6c0e98f4e8cce05df3b89cc4cf20c415e4db9932bd9cc1b697e6ce0f5085fccf",
+    ("llama", "seq_bn_inv"): "sha256:93adfeb10922aebb73b0956fa0a7f3c510d7af5829b0f0c7ead208805eeddc5f",
+    ("llama", "dora_scaled"): "sha256:64cd0796b493dd6a5c43ce95e8170fa249b405c9dad1235400e7988119a8bc3d",
     ("llama", "vera"): "sha256:a66109b5d2be85c7f150ad6c0ac88b15a972dc3d82bd5929db093322f1177403",
     ("llama", "dora"): "sha256:e4f160fa3373d3d9df6b4e1d66fb930ab7b4330b71af6da811d045cad5e3e8d1",
     ("llama", "ia3"): "sha256:6f9d2f0745d96839e9336a38674b7b4f43c91a1c54d409ac4b1909d4cf8805ea",

@@ -116,6 +116,50 @@ VIRTUAL: dict[str, tuple[str, dict[str, Any], tuple[int, int], str]] = {
 }
 
 
+BESIDE: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "ends": (
+        {"r": 4, "target_modules": ["embed_tokens", "lm_head"]},
+        {
+            "model.embed_tokens.lora_embedding_A": (4, 64),
+            "model.embed_tokens.lora_embedding_B": (16, 4),
+            "model.embed_tokens.base_layer.weight": (64, 16),
+            "lm_head.lora_A.weight": (4, 16),
+            "lm_head.lora_B.weight": (64, 4),
+        },
+    ),
+    "tokens": (
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [9, 63, 2]},
+        {"model.embed_tokens.trainable_tokens_delta": (3, 16)},
+    ),
+    "saved": (
+        {"r": 4, "target_modules": ["lm_head"], "modules_to_save": ["model.norm", "layers.1.mlp.up_proj"]},
+        {
+            "lm_head.lora_A.weight": (4, 16),
+            "lm_head.lora_B.weight": (64, 4),
+            "model.norm.weight": (16,),
+            "model.layers.1.mlp.up_proj.weight": (24, 16),
+        },
+    ),
+}
+GOLDEN_BESIDE = {
+    "ends": "sha256:9b64a7dd22f2b04c9214c7aebd971e376113b3d4ade649cd9cab2ba0ff11eee6",
+    "tokens": "sha256:eead584f8f61c76e858b48c141e25c4d75f18b8b7ca5397463f054790c60243c",
+    "saved": "sha256:57ae2bf039c44de93b0f02ead68e8abcc6cc2109c3e4989d2a37e7ffd76a8a6e",
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_stands_beside_a_method_has_the_same_digest_everywhere(folder: Any, kind: str) -> None:
+    changes, shapes = BESIDE[kind]
+    method = changes.get("peft_type", "LORA")
+    folder.config = {**METHODS[method].defaults, "peft_type": method, **changes}
+    for start, (name, shape) in enumerate(shapes.items()):
+        folder.tensors[f"base_model.model.{name}"] = ("F32", numbers(*shape, start=start + 1))
+    manifest = folder.ingest().manifest
+    assert manifest.servable, manifest.unservable_reason
+    assert manifest.digest == GOLDEN_BESIDE[kind]
+
+
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_virtual_tokens_have_the_same_digest_everywhere(folder: Any, kind: str) -> None:
     method, changes, shape, digest = VIRTUAL[kind]

@@ -87,6 +87,22 @@ def test_lists_show_the_newest_version_and_the_aliases(published: FakeMesh, invo
     assert adapter["newest"]["ref"] == "acme/ner:v2"
 
 
+def test_a_search_asks_for_what_was_said_and_counts_what_was_found(
+    published: FakeMesh, invoke: Invoke
+) -> None:
+    found = invoke(
+        "adapters", "search", "ner", "--kind", "lora", "--license", "mit", "--tag", "a", "--facets"
+    )
+    assert "acme/ner" in found.stdout
+    assert "ner 1" in found.stdout
+    [asked] = published.store.searches
+    assert (asked.text, asked.kind, asked.license, list(asked.tags)) == ("ner", "lora", "mit", ["a"])
+    assert document(invoke("adapters", "search", "--facets", "--json"))["facets"] == {"task": [["ner", 1]]}
+    refused = invoke("adapters", "search", "--sort", "size")
+    assert refused.exit_code == 2
+    assert "relevance" in refused.stderr
+
+
 def test_show_lists_the_versions_of_an_adapter_or_tells_all_of_one(
     published: FakeMesh, invoke: Invoke
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -46,6 +47,7 @@ class FakeStore(store_pb2_grpc.StoreServiceServicer):
 
     def __init__(self) -> None:
         self.versions: dict[str, list[adapter_pb2.Version]] = {}
+        self.searches: list[Any] = []
         self.files: dict[tuple[str, str], bytes] = {}
         self.aliases: dict[str, list[adapter_pb2.Alias]] = {}
         self.routes: dict[tuple[str, str], adapter_pb2.Route] = {}
@@ -171,6 +173,19 @@ class FakeStore(store_pb2_grpc.StoreServiceServicer):
         ]
         items, token = _page(found, request.page_token)
         return store_pb2.ListAdaptersResponse(adapters=items, next_page_token=token)
+
+    async def SearchAdapters(self, request: Any, context: Any) -> store_pb2.SearchAdaptersResponse:
+        self.searches.append(request)
+        asked = store_pb2.ListAdaptersRequest(
+            query=request.text, task=request.task, page_token=request.page_token
+        )
+        listed = await self.ListAdapters(asked, context)
+        tasks = Counter(adapter.newest.task for adapter in listed.adapters)
+        values = [store_pb2.FacetValue(value=task, count=count) for task, count in tasks.items()]
+        facets = [store_pb2.Facet(field="task", values=values)] if request.with_facets else []
+        return store_pb2.SearchAdaptersResponse(
+            adapters=listed.adapters, next_page_token=listed.next_page_token, facets=facets
+        )
 
     async def SetAlias(self, request: Any, context: Any) -> store_pb2.SetAliasResponse:
         ref = f"{request.namespace}/{request.name}@{request.alias}"

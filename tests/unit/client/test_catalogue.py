@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptermesh.client import Code, MeshError, Publication, Reason, RouteTarget, StoreClient
+from adaptermesh.client import Code, MeshError, Publication, Reason, RouteTarget, Search, StoreClient
 from tests.unit.client.fake_services import FakeStore
 
 
@@ -74,6 +74,24 @@ async def test_lists_follow_every_page(store: StoreClient, adapter_folder: Path)
     assert [adapter.name for adapter in await store.list_adapters()] == [f"acme/{name}" for name in "abcde"]
     assert [route.task for route in await store.list_routes()] == list("abcde")
     assert [adapter.name for adapter in await store.list_adapters("ACME/", task="b")] == ["acme/b"]
+
+
+async def test_a_search_reads_pages_up_to_its_limit_and_counts_once(
+    store: StoreClient, fake_store: FakeStore, adapter_folder: Path
+) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        await store.upload(adapter_folder, f"acme/{name}", Publication("tiny", task="one"))
+    found = await store.search(Search(with_facets=True), limit=3)
+    assert ([adapter.name for adapter in found.adapters], found.more) == (
+        ["acme/a", "acme/b", "acme/c"],
+        True,
+    )
+    assert found.facets == {"task": (("one", 2),)}
+    assert [request.with_facets for request in fake_store.searches] == [True, False]
+    every = await store.search(Search("acme"))
+    assert (len(every.adapters), every.more, dict(every.facets)) == (5, False, {})
+    with pytest.raises(MeshError, match="'size' is none of relevance, newest, name"):
+        await store.search(Search(order="size"))
 
 
 async def test_a_route_is_set_by_weights_and_removed(store: StoreClient) -> None:

@@ -1,4 +1,4 @@
-"""A real store on loopback over a folder of its own, and small adapters to put into it."""
+"""A real store on loopback over a folder and a database of its own, and small adapters to put into it."""
 
 import asyncio
 import json
@@ -195,10 +195,10 @@ async def until(true: Callable[[], Any]) -> None:
     await eventually(look, within=20)
 
 
-def store_config(folder: Path) -> StoreConfig:
+def store_config(folder: Path, database_url: str = "") -> StoreConfig:
     return StoreConfig(
         folder=folder,
-        database=DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/catalogue.db"),
+        database=DatabaseConfig(url=database_url or f"sqlite+aiosqlite:///{folder}/catalogue.db"),
         feed=FeedConfig(heartbeat_seconds=0.2, page_size=4),
         lock_seconds=0.3,
     )
@@ -221,8 +221,8 @@ def kit() -> SimpleNamespace:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> StoreConfig:
-    return store_config(tmp_path)
+def config(tmp_path: Path, database_url: str) -> StoreConfig:
+    return store_config(tmp_path, database_url)
 
 
 @pytest.fixture
@@ -242,7 +242,12 @@ async def store(empty_store: RunningStore) -> RunningStore:
 def publish(store: RunningStore) -> Callable[..., Any]:
     """Uploads a number of different versions of one adapter."""
 
-    async def upload(name: str = "ner", seeds: Sequence[int] = (1,), **fields: Any) -> list[Any]:
-        return [(await store.upload(make_files(seed), name=name, **fields)).version for seed in seeds]
+    async def upload(
+        name: str = "ner", seeds: Sequence[int] = (1,), card: bytes = b"", **fields: Any
+    ) -> list[Any]:
+        more = {"README.md": card} if card else {}
+        return [
+            (await store.upload({**make_files(seed), **more}, name=name, **fields)).version for seed in seeds
+        ]
 
     return upload

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.core.clock import SystemClock
@@ -54,10 +54,33 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert (config.snapshots.concurrent, config.snapshots.seconds) == (9, 10)
 
 
-@pytest.mark.parametrize("url", ["postgresql+asyncpg://h/d", "sqlite:///x", "catalogue.db"])
-def test_a_database_that_the_store_can_not_use_is_refused_at_once(url: str) -> None:
-    with pytest.raises(ValidationError, match="sqlite"):
-        StoreSettings(database_url=url)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///x",
+        "catalogue.db",
+        "postgresql://u:hunter2@h/d",
+        "postgresql+asyncpg://u:hunter2@h",
+        "postgresql+asyncpg:///d?password=hunter2",
+        # What is special in a URL must be escaped.
+        "postgresql+asyncpg://u:hunter2@more@h/d",
+        "postgresql+asyncpg://u:hunter2/more@h:1:2/d",
+    ],
+)
+def test_a_database_that_the_store_can_not_use_is_refused_at_once_without_its_password(url: str) -> None:
+    with pytest.raises(ValidationError, match="sqlite") as caught:
+        StoreSettings(database_url=SecretStr(url))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_password_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "postgresql+asyncpg://mesh:hunter2@h:5432/d"
+    monkeypatch.setenv("ADAPTERMESH_STORE_DATABASE_URL", url)
+    settings = StoreSettings(home=tmp_path)
+    config = store_config(settings)
+    assert config.database.url == url
+    for shown in (repr(settings), str(settings), settings.model_dump_json(), repr(config)):
+        assert "hunter2" not in shown
 
 
 async def test_a_draining_service_finishes_the_upload_that_has_begun(

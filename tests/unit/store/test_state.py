@@ -2,13 +2,21 @@
 
 import asyncio
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.digests import digest_bytes
@@ -30,6 +38,7 @@ from adaptermesh.store.records import (
 )
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import StoreConfig, Stores
+from tests.postgres import MIGRATED
 
 NAMES = st.sampled_from(["a", "b"])
 ALIASES = st.sampled_from(["prod", "canary"])
@@ -103,9 +112,15 @@ class Twin:
 
 
 class StoreMachine(RuleBasedStateMachine):
+    def __init__(self, databases: Callable[[Path], AbstractContextManager[str]]) -> None:
+        super().__init__()
+        self.databases = databases
+
     @initialize()
     def start(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
+        self.around = ExitStack()
+        self.folder = Path(self.around.enter_context(tempfile.TemporaryDirectory()))
+        self.url = self.around.enter_context(self.databases(self.folder))
         self.runner = asyncio.Runner()
         self.twin = Twin()
         self.made = 0
@@ -121,9 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
         return self.runner.run(work)
 
     async def _open(self) -> None:
-        folder = Path(self.folder.name)
-        database = DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/catalogue.db")
-        self.stores = Stores(StoreConfig(folder, database), SystemClock())
+        self.stores = Stores(StoreConfig(self.folder, DatabaseConfig(self.url)), SystemClock())
         await self.stores.open()
 
     async def _register(self, base: BaseModelRecord) -> None:
@@ -143,7 +156,7 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "runner"):
             self.run(self.stores.close())
             self.runner.close()
-            self.folder.cleanup()
+            self.around.close()
 
     @rule(name=NAMES, repeat=st.booleans())
     def publish(self, name: str, repeat: bool) -> None:
@@ -306,12 +319,25 @@ class StoreMachine(RuleBasedStateMachine):
             assert [move.version_number for move in reversed(page.items)] == moves
 
 
-StoreMachine.TestCase.settings = settings(
-    max_examples=15,
-    stateful_step_count=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+@contextmanager
+def sqlite_file(folder: Path) -> Iterator[str]:
+    yield f"sqlite+aiosqlite:///{folder}/catalogue.db"
 
 
-TestState: Any = StoreMachine.TestCase
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_any_mutations_leave_state_history_feed_and_snapshots_in_agreement(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    def machine() -> StoreMachine:
+        if kind == "sqlite":
+            return StoreMachine(sqlite_file)
+        server = request.getfixturevalue("postgres_server")
+        return StoreMachine(lambda _: server.database(MIGRATED))
+
+    limits = settings(
+        max_examples=15,
+        stateful_step_count=15,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    run_state_machine_as_test(cast("type[StoreMachine]", machine), settings=limits)

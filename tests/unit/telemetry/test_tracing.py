@@ -79,8 +79,6 @@ def test_a_malformed_traceparent_starts_a_trace_of_its_own() -> None:
 
 
 def test_a_log_line_is_an_event_with_fields_and_the_trace_id(tmp_path: Path) -> None:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
     stream = StringIO()
     tracing = start_tracing("router", "1", tmp_path)
     try:
@@ -88,7 +86,6 @@ def test_a_log_line_is_an_event_with_fields_and_the_trace_id(tmp_path: Path) -> 
         with tracing.tracer.start_as_current_span("x") as span:
             logging.getLogger("m").info("worker joined", extra={"worker_id": "w1"})
     finally:
-        root.handlers[:], root.level = handlers, level
         tracing.shutdown()
     line = json.loads(stream.getvalue())
     assert (line["event"], line["worker_id"], line["service"]) == ("worker joined", "w1", "router")

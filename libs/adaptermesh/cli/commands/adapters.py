@@ -8,6 +8,7 @@ from rich.text import Text
 
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.execute import execute
@@ -15,8 +16,8 @@ from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, size, table
 from adaptermesh.cli.uploads import upload_report
-from adaptermesh.cli.version_report import state_note, version_details, version_report
-from adaptermesh.client import Adapter, Publication, StoreClient, Version
+from adaptermesh.cli.version_report import version_details, version_report
+from adaptermesh.client import Publication, StoreClient, Version
 from adaptermesh.core.refs import AdapterName
 
 app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
@@ -82,29 +83,7 @@ def download(
     execute(as_json, work)
 
 
-@app.command()
-def search(
-    query: Annotated[str, typer.Argument(help="A part of namespace/name. Empty finds all.")] = "",
-    task: Annotated[str, typer.Option(help="Exact task of the newest version.")] = "",
-    base: Annotated[str, typer.Option(help="Name or digest of the base model.")] = "",
-    tags: TagsOption = None,
-    namespace: Annotated[str, typer.Option(help="Exact namespace.")] = "",
-    store: StoreOption = "",
-    as_json: JsonOption = False,
-) -> None:
-    """Finds adapters by name, task, base model and tags; all that is given must hold.
-
-    Example: adaptermesh adapters search ner --task financial-ner --tag finance
-    """
-
-    async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
-            found = await client.list_adapters(
-                query, namespace=namespace, task=task, base_model=base, tags=tags or ()
-            )
-        _print_adapters(output, found)
-
-    execute(as_json, work)
+app.command()(search)
 
 
 @app.command("ls")
@@ -120,7 +99,8 @@ def list_adapters(
 
     async def work(output: Output) -> None:
         async with StoreClient(store or output.settings.store) as client:
-            _print_adapters(output, await client.list_adapters(namespace=namespace))
+            adapters = await client.list_adapters(namespace=namespace)
+        output.result({"adapters": adapters}, adapters_table(adapters))
 
     execute(as_json, work)
 
@@ -163,30 +143,6 @@ app.command()(sign)
 app.command()(deprecate)
 app.command()(revoke)
 app.command()(restore)
-
-
-def _print_adapters(output: Output, adapters: list[Adapter]) -> None:
-    rows = table(
-        "adapter", "newest", "task", "base", "kind", "rank", "size", "aliases", right=("rank", "size")
-    )
-    for adapter in adapters:
-        newest = adapter.newest
-        aliases = ", ".join(
-            f"{alias.alias}=v{alias.version_number}"
-            + (" (unusable)" if alias.version_number in adapter.unusable_numbers else "")
-            for alias in adapter.aliases
-        )
-        rows.add_row(
-            adapter.name,
-            f"v{newest.number}{state_note(newest)}",
-            newest.task,
-            newest.base_model_id,
-            newest.kind,
-            str(newest.max_rank or ""),
-            size(newest.size_bytes),
-            aliases,
-        )
-    output.result({"adapters": adapters}, rows if adapters else Text("no adapters"))
 
 
 def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:

@@ -9,6 +9,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _SearchOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SearchOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEARCH_ORDER_UNSPECIFIED: _SearchOrder.ValueType  # 0
+    """The default of the request."""
+    SEARCH_ORDER_RELEVANCE: _SearchOrder.ValueType  # 1
+    """What fits the words best first."""
+    SEARCH_ORDER_NEWEST: _SearchOrder.ValueType  # 2
+    """The newest version first."""
+    SEARCH_ORDER_NAME: _SearchOrder.ValueType  # 3
+    """By namespace and name."""
+
+class SearchOrder(_SearchOrder, metaclass=_SearchOrderEnumTypeWrapper):
+    """In which order adapters come."""
+
+SEARCH_ORDER_UNSPECIFIED: SearchOrder.ValueType  # 0
+"""The default of the request."""
+SEARCH_ORDER_RELEVANCE: SearchOrder.ValueType  # 1
+"""What fits the words best first."""
+SEARCH_ORDER_NEWEST: SearchOrder.ValueType  # 2
+"""The newest version first."""
+SEARCH_ORDER_NAME: SearchOrder.ValueType  # 3
+"""By namespace and name."""
+Global___SearchOrder: _TypeAlias = SearchOrder  # noqa: Y015
 
 @_typing.final
 class UploadAdapterRequest(_message.Message):
@@ -894,6 +923,166 @@ class ListAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class SearchAdaptersRequest(_message.Message):
+    """Asks for adapters. Every condition that is set must hold, of the newest version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    LICENSE_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    WITH_FACETS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Words, each of which must begin a word of the name, the tags, the description or the card; at most 16, without
+    regard to case and accents. Empty matches all.
+    """
+    namespace: _builtins.str
+    """Exact namespace. Empty matches all."""
+    base_model: _builtins.str
+    """Name or digest of the base. Empty matches all."""
+    task: _builtins.str
+    """Exact task. Empty matches all."""
+    kind: _builtins.str
+    """Exact kind, e.g. "lora". Empty matches all."""
+    license: _builtins.str
+    """Exact licence. Empty matches all."""
+    order: Global___SearchOrder.ValueType
+    """The order. Unspecified is by relevance where there are words, else the newest first."""
+    page_size: _builtins.int
+    """At most this many, [0, 1000]. Zero means 100."""
+    page_token: _builtins.str
+    """From the previous page. Empty for the first one. In order of relevance the pages are those of the moment of the
+    first one, and end after 1,000 adapters.
+    """
+    with_facets: _builtins.bool
+    """Count what the adapters that match have in common, too."""
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tags that it must all have, at most 32."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        task: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        license: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        order: Global___SearchOrder.ValueType = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        with_facets: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "kind", b"kind", "license", b"license", "namespace", b"namespace", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags", "task", b"task", "text", b"text", "with_facets", b"with_facets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchAdaptersRequest: _TypeAlias = SearchAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class SearchAdaptersResponse(_message.Message):
+    """One page of what was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FACETS_FIELD_NUMBER: _builtins.int
+    FACETS_CAPPED_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    facets_capped: _builtins.bool
+    """The facets count the newest 10,000 of more adapters that match."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSummary]:
+        """In the order that was asked for."""
+
+    @_builtins.property
+    def facets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Facet]:
+        """Of all that match, if asked for: one for base_model, task, kind, license and tags each."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___AdapterSummary] | None = ...,
+        next_page_token: _builtins.str = ...,
+        facets: _abc.Iterable[Global___Facet] | None = ...,
+        facets_capped: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "facets", b"facets", "facets_capped", b"facets_capped", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchAdaptersResponse: _TypeAlias = SearchAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class Facet(_message.Message):
+    """How often each value of one field is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """"base_model", "task", "kind", "license" or "tags"."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___FacetValue]:
+        """The most frequent 20, most frequent first; "" where there is none."""
+
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        values: _abc.Iterable[Global___FacetValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Facet: _TypeAlias = Facet  # noqa: Y015
+
+@_typing.final
+class FacetValue(_message.Message):
+    """One value of a field."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    value: _builtins.str
+    """The value."""
+    count: _builtins.int
+    """How many adapters have it."""
+    def __init__(
+        self,
+        *,
+        value: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FacetValue: _TypeAlias = FacetValue  # noqa: Y015
 
 @_typing.final
 class AdapterSummary(_message.Message):

@@ -100,6 +100,11 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.SearchAdapters = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/SearchAdapters',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SearchAdaptersRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SearchAdaptersResponse.FromString,
+                _registered_method=True)
         self.SetAlias = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/SetAlias',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetAliasRequest.SerializeToString,
@@ -274,6 +279,13 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SearchAdapters(self, request, context):
+        """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetAlias(self, request, context):
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
         FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
@@ -434,6 +446,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'SearchAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchAdapters,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SearchAdaptersRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SearchAdaptersResponse.SerializeToString,
             ),
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
@@ -848,6 +865,33 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/ListAdapters',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/SearchAdapters',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SearchAdaptersRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SearchAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

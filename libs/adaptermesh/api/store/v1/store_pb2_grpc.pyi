@@ -85,6 +85,8 @@ class StoreServiceStub:
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]
     """Lists or searches adapters, by name."""
+    SearchAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]
+    """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
     FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
@@ -183,6 +185,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists or searches adapters, by name."""
+    SearchAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]  # type: ignore[assignment]
+    """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
     FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
@@ -356,6 +360,14 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ListAdaptersResponse, _abc.Awaitable[_store_pb2.ListAdaptersResponse]]:
         """Lists or searches adapters, by name."""
+
+    @_abc_1.abstractmethod
+    def SearchAdapters(
+        self,
+        request: _store_pb2.SearchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.SearchAdaptersResponse, _abc.Awaitable[_store_pb2.SearchAdaptersResponse]]:
+        """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
 
     @_abc_1.abstractmethod
     def SetAlias(

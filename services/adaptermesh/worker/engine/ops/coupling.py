@@ -12,7 +12,7 @@ from torch.nn import functional as f
 from adaptermesh.artifact.manifest import ModuleOp
 from adaptermesh.worker.engine.ops.bottleneck import ACTIVATIONS
 from adaptermesh.worker.engine.ops.op import SitePlan, StepTokens, TensorReader
-from adaptermesh.worker.engine.ops.segment_op import SegmentOp
+from adaptermesh.worker.engine.ops.segment_op import CopyingSegmentOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +40,13 @@ class _Coupling:
         return self.parts.values()
 
 
-class Coupling(SegmentOp[_Coupling]):
+class Coupling(CopyingSegmentOp[_Coupling]):
     """The couplings of all slots."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self._dtype = dtype
-        self._device = device
-
     def load_layer(self, slot: int, layer: int, modules: Sequence[ModuleOp], read: TensorReader) -> None:
+        copy = self.copier(read)
         for module in modules:
-            parts = {
-                name: read(tensor).to(self._device, self._dtype, copy=True)
-                for name, tensor in module.tensors.items()
-            }
+            parts = {name: copy(tensor) for name, tensor in module.tensors.items()}
             self.hold(slot, module.site, layer, _Coupling(parts, (module.options or {})["activation"]))
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (it has no part at a site)

@@ -62,8 +62,8 @@ class SegmentOp(Generic[_Held]):
                 yield slice(segment.start, segment.end), module
 
 
-class SegmentBlockOp(SegmentOp[_Term]):
-    """One that acts beside sub-layers alone, and reads what goes into them and comes out of them."""
+class CopyingSegmentOp(SegmentOp[_Held]):
+    """One that keeps its tensors on a device, in one dtype."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -73,6 +73,10 @@ class SegmentBlockOp(SegmentOp[_Term]):
     def copier(self, read: TensorReader) -> TensorReader:
         """Gives copies that the op may keep."""
         return lambda name: read(name).to(self._device, self._dtype, copy=True)
+
+
+class SegmentBlockOp(CopyingSegmentOp[_Term]):
+    """One that acts beside sub-layers alone, and reads what goes into them and comes out of them."""
 
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (it has no part at a site)
         return {}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from adaptermesh.artifact.manifest import ModuleOp
+from adaptermesh.artifact.sites import Site
 from adaptermesh.worker.engine.ops.op import Op, TensorReader
 
 
@@ -33,3 +34,19 @@ class Twins:
         for op in self.ops:
             op.unload(slot)
         self.held.discard(slot)
+
+
+class NoWeights:
+    """A base of which an op asks nothing but what a test adds."""
+
+    def squares(self, site: Site, layer: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def project(self, site: Site, layer: int, a: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def bias(self, site: Site, layer: int) -> torch.Tensor | None:
+        raise NotImplementedError
+
+    def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        raise NotImplementedError

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as f
 
 from adaptermesh.artifact.manifest import ModuleOp
-from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import MeshError, Reason
 from adaptermesh.worker.engine.ops.around import Around
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
-from tests.unit.worker.engine.ops.loading import load
+from tests.unit.worker.engine.ops.loading import NoWeights, load
 from tests.unit.worker.engine.ops.test_affine import CPU, LAYERS, SITES
 
 HIDDEN, VOCABULARY = SITES.hidden_size, 9
@@ -27,20 +26,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 Made = tuple[list[ModuleOp], Tensors]
 
 
-class Weights:
+class Weights(NoWeights):
     """A base with a last norm, and no more."""
 
     def __init__(self, norm: torch.Tensor | None = NORM) -> None:
         self._norm = norm
-
-    def squares(self, site: Site, layer: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def project(self, site: Site, layer: int, a: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def bias(self, site: Site, layer: int) -> torch.Tensor | None:
-        raise NotImplementedError
 
     def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         assert (site, layer) == ("final_norm", LAYERS - 1)

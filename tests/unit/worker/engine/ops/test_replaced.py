@@ -11,7 +11,7 @@ from adaptermesh.artifact.sites import Site
 from adaptermesh.core.errors import MeshError
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.ops.replaced import Replaced
-from tests.unit.worker.engine.ops.loading import load
+from tests.unit.worker.engine.ops.loading import NoWeights, load
 from tests.unit.worker.engine.ops.test_affine import CPU, LAYERS, SITES
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -27,14 +27,8 @@ SLOTS = [-1, 0, 1, -1, 0]
 TOKENS = StepTokens(tuple(Segment(slot, 2 * place, 2 * place + 2) for place, slot in enumerate(SLOTS)))
 
 
-class Weights:
+class Weights(NoWeights):
     """A base whose products have biases in the first layer, and so do its norms."""
-
-    def squares(self, site: Site, layer: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def project(self, site: Site, layer: int, a: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
     def bias(self, site: Site, layer: int) -> torch.Tensor | None:
         return None if layer else BIAS[site.name]

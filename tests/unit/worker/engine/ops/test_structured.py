@@ -15,7 +15,7 @@ from adaptermesh.worker.engine.ops import structured
 from adaptermesh.worker.engine.ops.op import Segment, StepTokens
 from adaptermesh.worker.engine.ops.structured import Structured, butterfly
 from adaptermesh.worker.engine.ops.structured_plain import PlainStructured
-from tests.unit.worker.engine.ops.loading import Twins, load
+from tests.unit.worker.engine.ops.loading import NoWeights, Twins, load
 
 LAYERS, SLOTS = 2, 7
 CPU = torch.device("cpu")
@@ -37,22 +37,13 @@ SITES = site_map(FACTS)
 KINDS = ("kron 2", "kron 8", "turn 4", "turn 4 shared", "turn 8 scaled", "turn 2 of 3", "turn 4 of 2 scaled")
 
 
-class Biases:
+class Biases(NoWeights):
     """A base whose modules have biases."""
-
-    def squares(self, site: Site, layer: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def project(self, site: Site, layer: int, a: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
     def bias(self, site: Site, layer: int) -> torch.Tensor | None:
         if layer:
             return None
         return torch.randn(site.out_features, generator=torch.Generator().manual_seed(len(site.name)))
-
-    def norm(self, site: str, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        raise NotImplementedError
 
 
 def tensors_of(kind: str, site: Site, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Delays between attempts: exponential with jitter, so that many routers don't come back at one moment."""
+"""Delays between attempts: exponential with jitter, so that many callers do not come back at one moment."""
 
 import random
 

@@ -1,6 +1,6 @@
 import random
 
-from adaptermesh.router.backoff import Backoff
+from adaptermesh.core.backoff import Backoff
 
 
 def test_delays_double_up_to_the_longest_and_each_is_in_its_upper_half() -> None:

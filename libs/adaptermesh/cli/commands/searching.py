@@ -1,0 +1,91 @@
+"""`adaptermesh adapters search`: by words and by what an adapter is."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from adaptermesh.cli.execute import execute
+from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
+from adaptermesh.cli.output import Output
+from adaptermesh.cli.tables import size, table
+from adaptermesh.cli.version_report import state_note
+from adaptermesh.client import Adapter, Found, Search, StoreClient
+
+_SHOWN_VALUES = 5
+
+
+def search(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Each must begin a word of the name, tags, description or card. None finds all."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="Exact task of the newest version.")] = "",
+    base: Annotated[str, typer.Option(help="Name or digest of the base model.")] = "",
+    kind: Annotated[str, typer.Option(help="Exact kind, e.g. lora or ia3.")] = "",
+    spdx: Annotated[str, typer.Option("--license", help="Exact licence, e.g. apache-2.0.")] = "",
+    tags: TagsOption = None,
+    namespace: Annotated[str, typer.Option(help="Exact namespace.")] = "",
+    sort: Annotated[
+        Literal["relevance", "newest", "name"] | None,
+        typer.Option(help="The order. Default: relevance with words, else newest."),
+    ] = None,
+    facets: Annotated[bool, typer.Option("--facets", help="Count what they have in common, too.")] = False,
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=100_000)] = 100,
+    store: StoreOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Finds adapters by words, task, base model, kind, licence and tags; all that is given must hold.
+
+    Example: adaptermesh adapters search invoice entities --task financial-ner --tag finance --facets
+    """
+    query = Search(
+        " ".join(words or ()), namespace, base, task, kind, spdx, tuple(tags or ()), sort or "", facets
+    )
+
+    async def work(output: Output) -> None:
+        async with StoreClient(store or output.settings.store) as client:
+            found = await client.search(query, limit=limit)
+        output.result(found, *_report(found))
+
+    execute(as_json, work)
+
+
+def adapters_table(adapters: Sequence[Adapter]) -> RenderableType:
+    """A line for each: its newest version and its aliases."""
+    rows = table(
+        "adapter", "newest", "task", "base", "kind", "rank", "size", "aliases", right=("rank", "size")
+    )
+    for adapter in adapters:
+        newest = adapter.newest
+        aliases = ", ".join(
+            f"{alias.alias}=v{alias.version_number}"
+            + (" (unusable)" if alias.version_number in adapter.unusable_numbers else "")
+            for alias in adapter.aliases
+        )
+        rows.add_row(
+            adapter.name,
+            f"v{newest.number}{state_note(newest)}",
+            newest.task,
+            newest.base_model_id,
+            newest.kind,
+            str(newest.max_rank or ""),
+            size(newest.size_bytes),
+            aliases,
+        )
+    return rows if adapters else Text("no adapters")
+
+
+def _report(found: Found) -> list[RenderableType]:
+    parts = [adapters_table(found.adapters)]
+    if found.more:
+        parts.append(Text("there are more: give more words or conditions, or a higher --limit"))
+    if found.facets:
+        rows = table("of all that match", "how many have which")
+        for field, values in found.facets.items():
+            shown = ", ".join(f"{value or 'none'} {count}" for value, count in values[:_SHOWN_VALUES])
+            rows.add_row(field, shown + (", ..." if len(values) > _SHOWN_VALUES else ""))
+        parts.append(rows)
+    return parts

@@ -1,0 +1,202 @@
+"""A catalogue of many adapters, written into a store's database and folder in a few transactions."""
+
+import itertools
+import json
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.digests import digest_bytes
+from adaptermesh.store import schema
+from adaptermesh.store.blobs import FolderBlobStore
+from adaptermesh.store.database import Database, DatabaseConfig
+from adaptermesh.store.feed import append_change
+from adaptermesh.store.records import ChangeKind, VersionRecord
+from adaptermesh.store.rows import version_values
+from adaptermesh.store.words import Wording, word_index
+
+FEED_ID = "bench"
+VERSIONS = 3
+"""Of each adapter."""
+_SEED = 7
+_AT_ONCE = 2000
+_KINDS = ("lora", "lora", "lora", "dora", "ia3", "bottleneck")
+_LICENSES = ("apache-2.0", "mit", "", "cc-by-4.0")
+_MANIFEST_BYTES = 32 * 1024
+_CARD_WORDS = 100
+_BASE = "sha256:" + "b" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large the catalogue is."""
+
+    adapters: int
+    asked: int
+    """Adapters whose manifests are there, so that they can be resolved."""
+    events: int
+    """The last changes of the feed."""
+
+
+class Vocabulary:
+    """Made-up words, the first ones said far more often than the last, as in any language."""
+
+    def __init__(self, seed: int = _SEED) -> None:
+        self._random = random.Random(seed)
+        syllables = [a + b for a in "bcdfglmnprst" for b in "aeiou"]
+        self.words = tuple(
+            dict.fromkeys("".join(self._random.choices(syllables, k=3)) for _ in range(20_000))
+        )
+        self._weights = tuple(itertools.accumulate(1 / (place + 1) for place in range(len(self.words))))
+
+    def text(self, count: int) -> str:
+        """So many words."""
+        return " ".join(self._random.choices(self.words, cum_weights=self._weights, k=count))
+
+
+async def fill(home: Path, size: Size) -> None:
+    """Fills the home folder of a store that does not run."""
+    folder = home / "store"
+    folder.mkdir(parents=True)
+    database = Database(DatabaseConfig(f"sqlite+aiosqlite:///{folder / 'catalogue.db'}"), lambda: None)
+    await database.open(FEED_ID)
+    blobs = FolderBlobStore(folder / "blobs")
+    await blobs.recover()
+    draw, vocabulary = random.Random(_SEED), Vocabulary()
+    await database.write(_base)
+    for start in range(0, size.adapters, _AT_ONCE):
+        chunk = range(start, min(start + _AT_ONCE, size.adapters))
+        records = [_versions(number, draw, vocabulary) for number in chunk]
+
+        async def work(
+            connection: AsyncConnection, start: int = start, records: Sequence[Any] = records
+        ) -> None:
+            await _adapters(connection, start, records, vocabulary, database.dialect)
+
+        await database.write(work)
+    async for manifest in _manifests(size.asked):
+        source = home / "manifest"
+        source.write_bytes(manifest)
+        await blobs.put(digest_bytes(manifest), source)
+    await _feed(database, size)
+    await database.close()
+
+
+def adapter_of(number: int) -> str:
+    """The name of an adapter."""
+    return f"team{number % 50}/adapter-{number}"
+
+
+def _manifest(number: int, version: int) -> bytes:
+    text = json.dumps({"adapter": adapter_of(number), "version": version})
+    return text.encode().ljust(_MANIFEST_BYTES)
+
+
+async def _manifests(asked: int) -> AsyncIterator[bytes]:
+    for number in range(asked):
+        for version in range(1, VERSIONS + 1):
+            yield _manifest(number, version)
+
+
+def _versions(number: int, draw: random.Random, vocabulary: Vocabulary) -> list[VersionRecord]:
+    namespace, name = adapter_of(number).split("/")
+    kind, license_ = draw.choice(_KINDS), draw.choice(_LICENSES)
+    tags = tuple(sorted(set(vocabulary.text(3).split())))
+    return [
+        VersionRecord(
+            namespace=namespace,
+            name=name,
+            number=version,
+            digest=digest_bytes(_manifest(number, version)),
+            base_digest=_BASE,
+            base_model_id="base",
+            task=f"task-{draw.randrange(200)}",
+            description=vocabulary.text(10),
+            tags=tags,
+            license=license_,
+            kind=kind,
+            op_kinds=("lowrank",),
+            max_rank=8,
+            size_bytes=10_000_000,
+            servable=True,
+            unservable_reason="",
+            warnings=(),
+            create_time_us=number,
+            source_files=(),
+        )
+        for version in range(1, VERSIONS + 1)
+    ]
+
+
+async def _base(connection: AsyncConnection) -> None:
+    texts = dict.fromkeys(("model_id", "config_digest", "weights_digest", "architecture"), "x")
+    numbers = dict.fromkeys(("hidden_size", "num_layers", "vocab_size", "feed_position"), 0)
+    values = {"digest": _BASE, "config_json": "{}", **texts, **numbers}
+    await connection.execute(insert(schema.base_models).values(values))
+
+
+async def _adapters(
+    connection: AsyncConnection,
+    start: int,
+    records: Sequence[Sequence[VersionRecord]],
+    vocabulary: Vocabulary,
+    dialect: str,
+) -> None:
+    """One chunk: what `Catalogue.publish` writes, many rows at a time."""
+    rows: dict[Any, list[dict[str, Any]]] = {
+        table: []
+        for table in (
+            schema.adapters,
+            schema.versions,
+            schema.version_tags,
+            schema.search_documents,
+            schema.alias_moves,
+            schema.aliases,
+        )
+    }
+    words = word_index(dialect)
+    for adapter_id, versions in enumerate(records, start + 1):
+        newest = versions[-1]
+        name = {"namespace": newest.namespace, "name": newest.name}
+        rows[schema.adapters].append({"id": adapter_id, **name, "version_count": VERSIONS})
+        for version in versions:
+            key = (adapter_id - 1) * VERSIONS + version.number
+            place = {"id": key, "adapter_id": adapter_id, "feed_position": key}
+            columns = {**version_values(version), **place, "tensor_digest": version.digest}
+            rows[schema.versions].append(columns)
+            rows[schema.version_tags] += [{"version_id": key, "tag": tag} for tag in version.tags]
+        searched = ("base_digest", "base_model_id", "task", "kind", "license")
+        document = {field: getattr(newest, field) for field in searched}
+        place = {"adapter_id": adapter_id, "version_id": key, "feed_position": key}
+        rows[schema.search_documents].append({**document, **place})
+        alias = {"adapter_id": adapter_id, "alias": "prod", "generation": 1}
+        move = {"version_number": 2, "update_time_us": 0, "actor": "", "comment": ""}
+        rows[schema.alias_moves].append({**alias, **move})
+        rows[schema.aliases].append(alias)
+    for table, values in rows.items():
+        await connection.execute(insert(table), values)
+    for adapter_id, versions in enumerate(records, start + 1):
+        newest = versions[-1]
+        card = vocabulary.text(_CARD_WORDS)
+        wording = Wording(str(newest.adapter), " ".join(newest.tags), newest.description, card)
+        await words.put(connection, adapter_id, wording)
+
+
+async def _feed(database: Database, size: Size) -> None:
+    """The versions' own positions are behind the feed's beginning; only the last changes are in it."""
+    trimmed = size.adapters * VERSIONS
+    draw, vocabulary = random.Random(_SEED), Vocabulary()
+
+    async def work(connection: AsyncConnection) -> None:
+        positions = {"head_position": trimmed, "trimmed_position": trimmed}
+        await connection.execute(update(schema.feed).values(positions))
+        for number in range(size.events):
+            record = _versions(number, draw, vocabulary)[0]
+            await append_change(connection, ChangeKind.VERSION_PUBLISHED, record, 0)
+
+    await database.write(work)

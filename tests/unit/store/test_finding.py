@@ -1,0 +1,186 @@
+"""Search over adapters: conditions, orders, pages that stay in place, facets."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.core.errors import Code, Reason
+
+EVERYTHING = ["beta/percent", "beta/style", "acme/sql", "acme/financial-ner"]
+
+
+async def found(store: Any, page_size: int = 0, **fields: Any) -> list[str]:
+    names: list[str] = []
+    token = ""
+    while True:
+        request = store_pb2.SearchAdaptersRequest(page_size=page_size, page_token=token, **fields)
+        page = await store.stub.SearchAdapters(request)
+        names += [f"{item.newest.namespace}/{item.newest.name}" for item in page.adapters]
+        token = page.next_page_token
+        if not token:
+            return names
+
+
+@pytest.fixture
+async def library(store: Any, publish: Any, kit: Any) -> Any:
+    card = b"# Entities\n\nFinds companies and amounts in invoices. \xc3\x9cbersicht."
+    await publish(
+        "financial-ner",
+        seeds=(1, 2),
+        task="financial-ner",
+        tags=["finance", "english"],
+        description="Named entities in reports",
+        card=card,
+    )
+    await publish("sql", task="text-to-sql", tags=["code"], description="Questions to queries")
+    await publish("style", namespace="beta", task="style", tags=["english"], license="apache-2.0")
+    other = kit.base_model("other-llama", "others")
+    await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=other))
+    await publish("percent", namespace="beta", base_model="other-llama", license="")
+    return store
+
+
+async def test_adapters_are_found_by_words_and_by_every_condition(library: Any, kit: Any) -> None:
+    other = kit.base_model("other-llama", "others")
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, EVERYTHING),
+        ({"text": "ner"}, ["acme/financial-ner"]),
+        ({"text": "FINANCIAL"}, ["acme/financial-ner"]),
+        ({"text": "acme/financial-ner"}, ["acme/financial-ner"]),
+        ({"text": "fin"}, ["acme/financial-ner"]),
+        ({"text": "inancial"}, []),
+        ({"text": "entities invoic"}, ["acme/financial-ner"]),
+        ({"text": "entities code"}, []),
+        ({"text": "queries"}, ["acme/sql"]),
+        ({"text": "\u00dcbersicht"}, ["acme/financial-ner"]),
+        ({"text": "ubersicht"}, ["acme/financial-ner"]),
+        ({"namespace": "beta"}, ["beta/percent", "beta/style"]),
+        ({"task": "style"}, ["beta/style"]),
+        ({"task": "sty"}, []),
+        ({"kind": "lora"}, EVERYTHING),
+        ({"kind": "ia3"}, []),
+        ({"license": "apache-2.0"}, ["beta/style"]),
+        ({"base_model": "tiny-llama"}, EVERYTHING[1:]),
+        ({"base_model": other.digest}, ["beta/percent"]),
+        ({"tags": ["english"]}, ["beta/style", "acme/financial-ner"]),
+        ({"tags": ["english", "finance"]}, ["acme/financial-ner"]),
+        ({"text": "acme", "tags": ["code"], "task": "text-to-sql"}, ["acme/sql"]),
+        ({"order": store_pb2.SEARCH_ORDER_NAME}, sorted(EVERYTHING)),
+        ({"text": "english", "order": store_pb2.SEARCH_ORDER_NEWEST}, ["beta/style", "acme/financial-ner"]),
+        ({"text": "english", "order": store_pb2.SEARCH_ORDER_NAME}, ["acme/financial-ner", "beta/style"]),
+        ({"order": store_pb2.SEARCH_ORDER_RELEVANCE}, EVERYTHING),
+    ]
+    for fields, expected in cases:
+        assert await found(library, **fields) == expected, fields
+        assert await found(library, page_size=1, **fields) == expected, fields
+
+
+async def test_a_name_counts_more_than_a_card(store: Any, publish: Any) -> None:
+    await publish("one", card=b"# Poems\n\nIt has read poems.")
+    await publish("poems")
+    await publish("two", tags=["poems"])
+    assert await found(store, text="poems") == ["acme/poems", "acme/two", "acme/one"]
+
+
+async def test_conditions_and_words_are_of_the_newest_version(library: Any, publish: Any) -> None:
+    await publish(
+        "financial-ner", seeds=(3,), task="general-ner", tags=["german"], description="", card=b"# New"
+    )
+    assert await found(library, task="financial-ner") == []
+    assert await found(library, tags=["finance"]) == []
+    assert await found(library, text="invoices") == []
+    assert await found(library, text="german", task="general-ner") == ["acme/financial-ner"]
+    assert (await found(library))[0] == "acme/financial-ner"
+
+
+@pytest.mark.parametrize("order", ["NEWEST", "NAME", "RELEVANCE"])
+async def test_pages_stay_in_place_under_writes(store: Any, publish: Any, order: str) -> None:
+    for name in "abcdef":
+        await publish(name, tags=["word"])
+    request = store_pb2.SearchAdaptersRequest(
+        text="word", order=store_pb2.SearchOrder.Value(f"SEARCH_ORDER_{order}"), page_size=2
+    )
+    names: list[str] = []
+    for turn in range(10):
+        page = await store.stub.SearchAdapters(request)
+        names += [item.newest.name for item in page.adapters]
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            break
+        # One that is new in front or behind, and one that moves.
+        await publish(f"new{turn}", tags=["word"])
+        await publish("a" if order == "NEWEST" else "f", seeds=(turn + 5,), tags=["word"])
+    assert len(names) == len(set(names)) or order == "NEWEST"
+    kept = set("bcdef") if order == "NEWEST" else set("abcdef")
+    assert kept <= set(names)
+    assert [name for name in names if name in kept].count("c") == 1
+
+
+async def test_facets_count_what_matches(library: Any) -> None:
+    async def facets(**fields: Any) -> dict[str, dict[str, int]]:
+        request = store_pb2.SearchAdaptersRequest(with_facets=True, page_size=1, **fields)
+        page = await library.stub.SearchAdapters(request)
+        assert not page.facets_capped
+        return {facet.field: {one.value: one.count for one in facet.values} for facet in page.facets}
+
+    assert await facets() == {
+        "base_model": {"tiny-llama": 3, "other-llama": 1},
+        "task": {"financial-ner": 1, "style": 1, "text-to-sql": 1, "": 1},
+        "kind": {"lora": 4},
+        "license": {"mit": 2, "apache-2.0": 1, "": 1},
+        "tags": {"english": 2, "finance": 1, "code": 1},
+    }
+    found = await facets(text="english", namespace="beta")
+    assert (found["task"], found["tags"]) == ({"style": 1}, {"english": 1})
+    page = await library.stub.SearchAdapters(store_pb2.SearchAdaptersRequest())
+    assert list(page.facets) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"text": "!?"}, "text"),
+        ({"text": " ".join("abcdefghijklmnopq")}, "text"),
+        ({"text": "a" * 300}, "text"),
+        ({"task": "x" * 300}, "task"),
+        ({"tags": [str(n) for n in range(33)]}, "tags"),
+        ({"order": 9}, "order"),
+        ({"page_size": -1}, "page_size"),
+        ({"page_token": "x"}, "page_token"),
+    ],
+)
+async def test_what_can_not_be_asked_is_refused_with_the_field(
+    library: Any, kit: Any, fields: dict[str, Any], field: str
+) -> None:
+    async with kit.refused() as errors:
+        await library.stub.SearchAdapters(store_pb2.SearchAdaptersRequest(**fields))
+    [error] = errors
+    assert (error.code, error.reason, error.metadata["field"]) == (
+        Code.INVALID_ARGUMENT,
+        Reason.INVALID_FIELD,
+        field,
+    )
+
+
+async def test_a_token_is_of_its_own_search(store: Any, publish: Any, kit: Any) -> None:
+    for name in "abc":
+        await publish(name, tags=["word"])
+    first = await store.stub.SearchAdapters(store_pb2.SearchAdaptersRequest(text="word", page_size=1))
+    request = store_pb2.SearchAdaptersRequest(text="wor", page_size=1, page_token=first.next_page_token)
+    async with kit.refused() as errors:
+        await store.stub.SearchAdapters(request)
+    assert errors[0].metadata["field"] == "page_token"
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=40) | st.text(alphabet="\"'*():^-+{}[]&|!<>~ aner", max_size=20))
+async def test_any_text_is_words_or_refused(library: Any, text: str) -> None:
+    async with asyncio.timeout(10):
+        try:
+            assert set(await found(library, text=text)) <= set(EVERYTHING)
+        except Exception as error:  # noqa: BLE001 (looked at)
+            assert "INVALID_ARGUMENT" in str(error)
