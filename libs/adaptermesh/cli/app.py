@@ -2,7 +2,7 @@
 
 import typer
 
-from adaptermesh.cli.commands import adapters, aliases, models, routes, traces
+from adaptermesh.cli.commands import adapters, aliases, models, routes, signing_keys, traces
 from adaptermesh.cli.commands.aliases import roll_back
 from adaptermesh.cli.commands.demo import demo
 from adaptermesh.cli.commands.generate import generate
@@ -29,5 +29,6 @@ def build_app() -> typer.Typer:
     app.add_typer(adapters.app, name="adapters")
     app.add_typer(aliases.app, name="alias")
     app.add_typer(routes.app, name="routes")
+    app.add_typer(signing_keys.app, name="signing-keys")
     app.add_typer(traces.app, name="trace")
     return app

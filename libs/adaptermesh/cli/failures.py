@@ -19,6 +19,8 @@ _HINTS = {
     Reason.ROUTE_CONFLICT: "somebody changed it meanwhile; look at `adaptermesh routes ls`",
     Reason.STATUS_CONFLICT: "somebody set it meanwhile; look at `adaptermesh adapters show REF`",
     Reason.VERSION_REVOKED: "use another version; `adaptermesh adapters show NAMESPACE/NAME` lists them",
+    Reason.VERSION_UNSIGNED: "`adaptermesh adapters sign REF --key FILE` signs it",
+    Reason.SIGNING_KEY_NOT_FOUND: "`adaptermesh signing-keys ls NAMESPACE` lists the keys, `add` adds one",
     Reason.NO_WORKER: "`adaptermesh status` lists the workers",
     Reason.STORE_UNREACHABLE: _START,
     Reason.ROUTER_UNREACHABLE: _START,

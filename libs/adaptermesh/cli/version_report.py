@@ -12,7 +12,7 @@ from rich.text import Text
 from adaptermesh.artifact.card_text import split_card
 from adaptermesh.cli.tables import facts, moment, short_digest, size, table
 from adaptermesh.cli.uploads import with_rank
-from adaptermesh.client import StoreClient, Version, VersionState
+from adaptermesh.client import Signature, StoreClient, Version, VersionState
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class VersionDetails:
     aliases: tuple[str, ...]
     card: str
     parents: tuple[Version, ...]
+    signatures: tuple[Signature, ...]
     manifest: bytes
 
     @property
@@ -34,13 +35,14 @@ class VersionDetails:
 
 async def version_details(store: StoreClient, ref: str) -> VersionDetails:
     """What the store knows of the version that a ref means, whatever its status."""
-    resolved = await store.resolve(ref, include_revoked=True)
+    resolved = await store.resolve(ref, include_unusable=True)
     parents = json.loads(resolved.manifest).get("parents", ())
     return VersionDetails(
         version=resolved.version,
         aliases=resolved.aliases,
         card=await store.card(resolved.version),
         parents=tuple([(await store.resolve_digest(digest)).version for digest in parents]),
+        signatures=tuple(await store.list_signatures(resolved.version.digest)),
         manifest=resolved.manifest,
     )
 
@@ -70,6 +72,12 @@ def status_text(version: Version) -> str:
 def state_note(version: Version) -> str:
     """A status in brackets; nothing for a version like any other."""
     return "" if version.status.state is VersionState.ACTIVE else f" ({version.status.state})"
+
+
+def _signature(signature: Signature) -> str:
+    by = f" {signature.actor}" if signature.actor else ""
+    note = "" if signature.trusted else " (not trusted any more)"
+    return f"{signature.key_id}{by} {moment(signature.create_time)}{note}"
 
 
 def _parent(version: Version) -> str:
@@ -122,6 +130,7 @@ def version_report(details: VersionDetails, *, pretty: bool) -> list[RenderableT
             warnings="; ".join(version.warnings),
             parents="\n".join(map(_parent, details.parents)),
             merged=_recipe(manifest),
+            signed_by="\n".join(map(_signature, details.signatures)),
             published=moment(version.create_time),
         ),
         *_metrics(manifest),

@@ -57,6 +57,8 @@ from adaptermesh.client.records import (
     MergedMember,
     MergeResult,
     Model,
+    NamespacePolicy,
+    PolicyChange,
     Publication,
     Residency,
     ResolvedRef,
@@ -65,6 +67,9 @@ from adaptermesh.client.records import (
     RouterStatus,
     RouteTarget,
     Search,
+    Signature,
+    Signed,
+    SigningKey,
     SourceFile,
     StatusChange,
     UploadResult,
@@ -80,6 +85,7 @@ from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.core.sampling import SamplingParams
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.tiers import Tier
 from adaptermesh.core.version_state import VersionState
 
@@ -119,6 +125,8 @@ __all__ = [
     "MeshError",
     "Message",
     "Model",
+    "NamespacePolicy",
+    "PolicyChange",
     "Progress",
     "ProgressCallback",
     "Prompt",
@@ -134,6 +142,10 @@ __all__ = [
     "RouterStatus",
     "SamplingParams",
     "Search",
+    "Signature",
+    "SignaturePolicy",
+    "Signed",
+    "SigningKey",
     "SourceFile",
     "Started",
     "StatusChange",

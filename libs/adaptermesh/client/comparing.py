@@ -25,7 +25,7 @@ async def compare(
     store: "StoreClient", a: str, b: str, progress: ProgressCallback | None
 ) -> VersionDifference:
     """What differs between the versions that two refs mean."""
-    one, other = [await store.resolve(ref, include_revoked=True) for ref in (a, b)]
+    one, other = [await store.resolve(ref, include_unusable=True) for ref in (a, b)]
     manifests = Manifest.from_bytes(one.manifest), Manifest.from_bytes(other.manifest)
     return VersionDifference(
         a=one.version,

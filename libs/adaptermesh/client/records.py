@@ -12,6 +12,7 @@ from adaptermesh.artifact.differences import (
     TensorChange,
 )
 from adaptermesh.core.alias_action import AliasAction
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 
 
@@ -42,7 +43,7 @@ class VersionStatus:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable upload of an adapter; `digest` is its identity. Only its `status` changes."""
+    """One immutable upload of an adapter; `digest` is its identity. Only status and signatures change."""
 
     namespace: str
     name: str
@@ -64,6 +65,7 @@ class Version:
     create_time: datetime.datetime
     source_files: tuple[SourceFile, ...]
     status: VersionStatus = field(default_factory=VersionStatus)
+    signing_key_ids: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> str:
@@ -146,8 +148,8 @@ class Adapter:
     newest: Version
     version_count: int
     aliases: tuple[Alias, ...]
-    revoked_numbers: tuple[int, ...] = ()
-    """Of those versions that an alias points at."""
+    unusable_numbers: tuple[int, ...] = ()
+    """Of the newest version and of those that an alias points at: revoked, or not signed as they must be."""
 
     @property
     def name(self) -> str:
@@ -303,6 +305,58 @@ class MergeResult:
     kept: float
     least_kept: float
     least_kept_module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A key's signature of a version's digest; it counts while the namespace trusts the key."""
+
+    key_id: str
+    signature: str
+    actor: str
+    create_time: datetime.datetime
+    trusted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A public key, in hexadecimal, whose signatures a namespace trusts."""
+
+    key_id: str
+    public_key: str
+    comment: str
+    actor: str
+    create_time: datetime.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class NamespacePolicy:
+    """What must hold in a namespace; `generation` is 0 and `update_time` None if nothing was ever said."""
+
+    namespace: str
+    signatures: SignaturePolicy
+    keys: tuple[SigningKey, ...]
+    generation: int
+    update_time: datetime.datetime | None
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """A policy after a change; give `feed_position` to a request that must see it."""
+
+    policy: NamespacePolicy
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A version that a key has signed; `created` is False if it had before."""
+
+    version: Version
+    key_id: str
+    created: bool
+    feed_position: int
 
 
 @dataclass(frozen=True, slots=True)

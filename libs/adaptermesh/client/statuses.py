@@ -27,7 +27,7 @@ class StatusCalls(StoreConnection):
         refused everywhere with the `reason`, which it must have. With `expected_generation` it is set only if
         nobody set it meanwhile; otherwise ABORTED (STATUS_CONFLICT).
         """
-        version = (await self.resolve(ref, include_revoked=True)).version
+        version = (await self.resolve(ref, include_unusable=True)).version
         response = await self._call(
             self._stub.SetVersionStatus,
             store_pb2.SetVersionStatusRequest(

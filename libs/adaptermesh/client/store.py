@@ -36,6 +36,7 @@ from adaptermesh.client.records import (
     Version,
     VersionDifference,
 )
+from adaptermesh.client.signatures import SignatureCalls
 from adaptermesh.client.source_folder import read_folder
 from adaptermesh.client.statuses import StatusCalls
 from adaptermesh.client.transfer import (
@@ -56,7 +57,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(AliasCalls, StatusCalls):
+class StoreClient(AliasCalls, StatusCalls, SignatureCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python

@@ -15,16 +15,16 @@ class StoreConnection(Connection):
         super().__init__(target, deadlines, Reason.STORE_UNREACHABLE)
         self._stub = store_pb2_grpc.StoreServiceStub(self._channel)
 
-    async def resolve(self, ref: str, *, include_revoked: bool = False) -> ResolvedRef:
+    async def resolve(self, ref: str, *, include_unusable: bool = False) -> ResolvedRef:
         """The version that a ref means now, its aliases and its manifest.
 
-        A version that is revoked is refused with the reason, unless `include_revoked`: to look at it.
+        A version that is revoked is refused with the reason, unless `include_unusable`: to look at it.
         """
-        return await self._resolve(store_pb2.ResolveRefRequest(ref=ref, include_revoked=include_revoked))
+        return await self._resolve(store_pb2.ResolveRefRequest(ref=ref, include_unusable=include_unusable))
 
     async def resolve_digest(self, digest: str) -> ResolvedRef:
         """The version with a digest, whatever its name and status: to look at it."""
-        return await self._resolve(store_pb2.ResolveRefRequest(digest=digest, include_revoked=True))
+        return await self._resolve(store_pb2.ResolveRefRequest(digest=digest, include_unusable=True))
 
     async def _resolve(self, request: store_pb2.ResolveRefRequest) -> ResolvedRef:
         response = await self._call(self._stub.ResolveRef, request)

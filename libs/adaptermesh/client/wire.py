@@ -16,11 +16,14 @@ from adaptermesh.client.records import (
     Budgets,
     Load,
     Model,
+    NamespacePolicy,
     Residency,
     Route,
     RouterStatus,
     RouteTarget,
     Search,
+    Signature,
+    SigningKey,
     SourceFile,
     Version,
     VersionStatus,
@@ -29,6 +32,7 @@ from adaptermesh.client.records import (
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.tiers import Tier
 from adaptermesh.rpc.alias_action import action_of
+from adaptermesh.rpc.signature_policy import policy_of
 from adaptermesh.rpc.version_state import state_of
 
 _STATES = {worker_pb2.WORKER_STATE_READY: "ready", worker_pb2.WORKER_STATE_DRAINING: "draining"}
@@ -65,6 +69,31 @@ def version_of(message: adapter_pb2.Version) -> Version:
         create_time=time_of(message.create_time),
         source_files=tuple(SourceFile(f.path, f.size_bytes, f.digest) for f in message.source_files),
         status=status_of(message.status),
+        signing_key_ids=tuple(message.signing_key_ids),
+    )
+
+
+def signature_of(message: adapter_pb2.Signature) -> Signature:
+    return Signature(
+        key_id=message.key_id,
+        signature=message.signature.hex(),
+        actor=message.actor,
+        create_time=time_of(message.create_time),
+        trusted=message.trusted,
+    )
+
+
+def policy_record_of(message: adapter_pb2.NamespacePolicy) -> NamespacePolicy:
+    return NamespacePolicy(
+        namespace=message.namespace,
+        signatures=policy_of(message.signatures),
+        keys=tuple(
+            SigningKey(key.key_id, key.public_key.hex(), key.comment, key.actor, time_of(key.create_time))
+            for key in message.keys
+        ),
+        generation=message.generation,
+        update_time=time_of(message.update_time) if message.generation else None,
+        actor=message.actor,
     )
 
 
@@ -100,7 +129,7 @@ def adapter_of(message: store_pb2.AdapterSummary) -> Adapter:
         version_of(message.newest),
         message.version_count,
         tuple(alias_of(alias) for alias in message.aliases),
-        tuple(message.revoked_numbers),
+        tuple(message.unusable_numbers),
     )
 
 

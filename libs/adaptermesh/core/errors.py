@@ -40,12 +40,14 @@ class Reason(enum.StrEnum):
     ALIAS_NOT_FOUND = "ALIAS_NOT_FOUND"
     BASE_NOT_FOUND = "BASE_NOT_FOUND"
     FILE_NOT_FOUND = "FILE_NOT_FOUND"
+    SIGNING_KEY_NOT_FOUND = "SIGNING_KEY_NOT_FOUND"
     ROUTE_NOT_FOUND = "ROUTE_NOT_FOUND"
     # What was sent is wrong.
     INVALID_NAME = "INVALID_NAME"
     INVALID_REF = "INVALID_REF"
     INVALID_FIELD = "INVALID_FIELD"
     INVALID_UPLOAD = "INVALID_UPLOAD"
+    SIGNATURE_INVALID = "SIGNATURE_INVALID"
     ADAPTER_REJECTED = "ADAPTER_REJECTED"
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     # The world is not as the request assumes.
@@ -59,6 +61,8 @@ class Reason(enum.StrEnum):
     ROUTE_CONFLICT = "ROUTE_CONFLICT"
     STATUS_CONFLICT = "STATUS_CONFLICT"
     VERSION_REVOKED = "VERSION_REVOKED"
+    VERSION_UNSIGNED = "VERSION_UNSIGNED"
+    POLICY_CONFLICT = "POLICY_CONFLICT"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     FEED_POSITION_EXPIRED = "FEED_POSITION_EXPIRED"
     # Try again.
@@ -139,4 +143,14 @@ def version_revoked(ref: str, version: str, digest: str, why: str) -> MeshError:
         Reason.VERSION_REVOKED,
         f"'{ref}' means {version}, which is revoked: {why}",
         metadata={"ref": ref, "version": version, "digest": digest, "why": why},
+    )
+
+
+def version_unsigned(ref: str, version: str, digest: str, namespace: str) -> MeshError:
+    """A version was asked for that lacks the signature which its namespace asks for."""
+    return MeshError(
+        Code.FAILED_PRECONDITION,
+        Reason.VERSION_UNSIGNED,
+        f"'{ref}' means {version}, which no key is known to have signed that namespace '{namespace}' trusts",
+        metadata={"ref": ref, "version": version, "digest": digest, "namespace": namespace},
     )

@@ -19,6 +19,8 @@ _RETRIED_READS = {
         "ListVersions",
         "ListAdapters",
         "ListAliasHistory",
+        "ListSignatures",
+        "GetNamespacePolicy",
         "ListRoutes",
         "ListBaseModels",
         "RegisterBaseModel",

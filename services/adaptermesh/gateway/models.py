@@ -11,12 +11,10 @@ from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.core.errors import Code, Reason, invalid_field, unavailable
 from adaptermesh.core.refs import BASE
-from adaptermesh.core.version_state import VersionState
 from adaptermesh.gateway.deadline import Deadline
 from adaptermesh.gateway.dispatch import LiveBase, Router
 from adaptermesh.gateway.page_token import Place, decode, encode
 from adaptermesh.rpc.status import mesh_error_from
-from adaptermesh.rpc.version_state import state_of
 
 T = TypeVar("T")
 
@@ -73,15 +71,13 @@ class StoreCatalogue:
     async def models(self, summary: store_pb2.AdapterSummary, deadline: Deadline) -> list[tuple[int, Model]]:
         """An adapter's newest version and those that aliases point at, newest first, with their numbers.
 
-        What can't be served, or is revoked, can't be asked for.
+        What can't be served, or must not be used, can't be asked for.
         """
         name = f"{summary.newest.namespace}/{summary.newest.name}"
         versions = {summary.newest.number: _from_wire(summary.newest)}
-        revoked = set(summary.revoked_numbers)
-        if state_of(summary.newest.status.state) is VersionState.REVOKED:
-            revoked.add(summary.newest.number)
+        unusable = frozenset(summary.unusable_numbers)
         for alias in summary.aliases:
-            if alias.version_number not in versions and alias.version_number not in revoked:
+            if alias.version_number not in versions and alias.version_number not in unusable:
                 versions[alias.version_number] = await self._version(name, alias.digest, deadline)
         return [
             (
@@ -95,14 +91,14 @@ class StoreCatalogue:
                 ),
             )
             for number, version in sorted(versions.items(), reverse=True)
-            if version.servable and number not in revoked
+            if version.servable and number not in unusable
         ]
 
     async def _version(self, name: str, digest: str, deadline: Deadline) -> _Version:
         found = self._versions.get(digest)
         if found is None:
-            # It may be revoked by now: then the next list leaves it out.
-            request = store_pb2.ResolveRefRequest(ref=f"{name}@{digest}", include_revoked=True)
+            # It may be unusable by now: then the next list leaves it out.
+            request = store_pb2.ResolveRefRequest(ref=f"{name}@{digest}", include_unusable=True)
             timeout = deadline.remaining(self._timeout)
             response = await self._asked(self._stub.ResolveRef(request, timeout=timeout), deadline)
             found = _from_wire(response.version)

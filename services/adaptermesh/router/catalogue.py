@@ -1,4 +1,4 @@
-"""What the store publishes, in memory: base models, versions, aliases, routes.
+"""What the store publishes, in memory: base models, versions, aliases, routes, policies.
 
 One event loop owns a catalogue. A snapshot replaces it in one assignment and each change is applied in one
 call without awaiting, so a resolution sees the catalogue as of exactly one position.
@@ -8,6 +8,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 
 
@@ -35,6 +36,7 @@ class Version:
     state: VersionState = VersionState.ACTIVE
     state_reason: str = ""
     replacement: str = ""
+    signing_key_ids: tuple[str, ...] = ()
     published: bytes = b""
 
     def __str__(self) -> str:
@@ -87,6 +89,19 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """What a namespace asks of its versions, and the keys that it trusts."""
+
+    namespace: str
+    signatures: SignaturePolicy
+    key_ids: frozenset[str]
+
+    def allows(self, version: Version) -> bool:
+        """Whether the version is signed as the namespace asks."""
+        return self.signatures is SignaturePolicy.NONE or not self.key_ids.isdisjoint(version.signing_key_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRemoved:
     """A rule is gone."""
 
@@ -94,7 +109,7 @@ class RouteRemoved:
     task: str
 
 
-Entry = BaseModel | Version | Alias | Route
+Entry = BaseModel | Version | Alias | Route | Policy
 Event = Entry | AliasRemoved | RouteRemoved
 
 
@@ -121,6 +136,7 @@ class CatalogueImage:
     by_digest: dict[str, Version] = field(default_factory=dict)
     aliases: dict[tuple[AdapterName, str], Alias] = field(default_factory=dict)
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
+    policies: dict[str, Policy] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         """Takes in one entry or event; the position is the caller's to move."""
@@ -134,6 +150,8 @@ class CatalogueImage:
                 self.aliases.pop((event.adapter, event.alias), None)
             case Route():
                 self.routes[event.tenant, event.task] = event
+            case Policy():
+                self.policies[event.namespace] = event
             case RouteRemoved():
                 self.routes.pop((event.tenant, event.task), None)
             case BaseModel():

@@ -29,6 +29,7 @@ from adaptermesh.core.errors import (
     invalid_field,
     not_found,
     version_revoked,
+    version_unsigned,
 )
 from adaptermesh.core.refs import BASE, LATEST, AdapterName, Ref, parse_ref
 from adaptermesh.core.version_state import VersionState
@@ -103,7 +104,8 @@ def resolve(image: CatalogueImage, question: Question) -> Resolution:
 
     Raises:
         MeshError: NOT_FOUND with the name; FAILED_PRECONDITION if the adapter is of another base than the one
-            asked for, can't be served or is revoked; INVALID_ARGUMENT for a malformed task or ref.
+            asked for, can't be served, is revoked or not signed as its namespace asks; INVALID_ARGUMENT for a
+            malformed task or ref.
     """
     route: Route | None = None
     cohort = ""
@@ -145,7 +147,7 @@ def choose_target(route: Route, tenant: str, cohort_key: str) -> RouteTarget:
 
 
 def find_version(image: CatalogueImage, text: str) -> Version:
-    """The version that a ref means now; raises MeshError NOT_FOUND, or VERSION_REVOKED."""
+    """The version that a ref means now; raises MeshError NOT_FOUND, VERSION_REVOKED, VERSION_UNSIGNED."""
     ref = parse_ref(text)
     versions = image.versions.get(ref.adapter)
     if versions is None:
@@ -160,6 +162,9 @@ def find_version(image: CatalogueImage, text: str) -> Version:
         raise not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
     if found.state is VersionState.REVOKED:
         raise version_revoked(text, str(found), found.digest, found.state_reason)
+    policy = image.policies.get(found.adapter.namespace)
+    if policy is not None and not policy.allows(found):
+        raise version_unsigned(text, str(found), found.digest, policy.namespace)
     return found
 
 

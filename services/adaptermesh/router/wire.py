@@ -14,6 +14,7 @@ from adaptermesh.router.catalogue import (
     Change,
     Event,
     FeedBrokenError,
+    Policy,
     Route,
     RouteRemoved,
     RouteTarget,
@@ -31,6 +32,7 @@ from adaptermesh.router.workers import (
     WorkerInfo,
     WorkerState,
 )
+from adaptermesh.rpc.signature_policy import policy_of
 from adaptermesh.rpc.version_state import state_of
 
 
@@ -43,6 +45,7 @@ def snapshot_part(message: store_pb2.GetSnapshotResponse) -> SnapshotPart:
             *map(version, message.versions),
             *map(alias, message.aliases),
             *map(route, message.routes),
+            *map(policy, message.policies),
         ),
     )
 
@@ -62,6 +65,10 @@ def _event(message: store_pb2.Change) -> Event:
             return version(message.version_published)
         case "version_status_set":
             return version(message.version_status_set)
+        case "version_signed":
+            return version(message.version_signed)
+        case "namespace_policy_set":
+            return policy(message.namespace_policy_set)
         case "alias_set":
             return alias(message.alias_set)
         case "alias_deleted":
@@ -94,8 +101,14 @@ def version(message: adapter_pb2.Version) -> Version:
         state=state_of(message.status.state),
         state_reason=message.status.reason,
         replacement=message.status.replacement,
+        signing_key_ids=tuple(message.signing_key_ids),
         published=message.SerializeToString(),
     )
+
+
+def policy(message: adapter_pb2.NamespacePolicy) -> Policy:
+    key_ids = frozenset(key.key_id for key in message.keys)
+    return Policy(message.namespace, policy_of(message.signatures), key_ids)
 
 
 def alias(message: adapter_pb2.Alias) -> Alias:

@@ -23,10 +23,11 @@ from adaptermesh.store.fields import (
 )
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AliasRecord, ChangeKind
-from adaptermesh.store.resolution import find_adapter, find_usable
+from adaptermesh.store.resolution import find_adapter
 from adaptermesh.store.routes import routes_to
 from adaptermesh.store.rows import SELECT_MOVES, alias_record
 from adaptermesh.store.schema import alias_moves
+from adaptermesh.store.usability import find_usable
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Aliases:
         """Points an alias at a version; returns it and the feed position.
 
         Raises:
-            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REVOKED, ALIAS_PROTECTED;
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REVOKED, VERSION_UNSIGNED,
+                ALIAS_PROTECTED;
                 ALIAS_CONFLICT if it has changed since.
         """
         _check(request)
@@ -91,7 +93,7 @@ class Aliases:
         Raises:
             MeshError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ALIAS_CONFLICT; FAILED_PRECONDITION
                 (ALIAS_PROTECTED); (ALIAS_NO_PREVIOUS) if it has only ever pointed to one version;
-                (VERSION_REVOKED) if the earlier one is revoked.
+                (VERSION_REVOKED, VERSION_UNSIGNED) if the earlier one must not be used.
         """
         _check(request)
 

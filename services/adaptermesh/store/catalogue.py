@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.digests import is_digest
-from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
+from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found, version_revoked
 from adaptermesh.core.refs import AdapterName, Ref
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
@@ -20,10 +20,8 @@ from adaptermesh.store.fields import check_line
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import BaseModelRecord, ChangeKind, VersionRecord
 from adaptermesh.store.resolution import (
-    check_usable,
     find_adapter,
     find_digest,
-    find_usable,
     find_version,
 )
 from adaptermesh.store.rows import (
@@ -42,6 +40,7 @@ from adaptermesh.store.schema import (
     version_tags,
     versions,
 )
+from adaptermesh.store.usability import find_usable
 from adaptermesh.store.words import Wording, word_index
 
 log = logging.getLogger(__name__)
@@ -171,22 +170,24 @@ class Catalogue:
             raise not_found(Reason.VERSION_NOT_FOUND, "version", digest)
         return found
 
-    async def usable_digest(self, digest: str) -> StoredVersion:
+    async def unrevoked_digest(self, digest: str) -> StoredVersion:
         """The same, for a worker that is to serve it; also raises MeshError VERSION_REVOKED."""
         found = await self.get_digest(digest)
-        check_usable(digest, found.record)
+        version = found.record
+        if version.revoked:
+            raise version_revoked(digest, version.ref, version.digest, version.status.reason)
         return found
 
     async def resolve(
-        self, ref: Ref, *, include_revoked: bool = False
+        self, ref: Ref, *, include_unusable: bool = False
     ) -> tuple[StoredVersion, tuple[str, ...]]:
         """The version that a ref means now, and every alias that points at it.
 
         Raises:
-            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND; VERSION_REVOKED unless such a
-                version is wanted too.
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND; VERSION_REVOKED and
+                VERSION_UNSIGNED unless such a version is wanted too.
         """
-        find = find_version if include_revoked else find_usable
+        find = find_version if include_unusable else find_usable
         async with self._database.reading() as connection:
             found = await find(connection, ref)
             adapter_id = await find_adapter(connection, ref.adapter)

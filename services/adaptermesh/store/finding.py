@@ -17,7 +17,7 @@ from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary
 from adaptermesh.store.rows import SELECT_VERSIONS
 from adaptermesh.store.schema import adapters, search_documents, version_tags, versions
-from adaptermesh.store.search import MAX_CONDITION, MAX_TAGS, summaries
+from adaptermesh.store.search import MAX_CONDITION, MAX_TAGS, summaries_of
 from adaptermesh.store.words import MAX_WORDS, WordIndex, word_index, words_of
 
 MAX_RELEVANT = 1000
@@ -204,7 +204,7 @@ async def _load(connection: AsyncConnection, ids: Sequence[int]) -> tuple[Adapte
     newest = versions.c.id == search_documents.c.version_id
     statement = SELECT_VERSIONS.join(search_documents, newest).where(search_documents.c.adapter_id.in_(ids))
     rows = {row.adapter_id: row for row in await connection.execute(statement)}
-    return tuple(await summaries(connection, [rows[adapter_id] for adapter_id in ids]))
+    return tuple(await summaries_of(connection, [rows[adapter_id] for adapter_id in ids]))
 
 
 async def _counted(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 
 
@@ -48,6 +49,43 @@ NEVER_SET = VersionStatus()
 
 
 @dataclass(frozen=True, slots=True)
+class Signature:
+    """A key's signature of a version's digest, in hexadecimal; it was good when it was added."""
+
+    key_id: str
+    signature: str
+    create_time_us: int
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A public key that a namespace trusts, in hexadecimal."""
+
+    key_id: str
+    public_key: str
+    create_time_us: int
+    comment: str
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRecord:
+    """What must hold in a namespace; generation 0 is that nothing was ever said."""
+
+    namespace: str
+    signatures: SignaturePolicy = SignaturePolicy.NONE
+    keys: tuple[SigningKey, ...] = ()
+    generation: int = 0
+    update_time_us: int = 0
+    actor: str = ""
+
+    def key(self, key_id: str) -> SigningKey | None:
+        """The trusted key with an id."""
+        return next((key for key in self.keys if key.key_id == key_id), None)
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRecord:
     """One immutable upload, and its status now. Number 0 is one that was checked but not published."""
 
@@ -71,6 +109,7 @@ class VersionRecord:
     create_time_us: int
     source_files: tuple[SourceFile, ...]
     status: VersionStatus = NEVER_SET
+    signatures: tuple[Signature, ...] = ()
 
     @property
     def ref(self) -> str:
@@ -134,13 +173,15 @@ class ChangeKind(enum.StrEnum):
     BASE_MODEL_REGISTERED = "base_model_registered"
     VERSION_PUBLISHED = "version_published"
     VERSION_STATUS_SET = "version_status_set"
+    VERSION_SIGNED = "version_signed"
+    NAMESPACE_POLICY_SET = "namespace_policy_set"
     ALIAS_SET = "alias_set"
     ALIAS_DELETED = "alias_deleted"
     ROUTE_SET = "route_set"
     ROUTE_DELETED = "route_deleted"
 
 
-Record = BaseModelRecord | VersionRecord | AliasRecord | RouteRecord
+Record = BaseModelRecord | VersionRecord | AliasRecord | RouteRecord | PolicyRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,5 +201,5 @@ class AdapterSummary:
     newest: VersionRecord
     version_count: int
     aliases: tuple[AliasRecord, ...]
-    revoked_numbers: tuple[int, ...] = ()
-    """Of those versions that an alias points at."""
+    unusable_numbers: tuple[int, ...] = ()
+    """Of the newest version and of those that an alias points at."""

@@ -3,9 +3,8 @@
 from sqlalchemy import ScalarSelect, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from adaptermesh.core.errors import Reason, not_found, version_revoked
+from adaptermesh.core.errors import Reason, not_found
 from adaptermesh.core.refs import AdapterName, Ref
-from adaptermesh.store.records import VersionRecord
 from adaptermesh.store.rows import SELECT_VERSIONS, StoredVersion, stored_version
 from adaptermesh.store.schema import adapters, alias_moves, aliases, versions
 
@@ -17,23 +16,6 @@ async def find_adapter(connection: AsyncConnection, adapter: AdapterName) -> int
     if found is None:
         raise not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(adapter))
     return int(found)
-
-
-async def find_usable(connection: AsyncConnection, ref: Ref) -> StoredVersion:
-    """The version a ref means now, to use it or to point at it.
-
-    Raises:
-        MeshError: as `find_version`; FAILED_PRECONDITION (VERSION_REVOKED).
-    """
-    found = await find_version(connection, ref)
-    check_usable(str(ref), found.record)
-    return found
-
-
-def check_usable(ref: str, version: VersionRecord) -> None:
-    """Raises MeshError VERSION_REVOKED for a version that must not be used."""
-    if version.revoked:
-        raise version_revoked(ref, version.ref, version.digest, version.status.reason)
 
 
 async def find_version(connection: AsyncConnection, ref: Ref) -> StoredVersion:

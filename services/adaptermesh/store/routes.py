@@ -15,9 +15,9 @@ from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_generation, check_line
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import ChangeKind, RouteRecord, RouteTarget
-from adaptermesh.store.resolution import find_usable
 from adaptermesh.store.rows import route_record
 from adaptermesh.store.schema import routes
+from adaptermesh.store.usability import find_usable
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class Routes:
             expected_generation: the one it has now, 0 if it must not exist yet, None for whatever it is.
 
         Raises:
-            MeshError: ROUTE_CONFLICT if it has changed since; NOT_FOUND or VERSION_REVOKED for a target.
+            MeshError: ROUTE_CONFLICT if it has changed since; NOT_FOUND, VERSION_REVOKED or VERSION_UNSIGNED
+                for a target.
         """
         _check_key(route.tenant, route.task)
         _check_targets(route.targets)

@@ -7,18 +7,29 @@ from typing import Any
 from sqlalchemy import Row, select
 
 from adaptermesh.core.alias_action import AliasAction
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.records import (
     NEVER_SET,
     AliasRecord,
     BaseModelRecord,
+    PolicyRecord,
     RouteRecord,
     RouteTarget,
+    Signature,
+    SigningKey,
     SourceFile,
     VersionRecord,
     VersionStatus,
 )
-from adaptermesh.store.schema import adapters, alias_moves, aliases, version_statuses, versions
+from adaptermesh.store.schema import (
+    adapters,
+    alias_moves,
+    aliases,
+    version_signatures,
+    version_statuses,
+    versions,
+)
 
 _STATUS = "status_"
 SELECT_VERSIONS = (
@@ -27,13 +38,15 @@ SELECT_VERSIONS = (
         adapters.c.namespace,
         adapters.c.name,
         *(column.label(_STATUS + column.name) for column in version_statuses.c if not column.primary_key),
+        version_signatures.c.entries.label("signatures"),
     )
     .join(adapters, adapters.c.id == versions.c.adapter_id)
     .outerjoin(version_statuses, version_statuses.c.version_id == versions.c.id)
+    .outerjoin(version_signatures, version_signatures.c.version_id == versions.c.id)
 )
-"""Versions with their adapter's name and their status."""
+"""Versions with their adapter's name, status and signatures."""
 
-_SAME_MOVE = (
+SAME_MOVE = (
     (aliases.c.adapter_id == alias_moves.c.adapter_id)
     & (aliases.c.alias == alias_moves.c.alias)
     & (aliases.c.generation == alias_moves.c.generation)
@@ -49,7 +62,7 @@ SELECT_MOVES = (
 )
 """Moves of aliases, with the adapter's name and the version's digest."""
 
-SELECT_ALIASES = SELECT_MOVES.join(aliases, _SAME_MOVE)
+SELECT_ALIASES = SELECT_MOVES.join(aliases, SAME_MOVE)
 """Of each alias the move that holds now."""
 
 
@@ -88,6 +101,7 @@ def version_record(row: Row[Any]) -> VersionRecord:
         create_time_us=row.create_time_us,
         source_files=tuple(SourceFile(**file) for file in row.source_files),
         status=_status(row),
+        signatures=tuple(Signature(**entry) for entry in row.signatures or ()),
     )
 
 
@@ -102,7 +116,8 @@ def _status(row: Row[Any]) -> VersionStatus:
 def version_values(record: VersionRecord) -> dict[str, Any]:
     """The columns of `versions` that a record fills."""
     values = dataclasses.asdict(record)
-    del values["namespace"], values["name"], values["status"]
+    for elsewhere in ("namespace", "name", "status", "signatures"):
+        del values[elsewhere]
     return values
 
 
@@ -130,3 +145,14 @@ def base_model_record(row: Row[Any]) -> BaseModelRecord:
 def route_record(row: Row[Any]) -> RouteRecord:
     targets = tuple(RouteTarget(**target) for target in row.targets)
     return RouteRecord(row.tenant, row.task, targets, row.generation, row.update_time_us)
+
+
+def policy_record(row: Row[Any]) -> PolicyRecord:
+    return PolicyRecord(
+        namespace=row.namespace,
+        signatures=SignaturePolicy(row.signatures),
+        keys=tuple(SigningKey(**key) for key in row.keys),
+        generation=row.generation,
+        update_time_us=row.update_time_us,
+        actor=row.actor,
+    )

@@ -104,6 +104,39 @@ versions = Table(
     UniqueConstraint("adapter_id", "number"),
 )
 
+version_statuses = Table(
+    "version_statuses",
+    metadata,
+    # A version without a row is active and never was anything else.
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("replacement", String(512), nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
+version_signatures = Table(
+    "version_signatures",
+    metadata,
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
+    # A list: all of them are read with the version.
+    Column("entries", JSON, nullable=False),
+)
+
+namespace_policies = Table(
+    "namespace_policies",
+    metadata,
+    Column("namespace", _KEY, primary_key=True),
+    Column("signatures", String(16), nullable=False),
+    # The trusted keys.
+    Column("keys", JSON, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
 search_documents = Table(
     "search_documents",
     metadata,
@@ -122,19 +155,6 @@ search_documents = Table(
     Index(None, "task", "feed_position"),
     Index(None, "kind", "feed_position"),
     Index(None, "license", "feed_position"),
-)
-
-version_statuses = Table(
-    "version_statuses",
-    metadata,
-    # A version without a row is active and never was anything else.
-    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
-    Column("state", String(16), nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("replacement", String(512), nullable=False),
-    Column("generation", BigInteger, nullable=False),
-    Column("update_time_us", BigInteger, nullable=False),
-    Column("actor", Text, nullable=False),
 )
 
 version_tags = Table(

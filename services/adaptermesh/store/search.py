@@ -9,13 +9,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary, AliasRecord
-from adaptermesh.store.rows import SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
-from adaptermesh.store.schema import adapters, alias_moves, version_statuses, version_tags, versions
+from adaptermesh.store.rows import SAME_MOVE, SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
+from adaptermesh.store.schema import adapters, alias_moves, aliases, version_tags, versions
+from adaptermesh.store.usability import find_policies, why_not
 
 MAX_CONDITION = 256
 MAX_TAGS = 32
@@ -69,7 +69,8 @@ class Search:
             statement = statement.where((adapters.c.namespace > namespace) | same)
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
-            return pager.page(await summaries(connection, rows))
+            summaries = await summaries_of(connection, rows)
+        return pager.page(summaries)
 
 
 def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
@@ -91,22 +92,20 @@ def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
-async def summaries(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[AdapterSummary]:
-    """Adapters, from the rows of their newest versions."""
+async def summaries_of(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[AdapterSummary]:
+    """The adapters whose newest versions are in the rows, in their order."""
     ids = [row.adapter_id for row in rows]
-    found, revoked = await _aliases(connection, ids), await _revoked(connection, ids)
-    made = []
+    found, unusable = await _aliases(connection, ids), await _unusable(connection, ids)
+    summaries = []
     for row in rows:
-        newest = version_record(row)
-        aliases = tuple(found.get(row.adapter_id, ()))
-        aliased = {alias.version_number for alias in aliases}
-        numbers = tuple(sorted(aliased & revoked.get(row.adapter_id, set())))
-        made.append(AdapterSummary(newest, newest.number, aliases, numbers))
-    return made
+        newest, pointers = version_record(row), tuple(found.get(row.adapter_id, ()))
+        numbers = unusable.get(row.adapter_id, ())
+        summaries.append(AdapterSummary(newest, newest.number, pointers, numbers))
+    return summaries
 
 
 async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, list[AliasRecord]]:
-    """The aliases of each adapter, by name."""
+    """The aliases of each of some adapters, by name."""
     found: dict[int, list[AliasRecord]] = {}
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
         batch = adapter_ids[start : start + _IDS_AT_ONCE]
@@ -116,16 +115,24 @@ async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[
     return found
 
 
-async def _revoked(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, set[int]]:
-    """The numbers of the revoked versions of each adapter."""
-    found: dict[int, set[int]] = {}
+async def _unusable(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, tuple[int, ...]]:
+    """Of each adapter's newest and aliased versions the numbers of those that must not be used."""
+    rows: list[Row[Any]] = []
+    pointed = (
+        select(alias_moves.c.version_number)
+        .join(aliases, SAME_MOVE)
+        .where(aliases.c.adapter_id == versions.c.adapter_id)
+        .correlate(versions)
+    )
+    shown = (versions.c.number == adapters.c.version_count) | versions.c.number.in_(pointed)
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
-        query = (
-            select(versions.c.adapter_id, versions.c.number)
-            .join(version_statuses, version_statuses.c.version_id == versions.c.id)
-            .where(versions.c.adapter_id.in_(adapter_ids[start : start + _IDS_AT_ONCE]))
-            .where(version_statuses.c.state == VersionState.REVOKED.value)
-        )
-        for row in await connection.execute(query):
-            found.setdefault(row.adapter_id, set()).add(row.number)
+        batch = adapter_ids[start : start + _IDS_AT_ONCE]
+        query = SELECT_VERSIONS.where(versions.c.adapter_id.in_(batch)).where(shown)
+        rows += (await connection.execute(query.order_by(versions.c.number))).all()
+    policies = await find_policies(connection, (row.namespace for row in rows))
+    found: dict[int, tuple[int, ...]] = {}
+    for row in rows:
+        version = version_record(row)
+        if why_not(version.ref, version, policies[version.namespace]) is not None:
+            found[row.adapter_id] = (*found.get(row.adapter_id, ()), version.number)
     return found

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName, Ref, check_name, parse_ref
 from adaptermesh.rpc.payloads import encode_payload
@@ -17,8 +17,8 @@ from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
 from adaptermesh.store.search import AdapterQuery
+from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.statuses import StatusRequest
-from adaptermesh.store.stores import Stores
 
 Context = Any
 
@@ -27,17 +27,8 @@ _PART_BYTES = 512 * 1024
 _PART_ITEMS = 500
 
 
-class StoreServicer(store_pb2_grpc.StoreServiceServicer):
+class StoreServicer(SigningServicer):
     """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
-
-    def __init__(self, stores: Stores) -> None:
-        self._all = stores
-
-    @property
-    def _stores(self) -> Stores:
-        # The port is bound before the catalogue is open.
-        self._all.check_open()
-        return self._all
 
     async def UploadAdapter(self, request_iterator: Any, context: Context) -> store_pb2.UploadAdapterResponse:
         # Closed here, also after a refusal in the middle: it must not outlive the call.
@@ -65,7 +56,7 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
     async def FetchAdapter(  # type: ignore[override]  # as above
         self, request: store_pb2.FetchAdapterRequest, context: Context
     ) -> AsyncIterator[store_pb2.FetchAdapterResponse | bytes]:
-        version = await self._stores.catalogue.usable_digest(request.digest)
+        version = await self._stores.catalogue.unrevoked_digest(request.digest)
         check_offset(request.offset, version.record.size_bytes)
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
@@ -77,7 +68,7 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
         self, request: store_pb2.ResolveRefRequest, context: Context
     ) -> store_pb2.ResolveRefResponse:
         version, aliases = await self._stores.catalogue.resolve(
-            await self._ref(request), include_revoked=request.include_revoked
+            await self._ref(request), include_unusable=request.include_unusable
         )
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         return store_pb2.ResolveRefResponse(

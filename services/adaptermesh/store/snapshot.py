@@ -16,10 +16,11 @@ from adaptermesh.store.rows import (
     SELECT_VERSIONS,
     alias_record,
     base_model_record,
+    policy_record,
     route_record,
     version_record,
 )
-from adaptermesh.store.schema import alias_moves, base_models, routes, versions
+from adaptermesh.store.schema import alias_moves, base_models, namespace_policies, routes, versions
 
 _ITEMS_AHEAD = 64
 
@@ -50,7 +51,7 @@ class Snapshots:
         self._places = asyncio.Semaphore(config.concurrent)
 
     async def read(self) -> AsyncGenerator[SnapshotItem]:
-        """Yields base models, versions, aliases and routes, all from one read transaction.
+        """Yields base models, versions, aliases, policies and routes, all from one read transaction.
 
         Raises:
             MeshError: DEADLINE_EXCEEDED if the reader is too slow.
@@ -98,6 +99,9 @@ async def _records(connection: AsyncConnection) -> AsyncGenerator[Record]:
     query = SELECT_ALIASES.order_by(alias_moves.c.adapter_id, alias_moves.c.alias)
     async for row in await connection.stream(query):
         yield alias_record(row)
+    policies = select(namespace_policies).order_by(namespace_policies.c.namespace)
+    async for row in await connection.stream(policies):
+        yield policy_record(row)
     live = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
     async for row in await connection.stream(live):
         yield route_record(row)

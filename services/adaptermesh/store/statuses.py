@@ -21,8 +21,9 @@ from adaptermesh.store.fields import (
     check_version_number,
 )
 from adaptermesh.store.records import ChangeKind, VersionRecord, VersionStatus
-from adaptermesh.store.resolution import find_usable, find_version
+from adaptermesh.store.resolution import find_version
 from adaptermesh.store.schema import version_statuses, versions
+from adaptermesh.store.usability import find_usable
 
 log = logging.getLogger(__name__)
 

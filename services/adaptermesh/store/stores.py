@@ -17,11 +17,13 @@ from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.finding import Finding
 from adaptermesh.store.garbage import GarbageCollector
+from adaptermesh.store.policies import Policies
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.scrubbing import Scrubber
 from adaptermesh.store.search import Search
+from adaptermesh.store.signatures import Signatures
 from adaptermesh.store.snapshot import SnapshotConfig, Snapshots
 from adaptermesh.store.staging import Staging
 from adaptermesh.store.statuses import Statuses
@@ -63,6 +65,8 @@ class Stores:
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)
         self.statuses = Statuses(self.database, clock)
+        self.policies = Policies(self.database, clock)
+        self.signatures = Signatures(self.database, clock)
         self.search = Search(self.database)
         self.finding = Finding(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)

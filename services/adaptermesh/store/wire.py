@@ -7,6 +7,7 @@ from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.rpc.alias_action import action_message
+from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.feed import FeedMessage
 from adaptermesh.store.finding import Facets, Order, SearchQuery
@@ -17,9 +18,11 @@ from adaptermesh.store.records import (
     AliasRecord,
     BaseModelRecord,
     Change,
+    PolicyRecord,
     Record,
     RouteRecord,
     RouteTarget,
+    Signature,
     SourceFile,
     VersionRecord,
     VersionStatus,
@@ -131,6 +134,7 @@ def version_to(record: VersionRecord) -> adapter_pb2.Version:
         create_time=_time(record.create_time_us) if record.number else None,
         source_files=files,
         status=_status_to(record.status),
+        signing_key_ids=[signature.key_id for signature in record.signatures],
     )
 
 
@@ -161,6 +165,37 @@ def alias_to(record: AliasRecord) -> adapter_pb2.Alias:
     )
 
 
+def policy_to(record: PolicyRecord) -> adapter_pb2.NamespacePolicy:
+    keys = (
+        adapter_pb2.SigningKey(
+            key_id=key.key_id,
+            public_key=bytes.fromhex(key.public_key),
+            comment=key.comment,
+            actor=key.actor,
+            create_time=_time(key.create_time_us),
+        )
+        for key in record.keys
+    )
+    return adapter_pb2.NamespacePolicy(
+        namespace=record.namespace,
+        signatures=policy_message(record.signatures),
+        keys=keys,
+        generation=record.generation,
+        update_time=_time(record.update_time_us) if record.generation else None,
+        actor=record.actor,
+    )
+
+
+def signature_to(signature: Signature, *, trusted: bool) -> adapter_pb2.Signature:
+    return adapter_pb2.Signature(
+        key_id=signature.key_id,
+        signature=bytes.fromhex(signature.signature),
+        actor=signature.actor,
+        create_time=_time(signature.create_time_us),
+        trusted=trusted,
+    )
+
+
 def route_from(message: adapter_pb2.Route) -> RouteRecord:
     targets = tuple(RouteTarget(target.ref, target.weight, target.cohort) for target in message.targets)
     return RouteRecord(message.tenant, message.task, targets, generation=0, update_time_us=0)
@@ -185,7 +220,7 @@ def summary_to(summary: AdapterSummary) -> store_pb2.AdapterSummary:
         newest=version_to(summary.newest),
         version_count=summary.version_count,
         aliases=[alias_to(alias) for alias in summary.aliases],
-        revoked_numbers=summary.revoked_numbers,
+        unusable_numbers=summary.unusable_numbers,
     )
 
 
@@ -228,6 +263,9 @@ def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
     if isinstance(record, AliasRecord):
         part.aliases.append(alias_to(record))
         return part.aliases[-1].ByteSize()
+    if isinstance(record, PolicyRecord):
+        part.policies.append(policy_to(record))
+        return part.policies[-1].ByteSize()
     if isinstance(record, RouteRecord):
         part.routes.append(route_to(record))
         return part.routes[-1].ByteSize()
@@ -243,13 +281,21 @@ def _change_to(change: Change) -> store_pb2.Change:
 
 def _record_to(
     record: Record,
-) -> adapter_pb2.BaseModel | adapter_pb2.Version | adapter_pb2.Alias | adapter_pb2.Route:
+) -> (
+    adapter_pb2.BaseModel
+    | adapter_pb2.Version
+    | adapter_pb2.Alias
+    | adapter_pb2.Route
+    | adapter_pb2.NamespacePolicy
+):
     if isinstance(record, BaseModelRecord):
         return base_model_to(record)
     if isinstance(record, VersionRecord):
         return version_to(record)
     if isinstance(record, AliasRecord):
         return alias_to(record)
+    if isinstance(record, PolicyRecord):
+        return policy_to(record)
     return route_to(record)
 
 

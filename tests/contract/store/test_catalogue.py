@@ -3,11 +3,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.artifact.signing import key_id_of, signed_message
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError, Reason
 from adaptermesh.core.refs import AdapterName, parse_ref
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.pages import PageRequest
@@ -150,6 +153,23 @@ async def test_a_removed_alias_leaves_its_history_and_counts_on(with_base: Store
     assert (again.generation, again.protected) == (4, False)
     kept = (await with_base.aliases.history(PROD, PageRequest())).items
     assert [move.action for move in kept] == ["set", "deleted", "protected", "set"]
+
+
+async def test_policies_and_signatures_come_back_as_they_were_written(with_base: Stores) -> None:
+    published = await with_base.catalogue.publish(VERSION, TENSORS)
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    public = key.public_key().public_bytes_raw()
+    await with_base.policies.trust("acme", public, "Ünser", "ada")
+    policy, _ = await with_base.policies.set("acme", SignaturePolicy.REQUIRED, 1)
+    signature = key.sign(signed_message(VERSION.digest))
+    signed = await with_base.signatures.add(VERSION.digest, key_id_of(public), signature, "ada")
+    assert signed.version == replace(published.version.record, signatures=signed.version.signatures)
+    feed_id, head, records = await snapshot(with_base)
+    assert (head, records) == (5, [BASE, signed.version, policy])
+    assert [change.record for change in await changes(with_base, feed_id)][-2:] == [policy, signed.version]
+    (kept,) = await with_base.signatures.list(VERSION.digest)
+    assert kept == (signed.version.signatures[0], True)
+    assert (await with_base.catalogue.resolve(parse_ref("acme/ner:v1")))[0].record == signed.version
 
 
 async def test_numbers_and_positions_have_no_gaps_under_concurrency(with_base: Stores) -> None:

@@ -28,7 +28,7 @@ def test_a_revoked_version_is_refused_with_the_reason_and_can_be_looked_at(
     assert "'acme/ner:v1' means acme/ner:v1, which is revoked: bad data" in refused.stderr
     assert "hint: use another version" in refused.stderr
     assert "revoked: bad data" in invoke("adapters", "show", first).stdout
-    assert "prod=v1 (revoked)" in invoke("adapters", "ls").stdout
+    assert "prod=v1 (unusable)" in invoke("adapters", "ls").stdout
     assert invoke("alias", "set", "acme/ner@canary", "v1").exit_code == 1
     assert invoke("alias", "set", "acme/ner@prod", second).exit_code == 0
 

@@ -151,6 +151,9 @@ class FakeStore(store_pb2_grpc.StoreServiceServicer):
                 )
         raise not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
 
+    async def ListSignatures(self, request: Any, context: Any) -> store_pb2.ListSignaturesResponse:
+        return store_pb2.ListSignaturesResponse()
+
     async def ListVersions(self, request: Any, context: Any) -> store_pb2.ListVersionsResponse:
         versions = self.versions.get(f"{request.namespace}/{request.name}")
         if versions is None:

@@ -83,14 +83,14 @@ async def test_a_model_has_its_own_task_and_the_aliases_that_point_at_it(mesh: M
     assert list(found["acme/d:v7"].aliases) == ["latest"]
 
 
-async def test_what_is_revoked_is_not_listed(mesh: Mesh, fakes: Fakes) -> None:
+async def test_what_must_not_be_used_is_not_listed(mesh: Mesh, fakes: Fakes) -> None:
     fill(mesh, fakes)
-    newest, many = mesh.store.adapters[0].newest, mesh.store.adapters[1]
-    newest.status.state = adapter_pb2.VERSION_STATE_REVOKED
-    many.revoked_numbers.append(4)
+    first, many = mesh.store.adapters[:2]
+    first.unusable_numbers.append(1)
+    many.unusable_numbers.append(4)
     (page,) = await pages(mesh, 0)
     assert [model.id for model in page] == ["base", "base", "acme/b:v5", "acme/b:v2", "acme/d:v7"]
-    many.ClearField("revoked_numbers")
+    many.ClearField("unusable_numbers")
     (page,) = await pages(mesh, 0)
     assert "acme/b:v4" in [model.id for model in page]
 

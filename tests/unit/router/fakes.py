@@ -166,7 +166,7 @@ class MemoryStore:
         for event in self.log:
             built.add(event)
         found: list[Entry] = [*built.bases.values(), *built.by_digest.values()]
-        found += [*built.aliases.values(), *built.routes.values()]
+        found += [*built.aliases.values(), *built.routes.values(), *built.policies.values()]
         return found
 
     async def snapshot(self) -> AsyncGenerator[SnapshotPart, None]:

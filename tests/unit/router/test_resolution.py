@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,8 +8,9 @@ from hypothesis import strategies as st
 
 from adaptermesh.core.composition import composition_digest
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
-from adaptermesh.router.catalogue import Event, RouteTarget
+from adaptermesh.router.catalogue import Event, Policy, RouteTarget
 from adaptermesh.router.resolution import ComposedVersion, Question, Resolution, choose_target, resolve
 from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, version
 
@@ -148,6 +150,23 @@ def test_a_status_holds_from_the_change_that_brings_it_until_the_next() -> None:
     assert ask(ref="acme/gone:v1", entries=(*KNOWN, again)).version == again
     with pytest.raises(MeshError):
         ask(ref="acme/gone:v1", entries=(*KNOWN, again, GONE))
+
+
+def test_a_namespace_that_asks_for_signatures_takes_versions_of_trusted_keys_only() -> None:
+    strict = Policy("acme", SignaturePolicy.REQUIRED, frozenset({"k1", "k2"}))
+    signed = replace(V2, signing_key_ids=("k2", "k9"))
+    entries = (*KNOWN, strict, signed, replace(ELSEWHERE, signing_key_ids=("k9",)))
+    assert ask(ref="acme/ner:v2", entries=entries).version == signed
+    for ref in ("acme/ner:v1", "acme/ner@prod", "acme/sql:v1", "average(acme/ner:v2, acme/ner:v1)"):
+        with pytest.raises(MeshError) as caught:
+            ask(ref=ref, entries=entries)
+        assert (caught.value.code, caught.value.reason) == (
+            Code.FAILED_PRECONDITION,
+            Reason.VERSION_UNSIGNED,
+        )
+    lenient = Policy("acme", SignaturePolicy.NONE, frozenset())
+    assert ask(ref="acme/ner:v1", entries=(*entries, lenient)).version == V1
+    assert ask(ref="acme/ner:v1", entries=(*KNOWN, replace(strict, namespace="other"))).version == V1
 
 
 def test_an_adapter_of_another_base_than_the_one_asked_for_is_refused_with_both_digests() -> None:

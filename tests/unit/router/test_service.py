@@ -315,6 +315,20 @@ async def test_a_revocation_is_followed_and_so_is_its_end(mesh: Mesh) -> None:
     assert response.version.status == old
 
 
+async def test_policies_and_signatures_are_followed(mesh: Mesh) -> None:
+    await mesh.worker().join()
+    key = adapter_pb2.SigningKey(key_id="ed25519:1")
+    policy = adapter_pb2.NamespacePolicy(
+        namespace="acme", signatures=adapter_pb2.SIGNATURE_POLICY_REQUIRED, keys=[key]
+    )
+    position = mesh.store.commit(namespace_policy_set=policy)
+    error = await mesh.refusal(task="ner", min_feed_position=position)
+    assert error.reason is Reason.VERSION_UNSIGNED
+    position = mesh.store.commit(version_signed=version(1, signing_key_ids=["ed25519:1"]))
+    response = await mesh.dispatch(task="ner", min_feed_position=position)
+    assert list(response.version.signing_key_ids) == ["ed25519:1"]
+
+
 async def test_an_alias_that_is_removed_is_not_found_any_more(mesh: Mesh) -> None:
     await mesh.worker().join()
     position = mesh.store.commit(alias_deleted=alias(1, generation=2))

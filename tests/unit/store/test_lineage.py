@@ -103,7 +103,7 @@ async def test_a_parent_is_looked_up_by_its_digest_alone_whatever_its_status(
             reason="bad data",
         )
     )
-    request = store_pb2.ResolveRefRequest(digest=one.digest, include_revoked=True)
+    request = store_pb2.ResolveRefRequest(digest=one.digest, include_unusable=True)
     found = await store.stub.ResolveRef(request)
     assert (found.version.number, found.version.status.reason) == (1, "bad data")
     for wrong, reason in (

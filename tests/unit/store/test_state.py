@@ -30,6 +30,7 @@ from adaptermesh.store.records import (
     AliasRecord,
     BaseModelRecord,
     ChangeKind,
+    PolicyRecord,
     Record,
     RouteRecord,
     RouteTarget,
@@ -54,6 +55,8 @@ def key_of(record: Record) -> tuple[str, ...]:
         return ("version", record.digest)
     if isinstance(record, AliasRecord):
         return ("alias", record.namespace, record.name, record.alias)
+    if isinstance(record, PolicyRecord):
+        return ("policy", record.namespace)
     return ("route", record.tenant, record.task)
 
 

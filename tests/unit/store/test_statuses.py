@@ -100,7 +100,7 @@ async def test_a_revoked_version_can_be_looked_at(store: Any, publish: Any) -> N
     await point(store, 1)
     await set_status(store, REVOKED)
     for ref in ("acme/ner:v1", "acme/ner@prod"):
-        assert (await resolve(store, ref, include_revoked=True)).status.state == REVOKED
+        assert (await resolve(store, ref, include_unusable=True)).status.state == REVOKED
     request = store_pb2.DownloadFileRequest(digest=version.digest, path="README.md")
     assert [part.data async for part in store.stub.DownloadFile(request)]
     listed = await store.stub.ListVersions(store_pb2.ListVersionsRequest(namespace="acme", name="ner"))
@@ -141,7 +141,7 @@ async def test_exactly_one_of_many_setters_of_a_generation_wins(store: Any, publ
     outcomes = await asyncio.gather(*attempts, return_exceptions=True)
     winners = [one for one in outcomes if isinstance(one, store_pb2.SetVersionStatusResponse)]
     assert len(winners) == 1
-    version = await resolve(store, "acme/ner:v1", include_revoked=True)
+    version = await resolve(store, "acme/ner:v1", include_unusable=True)
     assert version == winners[0].version
 
 
@@ -203,14 +203,16 @@ async def test_a_version_that_is_not_there_has_no_status(store: Any, publish: An
         assert (errors[0].code, errors[0].metadata["name"]) == (Code.NOT_FOUND, name)
 
 
-async def test_a_list_says_which_aliased_versions_are_revoked(store: Any, publish: Any) -> None:
-    await publish(seeds=(1, 2, 3))
+async def test_a_list_says_which_of_the_newest_and_aliased_versions_are_revoked(
+    store: Any, publish: Any
+) -> None:
+    await publish(seeds=(1, 2, 3, 4))
     await point(store, 1)
     await point(store, 2, "canary")
-    for number in (1, 3):
+    for number in (1, 3, 4):
         await set_status(store, REVOKED, version=number)
     (adapter,) = (await store.stub.ListAdapters(store_pb2.ListAdaptersRequest())).adapters
-    assert list(adapter.revoked_numbers) == [1]
+    assert list(adapter.unusable_numbers) == [1, 4]
     assert adapter.newest.status.state == REVOKED
 
 

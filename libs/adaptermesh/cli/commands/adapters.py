@@ -9,6 +9,7 @@ from rich.text import Text
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.commands.searching import adapters_table, search
+from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.commands.stored_bytes import collect_garbage, verify
 from adaptermesh.cli.execute import execute
@@ -111,7 +112,9 @@ def show(
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Shows the versions of an adapter, or everything about one version: card, lineage, metrics, status.
+    """Shows the versions of an adapter, or everything about one version.
+
+    That is status, card, lineage, metrics, signatures and files.
 
     Examples:
     adaptermesh adapters show acme/ner
@@ -137,6 +140,7 @@ def show(
 
 app.command()(merge)
 app.command()(diff)
+app.command()(sign)
 app.command()(deprecate)
 app.command()(revoke)
 app.command()(restore)

@@ -12,7 +12,7 @@ from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import size, table
 from adaptermesh.cli.version_report import state_note
-from adaptermesh.client import Adapter, Found, Search, StoreClient, VersionState
+from adaptermesh.client import Adapter, Found, Search, StoreClient
 
 _SHOWN_VALUES = 5
 
@@ -62,7 +62,7 @@ def adapters_table(adapters: Sequence[Adapter]) -> RenderableType:
         newest = adapter.newest
         aliases = ", ".join(
             f"{alias.alias}=v{alias.version_number}"
-            + (f" ({VersionState.REVOKED})" if alias.version_number in adapter.revoked_numbers else "")
+            + (" (unusable)" if alias.version_number in adapter.unusable_numbers else "")
             for alias in adapter.aliases
         )
         rows.add_row(

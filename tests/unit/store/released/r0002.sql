@@ -11,4 +11,4 @@ INSERT INTO changes VALUES (1, 5, 'route_set', '{"tenant":"*","task":"x","target
 INSERT INTO changes VALUES (2, 5, 'route_deleted', '{"tenant":"*","task":"x","targets":[],"generation":2,"update_time_us":2}');
 INSERT INTO changes VALUES (3, 5, 'alias_set', '{"namespace":"acme","name":"ner","alias":"prod","version_number":1,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","generation":1,"update_time_us":6,"actor":"ada","comment":"why"}');
 INSERT INTO changes VALUES (4, 5, 'base_model_registered', '{"model_id":"tiny","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","config_digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","weights_digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","architecture":"Llama","hidden_size":8,"num_layers":2,"vocab_size":16,"config_json":"{}"}');
-INSERT INTO version_statuses VALUES (1, 'deprecated', 'old', 'acme/ner:v2', 1, 8, 'ada');
+INSERT INTO search_documents VALUES (1, 1, 4, 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'tiny', 'ner', 'lora', 'mit');

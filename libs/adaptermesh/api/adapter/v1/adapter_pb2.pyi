@@ -108,6 +108,30 @@ VERSION_STATE_REVOKED: VersionState.ValueType  # 3
 """It must not be used: nothing resolves to it, nothing can be pointed at it, no worker gets it."""
 Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
 
+class _SignaturePolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SignaturePolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SignaturePolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIGNATURE_POLICY_UNSPECIFIED: _SignaturePolicy.ValueType  # 0
+    """Never sent; refused where a policy is asked for."""
+    SIGNATURE_POLICY_NONE: _SignaturePolicy.ValueType  # 1
+    """They need not be."""
+    SIGNATURE_POLICY_REQUIRED: _SignaturePolicy.ValueType  # 2
+    """One without a signature by a trusted key must not be used."""
+
+class SignaturePolicy(_SignaturePolicy, metaclass=_SignaturePolicyEnumTypeWrapper):
+    """Whether the versions of a namespace must be signed."""
+
+SIGNATURE_POLICY_UNSPECIFIED: SignaturePolicy.ValueType  # 0
+"""Never sent; refused where a policy is asked for."""
+SIGNATURE_POLICY_NONE: SignaturePolicy.ValueType  # 1
+"""They need not be."""
+SIGNATURE_POLICY_REQUIRED: SignaturePolicy.ValueType  # 2
+"""One without a signature by a trusted key must not be used."""
+Global___SignaturePolicy: _TypeAlias = SignaturePolicy  # noqa: Y015
+
 class _AliasAction:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -264,6 +288,7 @@ class Version(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SOURCE_FILES_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    SIGNING_KEY_IDS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace, e.g. "acme"."""
     name: _builtins.str
@@ -314,7 +339,11 @@ class Version(_message.Message):
 
     @_builtins.property
     def status(self) -> Global___VersionStatus:
-        """Whether it should be used. The only part that changes."""
+        """Whether it should be used. Changes, as the signatures do; the rest doesn't."""
+
+    @_builtins.property
+    def signing_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the keys that it is signed with, in their order. Which of them count, the namespace's policy says."""
 
     def __init__(
         self,
@@ -339,14 +368,141 @@ class Version(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         source_files: _abc.Iterable[Global___SourceFile] | None = ...,
         status: Global___VersionStatus | None = ...,
+        signing_key_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "create_time", b"create_time", "description", b"description", "digest", b"digest", "kind", b"kind", "license", b"license", "max_rank", b"max_rank", "name", b"name", "namespace", b"namespace", "number", b"number", "op_kinds", b"op_kinds", "servable", b"servable", "size_bytes", b"size_bytes", "source_files", b"source_files", "status", b"status", "tags", b"tags", "task", b"task", "unservable_reason", b"unservable_reason", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model_id", b"base_model_id", "create_time", b"create_time", "description", b"description", "digest", b"digest", "kind", b"kind", "license", b"license", "max_rank", b"max_rank", "name", b"name", "namespace", b"namespace", "number", b"number", "op_kinds", b"op_kinds", "servable", b"servable", "signing_key_ids", b"signing_key_ids", "size_bytes", b"size_bytes", "source_files", b"source_files", "status", b"status", "tags", b"tags", "task", b"task", "unservable_reason", b"unservable_reason", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Version: _TypeAlias = Version  # noqa: Y015
+
+@_typing.final
+class SigningKey(_message.Message):
+    """A key whose signatures a namespace trusts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """"ed25519:" and the first 16 hex digits of the public key's sha256."""
+    public_key: _builtins.bytes
+    """The raw Ed25519 public key, 32 bytes."""
+    comment: _builtins.str
+    """Whose it is. At most 1024 characters; may be empty."""
+    actor: _builtins.str
+    """Who added it. Empty when the caller did not say."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was added."""
+
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        public_key: _builtins.bytes = ...,
+        comment: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "comment", b"comment", "create_time", b"create_time", "key_id", b"key_id", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SigningKey: _TypeAlias = SigningKey  # noqa: Y015
+
+@_typing.final
+class NamespacePolicy(_message.Message):
+    """What must hold in a namespace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    signatures: Global___SignaturePolicy.ValueType
+    """Whether its versions must be signed. NONE for a namespace of which nothing was ever said."""
+    generation: _builtins.int
+    """0 if nothing was ever said, one more with each change."""
+    actor: _builtins.str
+    """Who changed it. Empty when the caller did not say."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___SigningKey]:
+        """The keys that it trusts, at most 64. A signature counts for as long as its key is among them."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was changed. Absent if it never was."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        signatures: Global___SignaturePolicy.ValueType = ...,
+        keys: _abc.Iterable[Global___SigningKey] | None = ...,
+        generation: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "generation", b"generation", "keys", b"keys", "namespace", b"namespace", "signatures", b"signatures", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamespacePolicy: _TypeAlias = NamespacePolicy  # noqa: Y015
+
+@_typing.final
+class Signature(_message.Message):
+    """A signature of a version's digest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    TRUSTED_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """The key."""
+    signature: _builtins.bytes
+    """Ed25519 over "adaptermesh.signature.v1:" and the digest, 64 bytes."""
+    actor: _builtins.str
+    """Who added it. Empty when the caller did not say."""
+    trusted: _builtins.bool
+    """Whether the namespace trusts the key now."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was added."""
+
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+        actor: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        trusted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "create_time", b"create_time", "key_id", b"key_id", "signature", b"signature", "trusted", b"trusted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Signature: _TypeAlias = Signature  # noqa: Y015
 
 @_typing.final
 class SourceFile(_message.Message):

@@ -64,7 +64,7 @@ class RouterServiceServicer:
     def Dispatch(self, request, context):
         """Chooses a version and a worker and books the request there. NOT_FOUND: unknown task, ref, alias or base.
         FAILED_PRECONDITION: the adapter is of another base than the one asked for, or can't be served, or is revoked
-        (VERSION_REVOKED), or a composition's members are of different bases.
+        (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED), or a composition's members are of different bases.
         UNAVAILABLE: no live worker serves the base, or the catalogue is not there yet (RetryInfo).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

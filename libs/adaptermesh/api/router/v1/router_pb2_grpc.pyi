@@ -36,7 +36,7 @@ class RouterServiceStub:
     Dispatch: _grpc.UnaryUnaryMultiCallable[_router_pb2.DispatchRequest, _router_pb2.DispatchResponse]
     """Chooses a version and a worker and books the request there. NOT_FOUND: unknown task, ref, alias or base.
     FAILED_PRECONDITION: the adapter is of another base than the one asked for, or can't be served, or is revoked
-    (VERSION_REVOKED), or a composition's members are of different bases.
+    (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED), or a composition's members are of different bases.
     UNAVAILABLE: no live worker serves the base, or the catalogue is not there yet (RetryInfo).
     """
     ReportWorker: _grpc.StreamStreamMultiCallable[_router_pb2.ReportWorkerRequest, _router_pb2.ReportWorkerResponse]
@@ -56,7 +56,7 @@ class RouterServiceAsyncStub(RouterServiceStub):
     Dispatch: _aio.UnaryUnaryMultiCallable[_router_pb2.DispatchRequest, _router_pb2.DispatchResponse]  # type: ignore[assignment]
     """Chooses a version and a worker and books the request there. NOT_FOUND: unknown task, ref, alias or base.
     FAILED_PRECONDITION: the adapter is of another base than the one asked for, or can't be served, or is revoked
-    (VERSION_REVOKED), or a composition's members are of different bases.
+    (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED), or a composition's members are of different bases.
     UNAVAILABLE: no live worker serves the base, or the catalogue is not there yet (RetryInfo).
     """
     ReportWorker: _aio.StreamStreamMultiCallable[_router_pb2.ReportWorkerRequest, _router_pb2.ReportWorkerResponse]  # type: ignore[assignment]
@@ -79,7 +79,7 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_router_pb2.DispatchResponse, _abc.Awaitable[_router_pb2.DispatchResponse]]:
         """Chooses a version and a worker and books the request there. NOT_FOUND: unknown task, ref, alias or base.
         FAILED_PRECONDITION: the adapter is of another base than the one asked for, or can't be served, or is revoked
-        (VERSION_REVOKED), or a composition's members are of different bases.
+        (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED), or a composition's members are of different bases.
         UNAVAILABLE: no live worker serves the base, or the catalogue is not there yet (RetryInfo).
         """
 

@@ -304,24 +304,24 @@ class ResolveRefRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
-    INCLUDE_REVOKED_FIELD_NUMBER: _builtins.int
+    INCLUDE_UNUSABLE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
     """The ref. Empty if a digest is given."""
-    include_revoked: _builtins.bool
-    """Also find a version that is revoked: to look at it, not to use it."""
+    include_unusable: _builtins.bool
+    """Also find a version that must not be used, revoked or unsigned: to look at it, or to sign it."""
     digest: _builtins.str
     """A version's digest alone, instead of a ref: to look up a parent. Both, or neither, is INVALID_ARGUMENT."""
     def __init__(
         self,
         *,
         ref: _builtins.str = ...,
-        include_revoked: _builtins.bool = ...,
+        include_unusable: _builtins.bool = ...,
         digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_revoked", b"include_revoked", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_unusable", b"include_unusable", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,6 +502,352 @@ class SetVersionStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetVersionStatusResponse: _TypeAlias = SetVersionStatusResponse  # noqa: Y015
+
+@_typing.final
+class AddSignatureRequest(_message.Message):
+    """Asks to add a signature."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The version's digest."""
+    key_id: _builtins.str
+    """The key, one that the version's namespace trusts."""
+    signature: _builtins.bytes
+    """Ed25519 over "adaptermesh.signature.v1:" and the digest, 64 bytes."""
+    actor: _builtins.str
+    """Who adds it. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "digest", b"digest", "key_id", b"key_id", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddSignatureRequest: _TypeAlias = AddSignatureRequest  # noqa: Y015
+
+@_typing.final
+class AddSignatureResponse(_message.Message):
+    """The signature is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    created: _builtins.bool
+    """False if it was there before."""
+    feed_position: _builtins.int
+    """A feed position that shows it."""
+    @_builtins.property
+    def version(self) -> _adapter_pb2.Version:
+        """The version as it is now."""
+
+    def __init__(
+        self,
+        *,
+        version: _adapter_pb2.Version | None = ...,
+        created: _builtins.bool = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "feed_position", b"feed_position", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddSignatureResponse: _TypeAlias = AddSignatureResponse  # noqa: Y015
+
+@_typing.final
+class ListSignaturesRequest(_message.Message):
+    """Asks for the signatures of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The version's digest."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSignaturesRequest: _TypeAlias = ListSignaturesRequest  # noqa: Y015
+
+@_typing.final
+class ListSignaturesResponse(_message.Message):
+    """The signatures of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signatures(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Signature]:
+        """In the order of their keys' ids, at most 16."""
+
+    def __init__(
+        self,
+        *,
+        signatures: _abc.Iterable[_adapter_pb2.Signature] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signatures", b"signatures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSignaturesResponse: _TypeAlias = ListSignaturesResponse  # noqa: Y015
+
+@_typing.final
+class GetNamespacePolicyRequest(_message.Message):
+    """Asks what must hold in a namespace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetNamespacePolicyRequest: _TypeAlias = GetNamespacePolicyRequest  # noqa: Y015
+
+@_typing.final
+class GetNamespacePolicyResponse(_message.Message):
+    """What must hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> _adapter_pb2.NamespacePolicy:
+        """The policy."""
+
+    def __init__(
+        self,
+        *,
+        policy: _adapter_pb2.NamespacePolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetNamespacePolicyResponse: _TypeAlias = GetNamespacePolicyResponse  # noqa: Y015
+
+@_typing.final
+class SetNamespacePolicyRequest(_message.Message):
+    """Asks to say whether versions must be signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    signatures: _adapter_pb2.SignaturePolicy.ValueType
+    """What shall hold. Unspecified is refused."""
+    expected_generation: _builtins.int
+    """The policy's generation now; 0 if nothing was ever said. Absent sets it whatever it is."""
+    actor: _builtins.str
+    """Who sets it. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        signatures: _adapter_pb2.SignaturePolicy.ValueType = ...,
+        expected_generation: _builtins.int | None = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "actor", b"actor", "expected_generation", b"expected_generation", "namespace", b"namespace", "signatures", b"signatures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
+    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+
+Global___SetNamespacePolicyRequest: _TypeAlias = SetNamespacePolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetNamespacePolicyResponse(_message.Message):
+    """The policy is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def policy(self) -> _adapter_pb2.NamespacePolicy:
+        """The policy as it is now."""
+
+    def __init__(
+        self,
+        *,
+        policy: _adapter_pb2.NamespacePolicy | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetNamespacePolicyResponse: _TypeAlias = SetNamespacePolicyResponse  # noqa: Y015
+
+@_typing.final
+class AddSigningKeyRequest(_message.Message):
+    """Asks to trust a key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    public_key: _builtins.bytes
+    """The raw Ed25519 public key, 32 bytes."""
+    comment: _builtins.str
+    """Whose it is. At most 1024 characters."""
+    actor: _builtins.str
+    """Who adds it. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        public_key: _builtins.bytes = ...,
+        comment: _builtins.str = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "comment", b"comment", "namespace", b"namespace", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddSigningKeyRequest: _TypeAlias = AddSigningKeyRequest  # noqa: Y015
+
+@_typing.final
+class AddSigningKeyResponse(_message.Message):
+    """The key is trusted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """The key's id."""
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def policy(self) -> _adapter_pb2.NamespacePolicy:
+        """The policy as it is now."""
+
+    def __init__(
+        self,
+        *,
+        policy: _adapter_pb2.NamespacePolicy | None = ...,
+        key_id: _builtins.str = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "key_id", b"key_id", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddSigningKeyResponse: _TypeAlias = AddSigningKeyResponse  # noqa: Y015
+
+@_typing.final
+class DeleteSigningKeyRequest(_message.Message):
+    """Asks to end the trust in a key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    key_id: _builtins.str
+    """The key."""
+    actor: _builtins.str
+    """Who does it. At most 256 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "key_id", b"key_id", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteSigningKeyRequest: _TypeAlias = DeleteSigningKeyRequest  # noqa: Y015
+
+@_typing.final
+class DeleteSigningKeyResponse(_message.Message):
+    """The key is no longer trusted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def policy(self) -> _adapter_pb2.NamespacePolicy:
+        """The policy as it is now."""
+
+    def __init__(
+        self,
+        *,
+        policy: _adapter_pb2.NamespacePolicy | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteSigningKeyResponse: _TypeAlias = DeleteSigningKeyResponse  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
@@ -748,7 +1094,7 @@ class AdapterSummary(_message.Message):
     NEWEST_FIELD_NUMBER: _builtins.int
     VERSION_COUNT_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
-    REVOKED_NUMBERS_FIELD_NUMBER: _builtins.int
+    UNUSABLE_NUMBERS_FIELD_NUMBER: _builtins.int
     version_count: _builtins.int
     """How many versions it has."""
     @_builtins.property
@@ -760,8 +1106,10 @@ class AdapterSummary(_message.Message):
         """Its aliases."""
 
     @_builtins.property
-    def revoked_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The numbers of those versions that an alias points at and that are revoked."""
+    def unusable_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The numbers of those versions that must not be used, revoked or unsigned: of the newest one and of those that an
+        alias points at.
+        """
 
     def __init__(
         self,
@@ -769,11 +1117,11 @@ class AdapterSummary(_message.Message):
         newest: _adapter_pb2.Version | None = ...,
         version_count: _builtins.int = ...,
         aliases: _abc.Iterable[_adapter_pb2.Alias] | None = ...,
-        revoked_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        unusable_numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "revoked_numbers", b"revoked_numbers", "version_count", b"version_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "unusable_numbers", b"unusable_numbers", "version_count", b"version_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1450,6 +1798,7 @@ class GetSnapshotResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     ROUTES_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
     feed_id: _builtins.str
     """Which catalogue: the same for as long as the store's database lives."""
     feed_position: _builtins.int
@@ -1470,6 +1819,10 @@ class GetSnapshotResponse(_message.Message):
     def routes(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Route]:
         """Routes."""
 
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.NamespacePolicy]:
+        """Policies of namespaces of which something was ever said."""
+
     def __init__(
         self,
         *,
@@ -1479,10 +1832,11 @@ class GetSnapshotResponse(_message.Message):
         versions: _abc.Iterable[_adapter_pb2.Version] | None = ...,
         aliases: _abc.Iterable[_adapter_pb2.Alias] | None = ...,
         routes: _abc.Iterable[_adapter_pb2.Route] | None = ...,
+        policies: _abc.Iterable[_adapter_pb2.NamespacePolicy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_models", b"base_models", "feed_id", b"feed_id", "feed_position", b"feed_position", "routes", b"routes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_models", b"base_models", "feed_id", b"feed_id", "feed_position", b"feed_position", "policies", b"policies", "routes", b"routes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1557,6 +1911,8 @@ class Change(_message.Message):
     ROUTE_DELETED_FIELD_NUMBER: _builtins.int
     VERSION_STATUS_SET_FIELD_NUMBER: _builtins.int
     ALIAS_DELETED_FIELD_NUMBER: _builtins.int
+    VERSION_SIGNED_FIELD_NUMBER: _builtins.int
+    NAMESPACE_POLICY_SET_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """1, 2, 3, ... without gaps."""
     @_builtins.property
@@ -1591,6 +1947,14 @@ class Change(_message.Message):
     def alias_deleted(self) -> _adapter_pb2.Alias:
         """An alias was removed; as it was, with the last entry of its history."""
 
+    @_builtins.property
+    def version_signed(self) -> _adapter_pb2.Version:
+        """A version got a signature; the version as it was then."""
+
+    @_builtins.property
+    def namespace_policy_set(self) -> _adapter_pb2.NamespacePolicy:
+        """A namespace's policy or its keys changed."""
+
     def __init__(
         self,
         *,
@@ -1603,12 +1967,14 @@ class Change(_message.Message):
         route_deleted: _adapter_pb2.Route | None = ...,
         version_status_set: _adapter_pb2.Version | None = ...,
         alias_deleted: _adapter_pb2.Alias | None = ...,
+        version_signed: _adapter_pb2.Version | None = ...,
+        namespace_policy_set: _adapter_pb2.NamespacePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_status_set", b"version_status_set"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "namespace_policy_set", b"namespace_policy_set", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_status_set", b"version_status_set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "namespace_policy_set", b"namespace_policy_set", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted", "version_signed", "namespace_policy_set"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -65,6 +65,36 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
                 _registered_method=True)
+        self.AddSignature = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/AddSignature',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureResponse.FromString,
+                _registered_method=True)
+        self.ListSignatures = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/ListSignatures',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListSignaturesRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListSignaturesResponse.FromString,
+                _registered_method=True)
+        self.GetNamespacePolicy = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/GetNamespacePolicy',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetNamespacePolicyRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetNamespacePolicyResponse.FromString,
+                _registered_method=True)
+        self.SetNamespacePolicy = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/SetNamespacePolicy',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetNamespacePolicyRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetNamespacePolicyResponse.FromString,
+                _registered_method=True)
+        self.AddSigningKey = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/AddSigningKey',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSigningKeyRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSigningKeyResponse.FromString,
+                _registered_method=True)
+        self.DeleteSigningKey = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/DeleteSigningKey',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteSigningKeyRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteSigningKeyResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/ListAdapters',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListAdaptersRequest.SerializeToString,
@@ -181,7 +211,8 @@ class StoreServiceServicer:
 
     def ResolveRef(self, request, context):
         """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
-        (VERSION_REVOKED): it is revoked, with the reason that was given.
+        (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
+        namespace asks for a signature that it trusts, and there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +235,53 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddSignature(self, request, context):
+        """Adds a signature to a version. The same key again changes nothing. NOT_FOUND: the version, or the key is none that
+        the version's namespace trusts (SIGNING_KEY_NOT_FOUND). INVALID_ARGUMENT (SIGNATURE_INVALID): it is not that key's
+        signature of this digest. FAILED_PRECONDITION: 16 signatures are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSignatures(self, request, context):
+        """The signatures of a version. NOT_FOUND: unknown digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetNamespacePolicy(self, request, context):
+        """What must hold in a namespace, and the keys that it trusts; never NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetNamespacePolicy(self, request, context):
+        """Says whether the versions of a namespace must be signed, by compare-and-set. ABORTED (POLICY_CONFLICT): it has
+        changed since.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddSigningKey(self, request, context):
+        """Makes a namespace trust a key. The same key again changes its comment. INVALID_ARGUMENT: not an Ed25519 key.
+        FAILED_PRECONDITION: 64 keys are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSigningKey(self, request, context):
+        """Ends a namespace's trust in a key: signatures made with it stay, and no longer count. NOT_FOUND
+        (SIGNING_KEY_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAdapters(self, request, context):
         """Lists or searches adapters, by name.
         """
@@ -220,7 +298,8 @@ class StoreServiceServicer:
 
     def SetAlias(self, request, context):
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
+        (VERSION_UNSIGNED), or the alias is protected (ALIAS_PROTECTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,7 +307,7 @@ class StoreServiceServicer:
 
     def RollBackAlias(self, request, context):
         """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-        revoked, or the alias is protected (ALIAS_PROTECTED).
+        revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,7 +338,7 @@ class StoreServiceServicer:
 
     def SetRoute(self, request, context):
         """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
-        FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+        FAILED_PRECONDITION (VERSION_REVOKED, VERSION_UNSIGNED): a target means a version that must not be used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -358,6 +437,36 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.SetVersionStatus,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.SerializeToString,
+            ),
+            'AddSignature': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddSignature,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureResponse.SerializeToString,
+            ),
+            'ListSignatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSignatures,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListSignaturesRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListSignaturesResponse.SerializeToString,
+            ),
+            'GetNamespacePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetNamespacePolicy,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetNamespacePolicyRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetNamespacePolicyResponse.SerializeToString,
+            ),
+            'SetNamespacePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNamespacePolicy,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetNamespacePolicyRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetNamespacePolicyResponse.SerializeToString,
+            ),
+            'AddSigningKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddSigningKey,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSigningKeyRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSigningKeyResponse.SerializeToString,
+            ),
+            'DeleteSigningKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSigningKey,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteSigningKeyRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteSigningKeyResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -603,6 +712,168 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/SetVersionStatus',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddSignature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/AddSignature',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSignatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/ListSignatures',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListSignaturesRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListSignaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetNamespacePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/GetNamespacePolicy',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetNamespacePolicyRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetNamespacePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNamespacePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/SetNamespacePolicy',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetNamespacePolicyRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetNamespacePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddSigningKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/AddSigningKey',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSigningKeyRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSigningKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSigningKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/DeleteSigningKey',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteSigningKeyRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteSigningKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,7 +51,8 @@ class StoreServiceStub:
     """
     ResolveRef: _grpc.UnaryUnaryMultiCallable[_store_pb2.ResolveRefRequest, _store_pb2.ResolveRefResponse]
     """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
-    (VERSION_REVOKED): it is revoked, with the reason that was given.
+    (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
+    namespace asks for a signature that it trusts, and there is none.
     """
     ListVersions: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListVersionsRequest, _store_pb2.ListVersionsResponse]
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
@@ -61,17 +62,39 @@ class StoreServiceStub:
     replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
     deprecated, or of itself.
     """
+    AddSignature: _grpc.UnaryUnaryMultiCallable[_store_pb2.AddSignatureRequest, _store_pb2.AddSignatureResponse]
+    """Adds a signature to a version. The same key again changes nothing. NOT_FOUND: the version, or the key is none that
+    the version's namespace trusts (SIGNING_KEY_NOT_FOUND). INVALID_ARGUMENT (SIGNATURE_INVALID): it is not that key's
+    signature of this digest. FAILED_PRECONDITION: 16 signatures are there.
+    """
+    ListSignatures: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListSignaturesRequest, _store_pb2.ListSignaturesResponse]
+    """The signatures of a version. NOT_FOUND: unknown digest."""
+    GetNamespacePolicy: _grpc.UnaryUnaryMultiCallable[_store_pb2.GetNamespacePolicyRequest, _store_pb2.GetNamespacePolicyResponse]
+    """What must hold in a namespace, and the keys that it trusts; never NOT_FOUND."""
+    SetNamespacePolicy: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetNamespacePolicyRequest, _store_pb2.SetNamespacePolicyResponse]
+    """Says whether the versions of a namespace must be signed, by compare-and-set. ABORTED (POLICY_CONFLICT): it has
+    changed since.
+    """
+    AddSigningKey: _grpc.UnaryUnaryMultiCallable[_store_pb2.AddSigningKeyRequest, _store_pb2.AddSigningKeyResponse]
+    """Makes a namespace trust a key. The same key again changes its comment. INVALID_ARGUMENT: not an Ed25519 key.
+    FAILED_PRECONDITION: 64 keys are there.
+    """
+    DeleteSigningKey: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteSigningKeyRequest, _store_pb2.DeleteSigningKeyResponse]
+    """Ends a namespace's trust in a key: signatures made with it stay, and no longer count. NOT_FOUND
+    (SIGNING_KEY_NOT_FOUND).
+    """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]
     """Lists or searches adapters, by name."""
     SearchAdapters: _grpc.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]
     """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
+    (VERSION_UNSIGNED), or the alias is protected (ALIAS_PROTECTED).
     """
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]
     """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-    revoked, or the alias is protected (ALIAS_PROTECTED).
+    revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
     """
     SetAliasProtection: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]
     """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
@@ -85,7 +108,7 @@ class StoreServiceStub:
     """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
     SetRoute: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetRouteRequest, _store_pb2.SetRouteResponse]
     """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
-    FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+    FAILED_PRECONDITION (VERSION_REVOKED, VERSION_UNSIGNED): a target means a version that must not be used.
     """
     DeleteRoute: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteRouteRequest, _store_pb2.DeleteRouteResponse]
     """Removes a route. NOT_FOUND: there is none."""
@@ -136,7 +159,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """
     ResolveRef: _aio.UnaryUnaryMultiCallable[_store_pb2.ResolveRefRequest, _store_pb2.ResolveRefResponse]  # type: ignore[assignment]
     """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
-    (VERSION_REVOKED): it is revoked, with the reason that was given.
+    (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
+    namespace asks for a signature that it trusts, and there is none.
     """
     ListVersions: _aio.UnaryUnaryMultiCallable[_store_pb2.ListVersionsRequest, _store_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
@@ -146,17 +170,39 @@ class StoreServiceAsyncStub(StoreServiceStub):
     replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
     deprecated, or of itself.
     """
+    AddSignature: _aio.UnaryUnaryMultiCallable[_store_pb2.AddSignatureRequest, _store_pb2.AddSignatureResponse]  # type: ignore[assignment]
+    """Adds a signature to a version. The same key again changes nothing. NOT_FOUND: the version, or the key is none that
+    the version's namespace trusts (SIGNING_KEY_NOT_FOUND). INVALID_ARGUMENT (SIGNATURE_INVALID): it is not that key's
+    signature of this digest. FAILED_PRECONDITION: 16 signatures are there.
+    """
+    ListSignatures: _aio.UnaryUnaryMultiCallable[_store_pb2.ListSignaturesRequest, _store_pb2.ListSignaturesResponse]  # type: ignore[assignment]
+    """The signatures of a version. NOT_FOUND: unknown digest."""
+    GetNamespacePolicy: _aio.UnaryUnaryMultiCallable[_store_pb2.GetNamespacePolicyRequest, _store_pb2.GetNamespacePolicyResponse]  # type: ignore[assignment]
+    """What must hold in a namespace, and the keys that it trusts; never NOT_FOUND."""
+    SetNamespacePolicy: _aio.UnaryUnaryMultiCallable[_store_pb2.SetNamespacePolicyRequest, _store_pb2.SetNamespacePolicyResponse]  # type: ignore[assignment]
+    """Says whether the versions of a namespace must be signed, by compare-and-set. ABORTED (POLICY_CONFLICT): it has
+    changed since.
+    """
+    AddSigningKey: _aio.UnaryUnaryMultiCallable[_store_pb2.AddSigningKeyRequest, _store_pb2.AddSigningKeyResponse]  # type: ignore[assignment]
+    """Makes a namespace trust a key. The same key again changes its comment. INVALID_ARGUMENT: not an Ed25519 key.
+    FAILED_PRECONDITION: 64 keys are there.
+    """
+    DeleteSigningKey: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteSigningKeyRequest, _store_pb2.DeleteSigningKeyResponse]  # type: ignore[assignment]
+    """Ends a namespace's trust in a key: signatures made with it stay, and no longer count. NOT_FOUND
+    (SIGNING_KEY_NOT_FOUND).
+    """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.ListAdaptersRequest, _store_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists or searches adapters, by name."""
     SearchAdapters: _aio.UnaryUnaryMultiCallable[_store_pb2.SearchAdaptersRequest, _store_pb2.SearchAdaptersResponse]  # type: ignore[assignment]
     """Finds adapters by the words of their names, tags, descriptions and cards, and by what their newest version is."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasRequest, _store_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+    FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
+    (VERSION_UNSIGNED), or the alias is protected (ALIAS_PROTECTED).
     """
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]  # type: ignore[assignment]
     """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-    revoked, or the alias is protected (ALIAS_PROTECTED).
+    revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
     """
     SetAliasProtection: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]  # type: ignore[assignment]
     """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
@@ -170,7 +216,7 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Every change of an alias, newest first, also of one that is removed. NOT_FOUND: the alias was never set."""
     SetRoute: _aio.UnaryUnaryMultiCallable[_store_pb2.SetRouteRequest, _store_pb2.SetRouteResponse]  # type: ignore[assignment]
     """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
-    FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+    FAILED_PRECONDITION (VERSION_REVOKED, VERSION_UNSIGNED): a target means a version that must not be used.
     """
     DeleteRoute: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteRouteRequest, _store_pb2.DeleteRouteResponse]  # type: ignore[assignment]
     """Removes a route. NOT_FOUND: there is none."""
@@ -242,7 +288,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ResolveRefResponse, _abc.Awaitable[_store_pb2.ResolveRefResponse]]:
         """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
-        (VERSION_REVOKED): it is revoked, with the reason that was given.
+        (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
+        namespace asks for a signature that it trusts, and there is none.
         """
 
     @_abc_1.abstractmethod
@@ -263,6 +310,63 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
         replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
         deprecated, or of itself.
+        """
+
+    @_abc_1.abstractmethod
+    def AddSignature(
+        self,
+        request: _store_pb2.AddSignatureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.AddSignatureResponse, _abc.Awaitable[_store_pb2.AddSignatureResponse]]:
+        """Adds a signature to a version. The same key again changes nothing. NOT_FOUND: the version, or the key is none that
+        the version's namespace trusts (SIGNING_KEY_NOT_FOUND). INVALID_ARGUMENT (SIGNATURE_INVALID): it is not that key's
+        signature of this digest. FAILED_PRECONDITION: 16 signatures are there.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSignatures(
+        self,
+        request: _store_pb2.ListSignaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.ListSignaturesResponse, _abc.Awaitable[_store_pb2.ListSignaturesResponse]]:
+        """The signatures of a version. NOT_FOUND: unknown digest."""
+
+    @_abc_1.abstractmethod
+    def GetNamespacePolicy(
+        self,
+        request: _store_pb2.GetNamespacePolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.GetNamespacePolicyResponse, _abc.Awaitable[_store_pb2.GetNamespacePolicyResponse]]:
+        """What must hold in a namespace, and the keys that it trusts; never NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def SetNamespacePolicy(
+        self,
+        request: _store_pb2.SetNamespacePolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.SetNamespacePolicyResponse, _abc.Awaitable[_store_pb2.SetNamespacePolicyResponse]]:
+        """Says whether the versions of a namespace must be signed, by compare-and-set. ABORTED (POLICY_CONFLICT): it has
+        changed since.
+        """
+
+    @_abc_1.abstractmethod
+    def AddSigningKey(
+        self,
+        request: _store_pb2.AddSigningKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.AddSigningKeyResponse, _abc.Awaitable[_store_pb2.AddSigningKeyResponse]]:
+        """Makes a namespace trust a key. The same key again changes its comment. INVALID_ARGUMENT: not an Ed25519 key.
+        FAILED_PRECONDITION: 64 keys are there.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteSigningKey(
+        self,
+        request: _store_pb2.DeleteSigningKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.DeleteSigningKeyResponse, _abc.Awaitable[_store_pb2.DeleteSigningKeyResponse]]:
+        """Ends a namespace's trust in a key: signatures made with it stay, and no longer count. NOT_FOUND
+        (SIGNING_KEY_NOT_FOUND).
         """
 
     @_abc_1.abstractmethod
@@ -288,7 +392,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.SetAliasResponse, _abc.Awaitable[_store_pb2.SetAliasResponse]]:
         """Points an alias at a version, by compare-and-set. ABORTED: it has moved since (ErrorInfo has the generation).
-        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED), or the alias is protected (ALIAS_PROTECTED).
+        FAILED_PRECONDITION: the version is revoked (VERSION_REVOKED) or not signed as its namespace asks
+        (VERSION_UNSIGNED), or the alias is protected (ALIAS_PROTECTED).
         """
 
     @_abc_1.abstractmethod
@@ -298,7 +403,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.RollBackAliasResponse, _abc.Awaitable[_store_pb2.RollBackAliasResponse]]:
         """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-        revoked, or the alias is protected (ALIAS_PROTECTED).
+        revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
         """
 
     @_abc_1.abstractmethod
@@ -336,7 +441,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.SetRouteResponse, _abc.Awaitable[_store_pb2.SetRouteResponse]]:
         """Sets or replaces a route, by compare-and-set. ABORTED: it has changed since. NOT_FOUND: a target's ref.
-        FAILED_PRECONDITION (VERSION_REVOKED): a target means a revoked version.
+        FAILED_PRECONDITION (VERSION_REVOKED, VERSION_UNSIGNED): a target means a version that must not be used.
         """
 
     @_abc_1.abstractmethod

@@ -2,8 +2,8 @@
 
 Cards are not in the database: those of adapters that are there already are found after their next version.
 
-Revision ID: r0005
-Revises: r0002b
+Revision ID: r0002
+Revises: r0001
 """
 
 import re
@@ -12,8 +12,8 @@ import unicodedata
 import sqlalchemy as sa
 from alembic import op
 
-revision = "r0005"
-down_revision = "r0002b"
+revision = "r0002"
+down_revision = "r0001"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,83 @@
+"""The part of the store's gRPC face that is about signatures and the policies of namespaces."""
+# Names and signatures are those of the generated base class.
+# ruff: noqa: ARG002, N802
+
+from typing import Any
+
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.artifact.signing import key_id_of
+from adaptermesh.core.errors import invalid_field
+from adaptermesh.rpc.signature_policy import policy_message, policy_of
+from adaptermesh.store import wire
+from adaptermesh.store.stores import Stores
+
+Context = Any
+
+
+class SigningServicer(store_pb2_grpc.StoreServiceServicer):
+    """Signatures, trusted keys and policies. Errors are raised as `MeshError`."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._all = stores
+
+    @property
+    def _stores(self) -> Stores:
+        # The port is bound before the catalogue is open.
+        self._all.check_open()
+        return self._all
+
+    async def AddSignature(
+        self, request: store_pb2.AddSignatureRequest, context: Context
+    ) -> store_pb2.AddSignatureResponse:
+        signed = await self._stores.signatures.add(
+            request.digest, request.key_id, request.signature, request.actor
+        )
+        return store_pb2.AddSignatureResponse(
+            version=wire.version_to(signed.version),
+            created=signed.created,
+            feed_position=signed.feed_position,
+        )
+
+    async def ListSignatures(
+        self, request: store_pb2.ListSignaturesRequest, context: Context
+    ) -> store_pb2.ListSignaturesResponse:
+        found = await self._stores.signatures.list(request.digest)
+        return store_pb2.ListSignaturesResponse(
+            signatures=[wire.signature_to(signature, trusted=trusted) for signature, trusted in found]
+        )
+
+    async def GetNamespacePolicy(
+        self, request: store_pb2.GetNamespacePolicyRequest, context: Context
+    ) -> store_pb2.GetNamespacePolicyResponse:
+        policy = await self._stores.policies.get(request.namespace)
+        return store_pb2.GetNamespacePolicyResponse(policy=wire.policy_to(policy))
+
+    async def SetNamespacePolicy(
+        self, request: store_pb2.SetNamespacePolicyRequest, context: Context
+    ) -> store_pb2.SetNamespacePolicyResponse:
+        signatures = policy_of(request.signatures)
+        if policy_message(signatures) != request.signatures:
+            raise invalid_field("signatures", "must be none or required")
+        expected = request.expected_generation if request.HasField("expected_generation") else None
+        policy, position = await self._stores.policies.set(
+            request.namespace, signatures, expected, request.actor
+        )
+        return store_pb2.SetNamespacePolicyResponse(policy=wire.policy_to(policy), feed_position=position)
+
+    async def AddSigningKey(
+        self, request: store_pb2.AddSigningKeyRequest, context: Context
+    ) -> store_pb2.AddSigningKeyResponse:
+        policy, position = await self._stores.policies.trust(
+            request.namespace, request.public_key, request.comment, request.actor
+        )
+        return store_pb2.AddSigningKeyResponse(
+            policy=wire.policy_to(policy), key_id=key_id_of(request.public_key), feed_position=position
+        )
+
+    async def DeleteSigningKey(
+        self, request: store_pb2.DeleteSigningKeyRequest, context: Context
+    ) -> store_pb2.DeleteSigningKeyResponse:
+        policy, position = await self._stores.policies.distrust(
+            request.namespace, request.key_id, request.actor
+        )
+        return store_pb2.DeleteSigningKeyResponse(policy=wire.policy_to(policy), feed_position=position)

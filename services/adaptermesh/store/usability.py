@@ -1,0 +1,62 @@
+"""Whether a version may be used: it isn't revoked, and it is signed where its namespace asks for that."""
+
+from collections.abc import Iterable
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.errors import MeshError, version_revoked, version_unsigned
+from adaptermesh.core.refs import Ref
+from adaptermesh.core.signature_policy import SignaturePolicy
+from adaptermesh.store.records import PolicyRecord, VersionRecord
+from adaptermesh.store.resolution import find_version
+from adaptermesh.store.rows import StoredVersion, policy_record
+from adaptermesh.store.schema import namespace_policies
+
+# SQLite takes a bounded number of parameters in one statement.
+_NAMES_AT_ONCE = 500
+
+
+async def find_policies(connection: AsyncConnection, namespaces: Iterable[str]) -> dict[str, PolicyRecord]:
+    """The policy of each of the namespaces."""
+    names = sorted(set(namespaces))
+    found = {name: PolicyRecord(name) for name in names}
+    for start in range(0, len(names), _NAMES_AT_ONCE):
+        some = names[start : start + _NAMES_AT_ONCE]
+        query = select(namespace_policies).where(namespace_policies.c.namespace.in_(some))
+        for row in await connection.execute(query):
+            found[row.namespace] = policy_record(row)
+    return found
+
+
+async def find_policy(connection: AsyncConnection, namespace: str) -> PolicyRecord:
+    """The policy of a namespace."""
+    return (await find_policies(connection, (namespace,)))[namespace]
+
+
+async def find_usable(connection: AsyncConnection, ref: Ref) -> StoredVersion:
+    """The version a ref means now, to use it or to point at it.
+
+    Raises:
+        MeshError: as `find_version`; FAILED_PRECONDITION (VERSION_REVOKED, VERSION_UNSIGNED).
+    """
+    found = await find_version(connection, ref)
+    policy = await find_policy(connection, ref.adapter.namespace)
+    problem = why_not(str(ref), found.record, policy)
+    if problem is not None:
+        raise problem
+    return found
+
+
+def why_not(ref: str, version: VersionRecord, policy: PolicyRecord) -> MeshError | None:
+    """The refusal of a version that must not be used; None for any other."""
+    if version.revoked:
+        return version_revoked(ref, version.ref, version.digest, version.status.reason)
+    if policy.signatures is SignaturePolicy.NONE or is_signed(version, policy):
+        return None
+    return version_unsigned(ref, version.ref, version.digest, policy.namespace)
+
+
+def is_signed(version: VersionRecord, policy: PolicyRecord) -> bool:
+    """Whether a key that the namespace trusts now has signed it."""
+    return any(policy.key(signature.key_id) is not None for signature in version.signatures)
