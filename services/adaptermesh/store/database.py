@@ -129,7 +129,7 @@ class Database:
         await self._work.wait()
         if self._following is not None:
             self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+            await asyncio.wait([self._following], timeout=_CLOSE_SECONDS)
         with suppress(TimeoutError):
             # A server that doesn't answer is not waited for.
             async with asyncio.timeout(_CLOSE_SECONDS):

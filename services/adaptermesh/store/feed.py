@@ -135,8 +135,10 @@ class Feed:
             self._watchers.discard(wake)
 
     async def _woken(self, wake: asyncio.Event) -> bool:
+        # Not `wait_for`: it forgets a cancellation that comes with the event.
         with suppress(TimeoutError):
-            await asyncio.wait_for(wake.wait(), self._config.heartbeat_seconds)
+            async with asyncio.timeout(self._config.heartbeat_seconds):
+                await wake.wait()
         return wake.is_set()
 
     async def _read(self, database: Database, feed_id: str, after: int) -> _Page:

@@ -79,8 +79,10 @@ async def _until_lost(connection: Any) -> None:
     """Returns when the server has closed the connection; asks now and then whether it is still there."""
     lost = asyncio.Event()
     connection.add_termination_listener(lambda _: lost.set())
-    while not connection.is_closed():
+    while not (lost.is_set() or connection.is_closed()):
         try:
-            await asyncio.wait_for(lost.wait(), _PROBE_SECONDS)
+            # Not `wait_for`: it forgets a cancellation that comes with the event.
+            async with asyncio.timeout(_PROBE_SECONDS):
+                await lost.wait()
         except TimeoutError:
             await connection.execute("SELECT 1", timeout=_PROBE_TIMEOUT_SECONDS)

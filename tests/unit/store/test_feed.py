@@ -201,3 +201,21 @@ async def test_a_watcher_that_stops_reading_holds_up_no_writer(store: Any) -> No
             seen.append(message.change.position)
     assert seen == list(range(2, 22))
     stuck.cancel()
+
+
+async def test_a_watch_that_is_cancelled_while_it_is_woken_ends(store: Any) -> None:
+    feed, database = store.stores.feed, store.stores.database
+    feed_id = await feed_of(store)
+    for pauses in range(8):
+        watch = feed.watch(database, feed_id, 1)
+        await anext(watch)
+        watching = asyncio.ensure_future(anext(watch))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        feed.announce()
+        for _ in range(pauses):
+            await asyncio.sleep(0)
+        watching.cancel()
+        await asyncio.wait([watching], timeout=30)
+        assert watching.cancelled()
+        await watch.aclose()
