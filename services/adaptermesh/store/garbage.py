@@ -7,7 +7,6 @@ that a version needs is never removed, whatever the clocks say; the grace only s
 sending blobs twice.
 """
 
-import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -116,20 +115,14 @@ class GarbageCollector:
                 # Nobody publishes until this transaction ends.
                 await connection.execute(select(feed.c.id).with_for_update())
                 needed = {digest async for digest in needed_blobs(connection, position)}
-                return await self._delete([digest for digest in batch if digest not in needed])
+                unneeded = [digest for digest in batch if digest not in needed]
+                # One by one: if the backend is away, the first one says so and the lock is let go of.
+                for digest in unneeded:
+                    await self._blobs.delete(digest)
+                return unneeded
 
             removed += await self._database.write(work)
         return removed
-
-    async def _delete(self, digests: Sequence[str]) -> list[str]:
-        """Returns when nothing is being removed any more, also after an error."""
-        outcomes = await asyncio.gather(
-            *(self._blobs.delete(digest) for digest in digests), return_exceptions=True
-        )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return list(digests)
 
 
 async def needed_blobs(connection: AsyncConnection, after_position: int = 0) -> AsyncIterator[str]:
