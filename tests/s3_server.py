@@ -1,5 +1,6 @@
 """A real S3 server for tests: SeaweedFS, on loopback, on ports that are free."""
 
+import io
 import os
 import random
 import shutil
@@ -71,7 +72,7 @@ class S3Server:
         )
 
     def start(self) -> None:
-        """Returns when the bucket is there."""
+        """Returns when the bucket takes objects."""
         ports = [f"-{name}={port}" for name, port in self._ports.items()]
         command = [_weed(), "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports]
         command += [f"-bucket={BUCKET}", "-webdav=false", "-admin.ui=false"]
@@ -97,10 +98,16 @@ class S3Server:
             self._process = None
 
     def _ready(self) -> bool:
+        """It answers before it can keep anything."""
+        client, key = self.client(), f"ready-{uuid.uuid4().hex}"
         try:
-            return self.client().bucket_exists(BUCKET)
+            if not client.bucket_exists(BUCKET):
+                return False
+            client.put_object(BUCKET, key, io.BytesIO(b"ready"), 5)
+            client.remove_object(BUCKET, key)
         except (MinioException, HTTPError):
             return False
+        return True
 
 
 @contextmanager

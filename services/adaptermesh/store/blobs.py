@@ -81,7 +81,7 @@ class BlobStore(Protocol):
         ...
 
     async def delete(self, digest: str) -> None:
-        """Removes a blob, if it is there."""
+        """Removes a blob, if it is there. It is over when this returns, also by an error."""
         ...
 
     async def unfinished(self, before: float) -> int:

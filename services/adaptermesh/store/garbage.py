@@ -118,26 +118,23 @@ class GarbageCollector:
                 await connection.execute(select(feed.c.id).with_for_update())
                 needed = {digest async for digest in needed_blobs(connection, position)}
                 unneeded = [digest for digest in batch if digest not in needed]
-                return await self._delete(connection, unneeded)
+                # One by one: if the backend is away, the first one says so and the lock is let go of.
+                for digest in unneeded:
+                    await self._delete(connection, digest)
+                return unneeded
 
             removed += await self._database.write(work)
         return removed
 
-    async def _delete(self, connection: AsyncConnection, digests: Sequence[str]) -> list[str]:
+    async def _delete(self, connection: AsyncConnection, digest: str) -> None:
         """Returns when nothing is being removed any more, also after an error."""
-        deletions = asyncio.gather(
-            *(self._blobs.delete(digest) for digest in digests), return_exceptions=True
-        )
+        deletion = asyncio.ensure_future(self._blobs.delete(digest))
         try:
-            while not (await asyncio.wait([deletions], timeout=_ALIVE_SECONDS))[0]:
+            while not (await asyncio.wait([deletion], timeout=_ALIVE_SECONDS))[0]:
                 # A database may end a transaction that says nothing, and let others publish meanwhile.
                 await connection.execute(select(feed.c.id))
         finally:
-            outcomes = await deletions
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return list(digests)
+            await deletion
 
 
 async def needed_blobs(connection: AsyncConnection, after_position: int = 0) -> AsyncIterator[str]:

@@ -89,7 +89,7 @@ class S3BlobStore:
 
     async def delete(self, digest: str) -> None:
         key = self._key(digest)
-        await self._connection.look(lambda: self._client.remove_object(self._bucket, key))
+        await self._connection.finish(lambda: self._client.remove_object(self._bucket, key))
 
     async def unfinished(self, before: float) -> int:
         return len(await self._connection.look(lambda: self._unfinished(before)))

@@ -82,6 +82,13 @@ class S3Connection:
         """Runs a short request; raises MeshError UNAVAILABLE."""
         return await self._bounded(self._looking, job)
 
+    async def finish(self, job: Callable[[], T]) -> T:
+        """A short request that has ended when this returns, also by an error; raises MeshError UNAVAILABLE.
+
+        It is bounded by its timeouts only: nobody may go on who would be surprised by its late effect.
+        """
+        return await self._run(self._looking, job)
+
     def close(self) -> None:
         """Takes nothing new; a request that runs ends within its timeouts."""
         for threads in (self._reading, self._writing, self._looking):

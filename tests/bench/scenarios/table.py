@@ -121,5 +121,9 @@ SCENARIOS = {
         "and a bare gRPC server that streams the same file from memory in pieces of 512 KiB. Eight clients "
         "in one process, each over its own connection, read it again and again and drop it.",
         downloads.run,
+        "CPU time on two cores, which servers and clients share: for 500 MB the bare server takes 0.3 s, the "
+        "store over a folder 0.8 s (reading, and one copy into each message), the store over S3 1.2 s and "
+        "SeaweedFS 0.9 s more, the clients 0.5 s. Tried: messages of 1 MiB and ranges of 1 MiB (no better; "
+        "small ranges cost SeaweedFS half as much again).",
     ),
 }
