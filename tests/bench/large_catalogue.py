@@ -155,6 +155,7 @@ async def _adapters(
             schema.versions,
             schema.version_tags,
             schema.search_documents,
+            schema.search_tags,
             schema.alias_moves,
             schema.aliases,
         )
@@ -174,6 +175,8 @@ async def _adapters(
         document = {field: getattr(newest, field) for field in searched}
         place = {"adapter_id": adapter_id, "version_id": key, "feed_position": key}
         rows[schema.search_documents].append({**document, **place})
+        searched_tag = {"adapter_id": adapter_id, "feed_position": key}
+        rows[schema.search_tags] += [{**searched_tag, "tag": tag} for tag in newest.tags]
         alias = {"adapter_id": adapter_id, "alias": "prod", "generation": 1}
         move = {"version_number": 2, "update_time_us": 0, "actor": "", "comment": ""}
         rows[schema.alias_moves].append({**alias, **move})

@@ -37,6 +37,7 @@ from adaptermesh.store.schema import (
     alias_moves,
     base_models,
     search_documents,
+    search_tags,
     version_tags,
     versions,
 )
@@ -255,6 +256,11 @@ async def _document(
             license=record.license,
         )
     )
+    await connection.execute(delete(search_tags).where(search_tags.c.adapter_id == adapter_id))
+    place = {"adapter_id": adapter_id, "feed_position": stored.feed_position}
+    tags = [{**place, "tag": tag} for tag in sorted(set(record.tags))]
+    if tags:
+        await connection.execute(insert(search_tags), tags)
 
 
 async def _next_number(connection: AsyncConnection, adapter: AdapterName) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class FeedConfig:
 
     heartbeat_seconds: float = 5.0
     """A watcher hears at least this often; changes of another process are found this late at most."""
-    page_size: int = 32
+    page_size: int = 128
     """How many changes a watcher has in memory at most."""
 
 

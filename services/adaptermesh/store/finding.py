@@ -16,7 +16,7 @@ from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary
 from adaptermesh.store.rows import SELECT_VERSIONS
-from adaptermesh.store.schema import adapters, search_documents, version_tags, versions
+from adaptermesh.store.schema import adapters, search_documents, search_tags, versions
 from adaptermesh.store.search import MAX_CONDITION, MAX_TAGS, summaries_of
 from adaptermesh.store.words import MAX_WORDS, WordIndex, word_index, words_of
 
@@ -87,12 +87,13 @@ class Finding:
         async with self._database.reading() as connection:
             if order is Order.RELEVANCE and words:
                 return await _by_relevance(connection, found, request, scope)
-            return await _by_key(connection, found, request, scope, by_name=order is Order.NAME)
+            position = None if order is Order.NAME else _position(query)
+            return await _by_key(connection, found, request, scope, position)
 
     async def facets(self, query: SearchQuery) -> Facets:
         """What the adapters that match have in common."""
         found = self._matches(query, _checked(query))
-        newest = found.order_by(search_documents.c.feed_position.desc()).limit(MAX_COUNTED + 1)
+        newest = found.order_by(_position(query).desc()).limit(MAX_COUNTED + 1)
         # The one too many only tells that there are more.
         matched = newest.subquery()
         counts: dict[str, tuple[tuple[str, int], ...]] = {}
@@ -102,9 +103,7 @@ class Finding:
                 counts[name.removesuffix("_id")] = await _counted(
                     connection, search_documents.c[name], matched, search_documents.c.adapter_id
                 )
-            counts["tags"] = await _counted(
-                connection, version_tags.c.tag, matched, search_documents.c.adapter_id, of_tags=True
-            )
+            counts["tags"] = await _counted(connection, search_tags.c.tag, matched, search_tags.c.adapter_id)
         return Facets(counts, capped=total > MAX_COUNTED)
 
     def _matches(self, query: SearchQuery, words: Sequence[str]) -> Select[Any]:
@@ -115,6 +114,10 @@ class Finding:
             statement = statement.add_columns(matching.c.score).join(
                 matching, matching.c.adapter_id == search_documents.c.adapter_id
             )
+        if query.tags:
+            statement = statement.join(
+                search_tags, search_tags.c.adapter_id == search_documents.c.adapter_id
+            ).where(search_tags.c.tag == min(query.tags))
         return statement.join(adapters, adapters.c.id == search_documents.c.adapter_id).where(
             *_conditions(query)
         )
@@ -144,10 +147,17 @@ def _conditions(query: SearchQuery) -> list[ColumnElement[bool]]:
         conditions.append(column == query.base_model)
     exact = ((field, getattr(query, field)) for field in ("task", "kind", "license"))
     conditions.extend(columns[field] == value for field, value in exact if value)
-    for tag in sorted(set(query.tags)):
-        same = (version_tags.c.version_id == columns.version_id) & (version_tags.c.tag == tag)
-        conditions.append(exists(select(version_tags.c.tag).where(same)))
+    # The first one is joined.
+    for tag in sorted(set(query.tags))[1:]:
+        other = search_tags.alias()
+        same = (other.c.adapter_id == columns.adapter_id) & (other.c.tag == tag)
+        conditions.append(exists(select(other.c.tag).where(same)))
     return conditions
+
+
+def _position(query: SearchQuery) -> ColumnElement[int]:
+    """The position of the newest version, from the table whose index has it in order."""
+    return search_tags.c.feed_position if query.tags else search_documents.c.feed_position
 
 
 async def _by_key(
@@ -155,14 +165,15 @@ async def _by_key(
     found: Select[Any],
     request: PageRequest,
     scope: Sequence[Any],
-    *,
-    by_name: bool,
+    position: ColumnElement[int] | None,
 ) -> Page[AdapterSummary]:
-    """The place of an adapter is its name or its newest version: writes between two pages shift nothing."""
-    position = search_documents.c.feed_position
+    """The place of an adapter is its newest version's position, or, if that is None, its name.
+
+    So writes between two pages shift nothing.
+    """
     named = (adapters.c.namespace, adapters.c.name)
-    pager = Pager[_Hit](request, scope, lambda hit: hit.key, (str, str) if by_name else (int,))
-    if by_name:
+    pager = Pager[_Hit](request, scope, lambda hit: hit.key, (str, str) if position is None else (int,))
+    if position is None:
         statement = found.add_columns(*named).order_by(*named)
         if pager.after is not None:
             namespace, name = pager.after
@@ -174,7 +185,8 @@ async def _by_key(
             statement = statement.where(position < pager.after[0])
     rows = (await connection.execute(statement.limit(pager.limit))).all()
     hits = [
-        _Hit(row.adapter_id, (row.namespace, row.name) if by_name else (row.feed_position,)) for row in rows
+        _Hit(row.adapter_id, (row.namespace, row.name) if position is None else (row.feed_position,))
+        for row in rows
     ]
     page = pager.page(hits)
     return Page(await _load(connection, [hit.adapter_id for hit in page.items]), page.next_token)
@@ -204,7 +216,8 @@ async def _load(connection: AsyncConnection, ids: Sequence[int]) -> tuple[Adapte
     newest = versions.c.id == search_documents.c.version_id
     statement = SELECT_VERSIONS.join(search_documents, newest).where(search_documents.c.adapter_id.in_(ids))
     rows = {row.adapter_id: row for row in await connection.execute(statement)}
-    return tuple(await summaries_of(connection, [rows[adapter_id] for adapter_id in ids]))
+    known = [rows[adapter_id] for adapter_id in ids if adapter_id in rows]
+    return tuple(await summaries_of(connection, known))
 
 
 async def _counted(
@@ -212,14 +225,9 @@ async def _counted(
     value: ColumnElement[str],
     matched: Any,
     adapter_id: ColumnElement[int],
-    *,
-    of_tags: bool = False,
 ) -> tuple[tuple[str, int], ...]:
     count = func.count().label("count")
-    statement = select(value.label("value"), count).select_from(search_documents)
-    statement = statement.join(matched, matched.c.adapter_id == adapter_id)
-    if of_tags:
-        statement = statement.join(version_tags, version_tags.c.version_id == search_documents.c.version_id)
+    statement = select(value.label("value"), count).join(matched, matched.c.adapter_id == adapter_id)
     statement = statement.group_by(value).order_by(count.desc(), value).limit(MAX_VALUES)
     rows = (await connection.execute(statement)).all()
     return tuple((str(value), int(number)) for value, number in rows)
@@ -234,6 +242,8 @@ def _ids_of(token: str) -> list[int]:
         data = base64.b85decode(token)
     except ValueError:
         data = b"x"
-    if len(data) % 4 or not 0 < len(data) <= 4 * MAX_RELEVANT:
+    ids = [int.from_bytes(data[at : at + 4], "big") for at in range(0, len(data), 4)]
+    # No database has a larger one.
+    if len(data) % 4 or not 0 < len(ids) <= MAX_RELEVANT or max(ids) >= 2**31:
         raise invalid_field("page_token", "is not one that this list gave for these conditions")
-    return [int.from_bytes(data[at : at + 4], "big") for at in range(0, len(data), 4)]
+    return ids

@@ -157,6 +157,16 @@ search_documents = Table(
     Index(None, "license", "feed_position"),
 )
 
+search_tags = Table(
+    "search_tags",
+    metadata,
+    # Those of each adapter's newest version, with its position: what has a tag is found in order of time.
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True, autoincrement=False),
+    Column("tag", String(200), primary_key=True),
+    Column("feed_position", BigInteger, nullable=False),
+    Index(None, "tag", "feed_position"),
+)
+
 version_tags = Table(
     "version_tags",
     metadata,

@@ -1,6 +1,8 @@
 """Search over adapters: conditions, orders, pages that stay in place, facets."""
 
 import asyncio
+import base64
+import json
 from typing import Any
 
 import pytest
@@ -174,6 +176,29 @@ async def test_a_token_is_of_its_own_search(store: Any, publish: Any, kit: Any) 
     async with kit.refused() as errors:
         await store.stub.SearchAdapters(request)
     assert errors[0].metadata["field"] == "page_token"
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [((2**31 - 1, 1), ["a"]), ((2**31,), None), ((), None), ((1,) * 1001, None), (("x",), None)],
+)
+async def test_a_forged_token_is_refused_or_finds_what_is_there(
+    store: Any, publish: Any, kit: Any, ids: tuple[Any, ...], names: list[str] | None
+) -> None:
+    for name in "ab":
+        await publish(name, tags=["word"])
+    first = await store.stub.SearchAdapters(store_pb2.SearchAdaptersRequest(text="word", page_size=1))
+    scope, _ = json.loads(base64.urlsafe_b64decode(first.next_page_token))
+    packed = b"".join(one.encode() if isinstance(one, str) else one.to_bytes(4, "big") for one in ids)
+    token = base64.urlsafe_b64encode(json.dumps([scope, base64.b85encode(packed).decode()]).encode()).decode()
+    request = store_pb2.SearchAdaptersRequest(text="word", page_token=token)
+    if names is None:
+        async with kit.refused() as errors:
+            await store.stub.SearchAdapters(request)
+        assert errors[0].metadata["field"] == "page_token"
+    else:
+        page = await store.stub.SearchAdapters(request)
+        assert [item.newest.name for item in page.adapters] == names
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

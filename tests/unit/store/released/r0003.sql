@@ -12,5 +12,6 @@ INSERT INTO changes VALUES (2, 5, 'route_deleted', '{"tenant":"*","task":"x","ta
 INSERT INTO changes VALUES (3, 5, 'alias_set', '{"namespace":"acme","name":"ner","alias":"prod","version_number":1,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","generation":1,"update_time_us":6,"actor":"ada","comment":"why"}');
 INSERT INTO changes VALUES (4, 5, 'base_model_registered', '{"model_id":"tiny","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","config_digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","weights_digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","architecture":"Llama","hidden_size":8,"num_layers":2,"vocab_size":16,"config_json":"{}"}');
 INSERT INTO search_documents VALUES (1, 1, 4, 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'tiny', 'ner', 'lora', 'mit');
+INSERT INTO search_tags VALUES (1, 'a', 4);
 INSERT INTO version_statuses VALUES (1, 'deprecated', 'old', 'acme/ner:v2', 3, 8, 'ada');
 INSERT INTO version_signatures VALUES (1, '[{"key_id": "ed25519:0", "signature": "00", "create_time_us": 9, "actor": ""}]');

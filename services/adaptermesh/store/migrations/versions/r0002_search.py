@@ -46,6 +46,15 @@ def upgrade() -> None:
     for field in ("base_model_id", "task", "kind", "license"):
         name = f"ix_search_documents_{field}_feed_position"
         op.create_index(name, "search_documents", [field, "feed_position"])
+    op.create_table(
+        "search_tags",
+        sa.Column("adapter_id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("tag", sa.String(length=200), nullable=False),
+        sa.Column("feed_position", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("adapter_id", "tag", name="pk_search_tags"),
+        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_search_tags_adapter_id_adapters"),
+    )
+    op.create_index("ix_search_tags_tag_feed_position", "search_tags", ["tag", "feed_position"])
     postgres = op.get_bind().dialect.name == "postgresql"
     if postgres:
         op.execute(
@@ -63,6 +72,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("search_words")
+    op.drop_table("search_tags")
     op.drop_table("search_documents")
 
 
@@ -81,6 +91,15 @@ def _fill(*, postgres: bool) -> None:
     columns = ("adapter_id", "version_id", "feed_position", *_FIELDS)
     target = sa.table("search_documents", *_plain(*columns))
     connection.execute(sa.insert(target).from_select(columns, documents))
+    version_tags = sa.table("version_tags", *_plain("version_id", "tag"))
+    tags = (
+        sa.select(adapters.c.id, version_tags.c.tag, versions.c.feed_position)
+        .join(versions, newest)
+        .join(version_tags, version_tags.c.version_id == versions.c.id)
+    )
+    tag_columns = ("adapter_id", "tag", "feed_position")
+    target = sa.table("search_tags", *_plain(*tag_columns))
+    connection.execute(sa.insert(target).from_select(tag_columns, tags))
     texts = (
         sa.select(
             adapters.c.id, adapters.c.namespace, adapters.c.name, versions.c.description, versions.c.tags
