@@ -93,15 +93,16 @@ class AdapterPlan:
     def embed(self, ids: torch.Tensor, hidden: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """hidden: [tokens, hidden], the base's embeddings of `ids`, changed in place and given back."""
         for op in self._edge_ops():
-            if self.waits is not None:
-                self.waits.before(0)
-            op.embed(self.tokens, ids, hidden, scale)
+            if op.embeds(self.tokens):
+                if self.waits is not None:
+                    self.waits.before(0)
+                op.embed(self.tokens, ids, hidden, scale)
         return hidden
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [tokens, hidden], what goes into the first layer, changed in place and given back."""
         for op in self.ops.values() if self.tokens.active_slots else ():
-            if isinstance(op, StreamOp):
+            if isinstance(op, StreamOp) and op.enters(self.tokens):
                 if self.waits is not None:
                     self.waits.before(0)
                 op.enter(self.tokens, hidden)

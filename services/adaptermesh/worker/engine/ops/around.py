@@ -128,6 +128,10 @@ class Around:
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (an Op's)
         return {}
 
+    def embeds(self, tokens: StepTokens) -> bool:
+        found = (self._slots.get(slot) for slot in tokens.active_slots)
+        return any(held is not None and held.has_embeddings for held in found)
+
     def embed(self, tokens: StepTokens, ids: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
         for segment in tokens.segments:
             held = self._slots.get(segment.slot)

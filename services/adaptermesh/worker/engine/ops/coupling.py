@@ -52,6 +52,9 @@ class Coupling(CopyingSegmentOp[_Coupling]):
     def plan(self, tokens: StepTokens) -> Mapping[str, SitePlan]:  # noqa: ARG002 (it has no part at a site)
         return {}
 
+    def enters(self, tokens: StepTokens) -> bool:
+        return bool(self.sites(tokens))
+
     def enter(self, tokens: StepTokens, hidden: torch.Tensor) -> None:
         for site in self.sites(tokens):
             for rows, held in self.parts(tokens, site, 0):

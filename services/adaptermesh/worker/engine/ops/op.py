@@ -150,6 +150,10 @@ class BlockOp(Op, Protocol):
 class EdgeOp(Op, Protocol):
     """An op that acts around the layers."""
 
+    def embeds(self, tokens: StepTokens) -> bool:
+        """Whether any of the tokens' adapters changes embeddings."""
+        ...
+
     def embed(self, tokens: StepTokens, ids: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
         """Changes embeddings in place. ids: [tokens]. hidden: [tokens, hidden].
 
@@ -174,6 +178,10 @@ class EdgeOp(Op, Protocol):
 @runtime_checkable
 class StreamOp(Op, Protocol):
     """An op that changes what goes into the first layer."""
+
+    def enters(self, tokens: StepTokens) -> bool:
+        """Whether any of the tokens' adapters changes it."""
+        ...
 
     def enter(self, tokens: StepTokens, hidden: torch.Tensor) -> None:
         """hidden: [tokens, hidden], changed in place."""
