@@ -33,7 +33,18 @@ from adaptermesh.client.generation import (
     SwitchKind,
     Timings,
 )
+from adaptermesh.client.integrity_records import (
+    BlobCheck,
+    GarbageReport,
+    NamespacePolicy,
+    PolicyChange,
+    Signature,
+    Signed,
+    SigningKey,
+    Verification,
+)
 from adaptermesh.client.mesh import GenerationStream, MeshClient
+from adaptermesh.client.mesh_records import Budgets, Load, Model, Residency, RouterStatus, Worker
 from adaptermesh.client.operations import (
     GATEWAY_SERVICE,
     ROUTER_SERVICE,
@@ -48,36 +59,22 @@ from adaptermesh.client.records import (
     Alias,
     AliasMove,
     BaseModel,
-    BlobCheck,
-    Budgets,
     Found,
-    GarbageReport,
-    Load,
     Merge,
     MergedMember,
     MergeResult,
-    Model,
-    NamespacePolicy,
-    PolicyChange,
     Publication,
-    Residency,
     ResolvedRef,
     Route,
     RouteChange,
-    RouterStatus,
     RouteTarget,
     Search,
-    Signature,
-    Signed,
-    SigningKey,
     SourceFile,
     StatusChange,
     UploadResult,
-    Verification,
     Version,
     VersionDifference,
     VersionStatus,
-    Worker,
 )
 from adaptermesh.client.store import StoreClient
 from adaptermesh.client.transfer import Progress, ProgressCallback

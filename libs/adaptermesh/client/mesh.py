@@ -36,7 +36,7 @@ from adaptermesh.client.generation import (
     request_of,
     started_of,
 )
-from adaptermesh.client.records import Model
+from adaptermesh.client.mesh_records import Model
 from adaptermesh.core.clock import Clock, SystemClock
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs

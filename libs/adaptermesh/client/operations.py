@@ -9,7 +9,7 @@ from adaptermesh.api.router.v1 import router_pb2, router_pb2_grpc
 from adaptermesh.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from adaptermesh.client import wire
 from adaptermesh.client.calls import DEFAULT_ROUTER, Connection, Deadlines
-from adaptermesh.client.records import Residency, RouterStatus, Worker
+from adaptermesh.client.mesh_records import Residency, RouterStatus, Worker
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.tiers import Tier
 

@@ -12,7 +12,6 @@ from adaptermesh.artifact.differences import (
     TensorChange,
 )
 from adaptermesh.core.alias_action import AliasAction
-from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 
 
@@ -76,44 +75,6 @@ class Version:
     def ref(self) -> str:
         """`namespace/name:v3`."""
         return f"{self.adapter}:v{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class BlobCheck:
-    """What became of some stored bytes; `problem` is empty if they are what was put."""
-
-    digest: str
-    size_bytes: int
-    problem: str
-    name: str = ""
-    """What they are to the version, e.g. a file's path; "" if no version was asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """A version's bytes as they arrived here, and as the store read them again."""
-
-    version: Version
-    downloaded: tuple[BlobCheck, ...]
-    stored: tuple[BlobCheck, ...]
-
-    @property
-    def problems(self) -> tuple[BlobCheck, ...]:
-        """Those that are not what was put; empty for a version that is whole."""
-        return tuple(check for check in (*self.downloaded, *self.stored) if check.problem)
-
-
-@dataclass(frozen=True, slots=True)
-class GarbageReport:
-    """What a garbage collection removed, or, in a dry run, would have."""
-
-    dry_run: bool
-    removed_blobs: int
-    removed_bytes: int
-    needed_blobs: int
-    young_blobs: int
-    """No version needs them, but they are younger than the grace."""
-    unfinished_uploads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,58 +269,6 @@ class MergeResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
-    """A key's signature of a version's digest; it counts while the namespace trusts the key."""
-
-    key_id: str
-    signature: str
-    actor: str
-    create_time: datetime.datetime
-    trusted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SigningKey:
-    """A public key, in hexadecimal, whose signatures a namespace trusts."""
-
-    key_id: str
-    public_key: str
-    comment: str
-    actor: str
-    create_time: datetime.datetime
-
-
-@dataclass(frozen=True, slots=True)
-class NamespacePolicy:
-    """What must hold in a namespace; `generation` is 0 and `update_time` None if nothing was ever said."""
-
-    namespace: str
-    signatures: SignaturePolicy
-    keys: tuple[SigningKey, ...]
-    generation: int
-    update_time: datetime.datetime | None
-    actor: str
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyChange:
-    """A policy after a change; give `feed_position` to a request that must see it."""
-
-    policy: NamespacePolicy
-    feed_position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Signed:
-    """A version that a key has signed; `created` is False if it had before."""
-
-    version: Version
-    key_id: str
-    created: bool
-    feed_position: int
-
-
-@dataclass(frozen=True, slots=True)
 class VersionDifference:
     """Two versions side by side; each list has what differs, `metrics` whatever one of them names.
 
@@ -397,93 +306,3 @@ class RouteChange:
 
     route: Route
     feed_position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Residency:
-    """Where one version is on a worker. `tier` is a name: "disk", "host" or "device".
-
-    `device_bytes` is what its weights take on the device; 0 until it was in the worker's memory.
-    """
-
-    digest: str
-    tier: str
-    pinned: bool
-    requests: int
-    size_bytes: int
-    device_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Bytes that a worker's adapters and its KV cache hold, and may hold.
-
-    `host_used_bytes` includes what is reserved for arriving adapters. `kv_cached_bytes` are in nobody's use:
-    prompts that begin alike find them there until room is short. `device_budget_bytes` is 0 where the slots
-    alone bound what is on the device.
-    """
-
-    device_used_bytes: int = 0
-    device_used_slots: int = 0
-    host_used_bytes: int = 0
-    host_budget_bytes: int = 0
-    disk_used_bytes: int = 0
-    disk_budget_bytes: int = 0
-    kv_used_bytes: int = 0
-    kv_cached_bytes: int = 0
-    kv_total_bytes: int = 0
-    device_budget_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy a worker is. `budgets` is None if the worker does not tell."""
-
-    running_requests: int = 0
-    waiting_requests: int = 0
-    waiting_tokens: int = 0
-    kv_used_tokens: int = 0
-    kv_total_tokens: int = 0
-    budgets: Budgets | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """One worker, as a router or the worker itself describes it. `state` is "ready" or "draining".
-
-    `base_bytes` is what the base model's weights take there; 0 if it does not tell.
-    """
-
-    worker_id: str
-    address: str
-    device: str
-    base_model_id: str
-    base_digest: str
-    device_slots: int
-    state: str
-    load: Load
-    residencies: tuple[Residency, ...] = field(default=())
-    booked_requests: int = 0
-    base_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RouterStatus:
-    """How far a router has followed the store's change feed."""
-
-    feed_position: int
-    feed_head: int
-    feed_connected: bool
-    versions: int
-    routes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """Something that can be asked for: `id` is "base" or `namespace/name:v3`."""
-
-    id: str
-    digest: str
-    base_model_id: str
-    task: str
-    aliases: tuple[str, ...]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.client import wire
-from adaptermesh.client.records import NamespacePolicy, PolicyChange, Signature, Signed
+from adaptermesh.client.integrity_records import NamespacePolicy, PolicyChange, Signature, Signed
 from adaptermesh.client.store_connection import StoreConnection
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.rpc.signature_policy import policy_message

@@ -17,12 +17,11 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.client import wire
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
+from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
 from adaptermesh.client.records import (
     Adapter,
     BaseModel,
-    BlobCheck,
     Found,
-    GarbageReport,
     Lineage,
     Merge,
     MergeResult,
@@ -32,7 +31,6 @@ from adaptermesh.client.records import (
     RouteTarget,
     Search,
     UploadResult,
-    Verification,
     Version,
     VersionDifference,
 )

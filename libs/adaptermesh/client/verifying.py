@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from adaptermesh.client.records import BlobCheck, SourceFile, Verification, Version
+from adaptermesh.client.integrity_records import BlobCheck, Verification
+from adaptermesh.client.records import SourceFile, Version
 from adaptermesh.client.transfer import FileStream, Progress, ProgressCallback
 from adaptermesh.core.errors import MeshError, Reason
 from adaptermesh.core.refs import parse_ref

@@ -9,25 +9,18 @@ from adaptermesh.api.inference.v1 import inference_pb2
 from adaptermesh.api.router.v1 import router_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.api.worker.v1 import worker_pb2
+from adaptermesh.client.integrity_records import NamespacePolicy, Signature, SigningKey
+from adaptermesh.client.mesh_records import Budgets, Load, Model, Residency, RouterStatus, Worker
 from adaptermesh.client.records import (
     Adapter,
     Alias,
     BaseModel,
-    Budgets,
-    Load,
-    Model,
-    NamespacePolicy,
-    Residency,
     Route,
-    RouterStatus,
     RouteTarget,
     Search,
-    Signature,
-    SigningKey,
     SourceFile,
     Version,
     VersionStatus,
-    Worker,
 )
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.tiers import Tier

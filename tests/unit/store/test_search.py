@@ -1,17 +1,26 @@
+"""Search over adapters: conditions, orders, pages that stay in place, facets."""
+
+import asyncio
+import base64
+import json
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from adaptermesh.api.store.v1 import store_pb2
-from adaptermesh.core.errors import Code
+from adaptermesh.core.errors import Code, Reason
+
+EVERYTHING = ["beta/percent", "beta/style", "acme/sql", "acme/financial-ner"]
 
 
 async def found(store: Any, page_size: int = 0, **fields: Any) -> list[str]:
     names: list[str] = []
     token = ""
     while True:
-        request = store_pb2.ListAdaptersRequest(page_size=page_size, page_token=token, **fields)
-        page = await store.stub.ListAdapters(request)
+        request = store_pb2.SearchAdaptersRequest(page_size=page_size, page_token=token, **fields)
+        page = await store.stub.SearchAdapters(request)
         names += [f"{item.newest.namespace}/{item.newest.name}" for item in page.adapters]
         token = page.next_page_token
         if not token:
@@ -20,138 +29,183 @@ async def found(store: Any, page_size: int = 0, **fields: Any) -> list[str]:
 
 @pytest.fixture
 async def library(store: Any, publish: Any, kit: Any) -> Any:
-    await publish("ner", seeds=(1, 2), task="financial-ner", tags=["finance", "english"])
-    await publish("sql", task="text-to-sql", tags=["code"])
-    await publish("style", namespace="beta", task="style", tags=["english"])
+    card = b"# Entities\n\nFinds companies and amounts in invoices. \xc3\x9cbersicht."
+    await publish(
+        "financial-ner",
+        seeds=(1, 2),
+        task="financial-ner",
+        tags=["finance", "english"],
+        description="Named entities in reports",
+        card=card,
+    )
+    await publish("sql", task="text-to-sql", tags=["code"], description="Questions to queries")
+    await publish("style", namespace="beta", task="style", tags=["english"], license="apache-2.0")
     other = kit.base_model("other-llama", "others")
     await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=other))
-    await publish("percent", namespace="beta", base_model="other-llama")
+    await publish("percent", namespace="beta", base_model="other-llama", license="")
     return store
 
 
-async def test_adapters_are_found_by_every_condition(library: Any, kit: Any) -> None:
-    everything = ["acme/ner", "acme/sql", "beta/percent", "beta/style"]
+async def test_adapters_are_found_by_words_and_by_every_condition(library: Any, kit: Any) -> None:
     other = kit.base_model("other-llama", "others")
     cases: list[tuple[dict[str, Any], list[str]]] = [
-        ({}, everything),
-        ({"query": "NER"}, ["acme/ner"]),
-        ({"query": "e/s"}, ["acme/sql"]),
-        ({"query": "%"}, []),
-        ({"query": "_"}, []),
-        ({"query": "st"}, ["beta/style"]),
+        ({}, EVERYTHING),
+        ({"text": "ner"}, ["acme/financial-ner"]),
+        ({"text": "FINANCIAL"}, ["acme/financial-ner"]),
+        ({"text": "acme/financial-ner"}, ["acme/financial-ner"]),
+        ({"text": "fin"}, ["acme/financial-ner"]),
+        ({"text": "inancial"}, []),
+        ({"text": "entities invoic"}, ["acme/financial-ner"]),
+        ({"text": "entities code"}, []),
+        ({"text": "queries"}, ["acme/sql"]),
+        ({"text": "\u00dcbersicht"}, ["acme/financial-ner"]),
+        ({"text": "ubersicht"}, ["acme/financial-ner"]),
         ({"namespace": "beta"}, ["beta/percent", "beta/style"]),
-        ({"task": "financial-ner"}, ["acme/ner"]),
-        ({"task": "financial"}, []),
-        ({"base_model": "tiny-llama"}, ["acme/ner", "acme/sql", "beta/style"]),
+        ({"task": "style"}, ["beta/style"]),
+        ({"task": "sty"}, []),
+        ({"kind": "lora"}, EVERYTHING),
+        ({"kind": "ia3"}, []),
+        ({"license": "apache-2.0"}, ["beta/style"]),
+        ({"base_model": "tiny-llama"}, EVERYTHING[1:]),
         ({"base_model": other.digest}, ["beta/percent"]),
-        ({"tags": ["english"]}, ["acme/ner", "beta/style"]),
-        ({"tags": ["english", "finance"]}, ["acme/ner"]),
-        ({"tags": ["english", "english"]}, ["acme/ner", "beta/style"]),
-        ({"tags": ["eng"]}, []),
-        ({"query": "s", "tags": ["english"], "task": "style"}, ["beta/style"]),
+        ({"tags": ["english"]}, ["beta/style", "acme/financial-ner"]),
+        ({"tags": ["english", "finance"]}, ["acme/financial-ner"]),
+        ({"text": "acme", "tags": ["code"], "task": "text-to-sql"}, ["acme/sql"]),
+        ({"order": store_pb2.SEARCH_ORDER_NAME}, sorted(EVERYTHING)),
+        ({"text": "english", "order": store_pb2.SEARCH_ORDER_NEWEST}, ["beta/style", "acme/financial-ner"]),
+        ({"text": "english", "order": store_pb2.SEARCH_ORDER_NAME}, ["acme/financial-ner", "beta/style"]),
+        ({"order": store_pb2.SEARCH_ORDER_RELEVANCE}, EVERYTHING),
     ]
     for fields, expected in cases:
         assert await found(library, **fields) == expected, fields
         assert await found(library, page_size=1, **fields) == expected, fields
 
 
-async def test_conditions_hold_for_the_newest_version(library: Any, publish: Any) -> None:
-    await publish("ner", seeds=(3,), task="general-ner", tags=["german"])
+async def test_a_name_counts_more_than_a_card(store: Any, publish: Any) -> None:
+    await publish("one", card=b"# Poems\n\nIt has read poems.")
+    await publish("poems")
+    await publish("two", tags=["poems"])
+    assert await found(store, text="poems") == ["acme/poems", "acme/two", "acme/one"]
+
+
+async def test_conditions_and_words_are_of_the_newest_version(library: Any, publish: Any) -> None:
+    await publish(
+        "financial-ner", seeds=(3,), task="general-ner", tags=["german"], description="", card=b"# New"
+    )
     assert await found(library, task="financial-ner") == []
     assert await found(library, tags=["finance"]) == []
-    assert await found(library, task="general-ner", tags=["german"]) == ["acme/ner"]
+    assert await found(library, text="invoices") == []
+    assert await found(library, text="german", task="general-ner") == ["acme/financial-ner"]
+    assert (await found(library))[0] == "acme/financial-ner"
 
 
-async def test_a_summary_has_the_newest_version_and_all_aliases(library: Any) -> None:
-    for alias, number in (("prod", 1), ("canary", 2), ("prod", 2)):
-        request = store_pb2.SetAliasRequest(namespace="acme", name="ner", alias=alias, version_number=number)
-        await library.stub.SetAlias(request)
-    page = await library.stub.ListAdapters(store_pb2.ListAdaptersRequest(query="ner"))
-    (summary,) = page.adapters
-    assert (summary.version_count, summary.newest.number) == (2, 2)
-    assert [(a.alias, a.version_number, a.generation) for a in summary.aliases] == [
-        ("canary", 2, 1),
-        ("prod", 2, 2),
-    ]
+@pytest.mark.parametrize("order", ["NEWEST", "NAME", "RELEVANCE"])
+async def test_pages_stay_in_place_under_writes(store: Any, publish: Any, order: str) -> None:
+    for name in "abcdef":
+        await publish(name, tags=["word"])
+    request = store_pb2.SearchAdaptersRequest(
+        text="word", order=store_pb2.SearchOrder.Value(f"SEARCH_ORDER_{order}"), page_size=2
+    )
+    names: list[str] = []
+    for turn in range(10):
+        page = await store.stub.SearchAdapters(request)
+        names += [item.newest.name for item in page.adapters]
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            break
+        # One that is new in front or behind, and one that moves.
+        await publish(f"new{turn}", tags=["word"])
+        await publish("a" if order == "NEWEST" else "f", seeds=(turn + 5,), tags=["word"])
+    assert len(names) == len(set(names)) or order == "NEWEST"
+    kept = set("bcdef") if order == "NEWEST" else set("abcdef")
+    assert kept <= set(names)
+    assert [name for name in names if name in kept].count("c") == 1
 
 
-async def test_pages_of_adapters_stay_in_place_under_writes(store: Any, publish: Any) -> None:
-    for name in ("b", "d", "f"):
-        await publish(name)
-    first = await store.stub.ListAdapters(store_pb2.ListAdaptersRequest(page_size=2))
-    for name in ("a", "c", "e", "g"):
-        await publish(name)
-    await publish("d", seeds=(2,))
-    request = store_pb2.ListAdaptersRequest(page_size=9, page_token=first.next_page_token)
-    second = await store.stub.ListAdapters(request)
-    names = [[item.newest.name for item in page.adapters] for page in (first, second)]
-    assert names == [["b", "d"], ["e", "f", "g"]]
+async def test_facets_count_what_matches(library: Any) -> None:
+    async def facets(**fields: Any) -> dict[str, dict[str, int]]:
+        request = store_pb2.SearchAdaptersRequest(with_facets=True, page_size=1, **fields)
+        page = await library.stub.SearchAdapters(request)
+        assert not page.facets_capped
+        return {facet.field: {one.value: one.count for one in facet.values} for facet in page.facets}
+
+    assert await facets() == {
+        "base_model": {"tiny-llama": 3, "other-llama": 1},
+        "task": {"financial-ner": 1, "style": 1, "text-to-sql": 1, "": 1},
+        "kind": {"lora": 4},
+        "license": {"mit": 2, "apache-2.0": 1, "": 1},
+        "tags": {"english": 2, "finance": 1, "code": 1},
+    }
+    found = await facets(text="english", namespace="beta")
+    assert (found["task"], found["tags"]) == ({"style": 1}, {"english": 1})
+    page = await library.stub.SearchAdapters(store_pb2.SearchAdaptersRequest())
+    assert list(page.facets) == []
 
 
-async def test_versions_are_listed_newest_first_in_stable_pages(store: Any, publish: Any) -> None:
-    await publish(seeds=(1, 2, 3))
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"text": "!?"}, "text"),
+        ({"text": " ".join("abcdefghijklmnopq")}, "text"),
+        ({"text": "a" * 300}, "text"),
+        ({"task": "x" * 300}, "task"),
+        ({"tags": [str(n) for n in range(33)]}, "tags"),
+        ({"order": 9}, "order"),
+        ({"page_size": -1}, "page_size"),
+        ({"page_token": "x"}, "page_token"),
+    ],
+)
+async def test_what_can_not_be_asked_is_refused_with_the_field(
+    library: Any, kit: Any, fields: dict[str, Any], field: str
+) -> None:
+    async with kit.refused() as errors:
+        await library.stub.SearchAdapters(store_pb2.SearchAdaptersRequest(**fields))
+    [error] = errors
+    assert (error.code, error.reason, error.metadata["field"]) == (
+        Code.INVALID_ARGUMENT,
+        Reason.INVALID_FIELD,
+        field,
+    )
 
-    async def page(token: str = "") -> Any:
-        request = store_pb2.ListVersionsRequest(namespace="acme", name="ner", page_size=2, page_token=token)
-        return await store.stub.ListVersions(request)
 
-    first = await page()
-    await publish(seeds=(4,))
-    second = await page(first.next_page_token)
-    assert [[v.number for v in p.versions] for p in (first, second)] == [[3, 2], [1]]
+async def test_a_token_is_of_its_own_search(store: Any, publish: Any, kit: Any) -> None:
+    for name in "abc":
+        await publish(name, tags=["word"])
+    first = await store.stub.SearchAdapters(store_pb2.SearchAdaptersRequest(text="word", page_size=1))
+    request = store_pb2.SearchAdaptersRequest(text="wor", page_size=1, page_token=first.next_page_token)
+    async with kit.refused() as errors:
+        await store.stub.SearchAdapters(request)
+    assert errors[0].metadata["field"] == "page_token"
 
 
-@pytest.mark.parametrize("token", ["x", "e30=", "W10=", "WyJhIiwgImIiXQ==", "é", "bm90IGpzb24="])
-async def test_a_bad_page_token_is_refused(library: Any, kit: Any, token: str) -> None:
-    calls = [
-        library.stub.ListAdapters(store_pb2.ListAdaptersRequest(page_token=token)),
-        library.stub.ListRoutes(store_pb2.ListRoutesRequest(page_token=token)),
-        library.stub.ListBaseModels(store_pb2.ListBaseModelsRequest(page_token=token)),
-        library.stub.ListVersions(
-            store_pb2.ListVersionsRequest(namespace="acme", name="ner", page_token=token)
-        ),
-    ]
-    for call in calls:
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [((2**31 - 1, 1), ["a"]), ((2**31,), None), ((), None), ((1,) * 1001, None), (("x",), None)],
+)
+async def test_a_forged_token_is_refused_or_finds_what_is_there(
+    store: Any, publish: Any, kit: Any, ids: tuple[Any, ...], names: list[str] | None
+) -> None:
+    for name in "ab":
+        await publish(name, tags=["word"])
+    first = await store.stub.SearchAdapters(store_pb2.SearchAdaptersRequest(text="word", page_size=1))
+    scope, _ = json.loads(base64.urlsafe_b64decode(first.next_page_token))
+    packed = b"".join(one.encode() if isinstance(one, str) else one.to_bytes(4, "big") for one in ids)
+    token = base64.urlsafe_b64encode(json.dumps([scope, base64.b85encode(packed).decode()]).encode()).decode()
+    request = store_pb2.SearchAdaptersRequest(text="word", page_token=token)
+    if names is None:
         async with kit.refused() as errors:
-            await call
-        assert errors[0].code is Code.INVALID_ARGUMENT
-        assert errors[0].metadata == {"field": "page_token"}
+            await store.stub.SearchAdapters(request)
+        assert errors[0].metadata["field"] == "page_token"
+    else:
+        page = await store.stub.SearchAdapters(request)
+        assert [item.newest.name for item in page.adapters] == names
 
 
-async def test_a_page_token_holds_for_its_own_list_and_conditions_only(library: Any, kit: Any) -> None:
-    page = await library.stub.ListAdapters(store_pb2.ListAdaptersRequest(page_size=1))
-    async with kit.refused() as errors:
-        await library.stub.ListAdapters(
-            store_pb2.ListAdaptersRequest(page_token=page.next_page_token, task="style")
-        )
-    assert errors[0].metadata == {"field": "page_token"}
-    async with kit.refused():
-        await library.stub.ListRoutes(store_pb2.ListRoutesRequest(page_token=page.next_page_token))
-
-
-@pytest.mark.parametrize("size", [-1, 1001])
-async def test_a_page_size_out_of_range_is_refused(library: Any, kit: Any, size: int) -> None:
-    async with kit.refused() as errors:
-        await library.stub.ListAdapters(store_pb2.ListAdaptersRequest(page_size=size))
-    assert errors[0].metadata == {"field": "page_size"}
-
-
-async def test_pages_of_large_items_are_short_and_still_complete(store: Any, kit: Any) -> None:
-    for number in range(20):
-        base = kit.base_model("large", str(number))
-        base.config_json = base.config_json[:-1] + " " * 60_000 + "}"
-        await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base))
-    digests, token, pages = [], "", 0
-    while pages == 0 or token:
-        page = await store.stub.ListBaseModels(store_pb2.ListBaseModelsRequest(page_token=token))
-        assert page.ByteSize() < 2**20
-        digests += [base.digest for base in page.base_models]
-        token, pages = page.next_page_token, pages + 1
-    assert len(digests) == len(set(digests)) == 21
-    assert pages > 1
-
-
-async def test_a_long_condition_is_refused(library: Any, kit: Any) -> None:
-    async with kit.refused() as errors:
-        await library.stub.ListAdapters(store_pb2.ListAdaptersRequest(query="x" * 257))
-    assert errors[0].metadata == {"field": "query"}
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=40) | st.text(alphabet="\"'*():^-+{}[]&|!<>~ aner", max_size=20))
+async def test_any_text_is_words_or_refused(library: Any, text: str) -> None:
+    async with asyncio.timeout(10):
+        try:
+            assert set(await found(library, text=text)) <= set(EVERYTHING)
+        except Exception as error:  # noqa: BLE001 (looked at)
+            assert "INVALID_ARGUMENT" in str(error)
