@@ -36,8 +36,8 @@ class AdapterQuery:
     tags: tuple[str, ...] = ()
 
 
-class Search:
-    """Finds adapters. Task, base and tags are those of the newest version."""
+class Listing:
+    """Lists adapters. Task, base and tags are those of the newest version."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

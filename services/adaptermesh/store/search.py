@@ -13,11 +13,11 @@ from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
+from adaptermesh.store.listing import MAX_CONDITION, MAX_TAGS, summaries_of
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import AdapterSummary
 from adaptermesh.store.rows import SELECT_VERSIONS
 from adaptermesh.store.schema import adapters, search_documents, search_tags, versions
-from adaptermesh.store.search import MAX_CONDITION, MAX_TAGS, summaries_of
 from adaptermesh.store.words import MAX_WORDS, WordIndex, word_index, words_of
 
 MAX_RELEVANT = 1000
@@ -69,7 +69,7 @@ class _Hit:
     key: Key
 
 
-class Finding:
+class Search:
     """Answers searches; each from one read transaction."""
 
     def __init__(self, database: Database) -> None:

@@ -14,9 +14,9 @@ from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.headers import invalid_upload
+from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
-from adaptermesh.store.search import AdapterQuery
 from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.statuses import StatusRequest
 
@@ -108,7 +108,7 @@ class StoreServicer(SigningServicer):
             base_model=request.base_model,
             tags=tuple(request.tags),
         )
-        page = await self._stores.search.list(query, _page(request))
+        page = await self._stores.listing.list(query, _page(request))
         return store_pb2.ListAdaptersResponse(
             adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
         )
@@ -117,12 +117,12 @@ class StoreServicer(SigningServicer):
         self, request: store_pb2.SearchAdaptersRequest, context: Context
     ) -> store_pb2.SearchAdaptersResponse:
         query = wire.search_from(request)
-        page = await self._stores.finding.find(query, _page(request))
+        page = await self._stores.search.find(query, _page(request))
         response = store_pb2.SearchAdaptersResponse(
             adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
         )
         if request.with_facets:
-            facets = await self._stores.finding.facets(query)
+            facets = await self._stores.search.facets(query)
             response.facets.extend(wire.facets_to(facets))
             response.facets_capped = facets.capped
         return response

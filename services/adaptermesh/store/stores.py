@@ -15,8 +15,8 @@ from adaptermesh.store.blobs import BlobStore, FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
-from adaptermesh.store.finding import Finding
 from adaptermesh.store.garbage import GarbageCollector
+from adaptermesh.store.listing import Listing
 from adaptermesh.store.policies import Policies
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
@@ -67,8 +67,8 @@ class Stores:
         self.statuses = Statuses(self.database, clock)
         self.policies = Policies(self.database, clock)
         self.signatures = Signatures(self.database, clock)
+        self.listing = Listing(self.database)
         self.search = Search(self.database)
-        self.finding = Finding(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
         self.garbage = GarbageCollector(self.database, self.blobs, clock)

@@ -10,7 +10,6 @@ from adaptermesh.rpc.alias_action import action_message
 from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.feed import FeedMessage
-from adaptermesh.store.finding import Facets, Order, SearchQuery
 from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
 from adaptermesh.store.records import (
@@ -27,6 +26,7 @@ from adaptermesh.store.records import (
     VersionRecord,
     VersionStatus,
 )
+from adaptermesh.store.search import Facets, Order, SearchQuery
 from adaptermesh.store.snapshot import SnapshotItem
 
 

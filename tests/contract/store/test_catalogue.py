@@ -13,6 +13,7 @@ from adaptermesh.core.refs import AdapterName, parse_ref
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.aliases import AliasName, MoveRequest
+from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.records import (
     NEVER_SET,
@@ -25,7 +26,6 @@ from adaptermesh.store.records import (
     SourceFile,
     VersionRecord,
 )
-from adaptermesh.store.search import AdapterQuery
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import Stores
 
@@ -230,7 +230,7 @@ async def test_names_are_listed_in_the_order_of_their_bytes(with_base: Stores) -
     listed: list[str] = []
     token = ""
     while not listed or token:
-        page = await with_base.search.list(AdapterQuery(), PageRequest(3, token))
+        page = await with_base.listing.list(AdapterQuery(), PageRequest(3, token))
         listed += [summary.newest.name for summary in page.items]
         token = page.next_token
     assert listed == sorted(names)

@@ -19,9 +19,9 @@ from adaptermesh.core.errors import Code, MeshError
 from adaptermesh.core.refs import parse_ref
 from adaptermesh.store import migration, schema
 from adaptermesh.store.database import Database, DatabaseConfig
-from adaptermesh.store.finding import SearchQuery
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.pages import PageRequest
+from adaptermesh.store.search import SearchQuery
 from adaptermesh.store.stores import StoreConfig, Stores
 
 SCRIPTS = Path(migration.__file__).parent / "migrations"
@@ -121,7 +121,7 @@ async def test_what_an_older_store_published_is_found_by_its_words(url: str, tmp
     stores = Stores(StoreConfig(tmp_path / "bytes", DatabaseConfig(url)), SystemClock())
     await stores.open()
     for words in ("", "ner", "name", "acme a", "other"):
-        page = await stores.finding.find(SearchQuery(words, task="ner", tags=("a",)), PageRequest())
+        page = await stores.search.find(SearchQuery(words, task="ner", tags=("a",)), PageRequest())
         assert [item.newest.digest for item in page.items] == [DIGEST] * (words != "other"), words
     await stores.close()
 
