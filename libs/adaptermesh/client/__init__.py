@@ -17,6 +17,21 @@ Every call has a deadline (`Deadlines`), every failure is a `MeshError` with a c
 retry makes sense, a delay. Nothing here needs torch.
 """
 
+from adaptermesh.client.access_records import (
+    ApiKey,
+    ApiKeyChange,
+    AuditEntry,
+    AuditQuery,
+    Caller,
+    Grant,
+    GrantChange,
+    Namespace,
+    NamespaceChange,
+    NewApiKey,
+    Tenant,
+    TenantChange,
+    Usage,
+)
 from adaptermesh.client.calls import DEFAULT_GATEWAY, DEFAULT_ROUTER, DEFAULT_STORE, Deadlines
 from adaptermesh.client.generation import (
     Ask,
@@ -81,6 +96,7 @@ from adaptermesh.client.transfer import Progress, ProgressCallback
 from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.logprobs import TokenLogprobs
+from adaptermesh.core.roles import Role
 from adaptermesh.core.sampling import SamplingParams
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.tiers import Tier
@@ -98,10 +114,15 @@ __all__ = [
     "Alias",
     "AliasAction",
     "AliasMove",
+    "ApiKey",
+    "ApiKeyChange",
     "Ask",
+    "AuditEntry",
+    "AuditQuery",
     "BaseModel",
     "BlobCheck",
     "Budgets",
+    "Caller",
     "Choice",
     "ChoiceFinished",
     "Code",
@@ -113,6 +134,8 @@ __all__ = [
     "GarbageReport",
     "Generation",
     "GenerationStream",
+    "Grant",
+    "GrantChange",
     "HealthClient",
     "Load",
     "Merge",
@@ -122,7 +145,10 @@ __all__ = [
     "MeshError",
     "Message",
     "Model",
+    "Namespace",
+    "NamespaceChange",
     "NamespacePolicy",
+    "NewApiKey",
     "PolicyChange",
     "Progress",
     "ProgressCallback",
@@ -132,6 +158,7 @@ __all__ = [
     "Reason",
     "Residency",
     "ResolvedRef",
+    "Role",
     "Route",
     "RouteChange",
     "RouteTarget",
@@ -148,10 +175,13 @@ __all__ = [
     "StatusChange",
     "StoreClient",
     "SwitchKind",
+    "Tenant",
+    "TenantChange",
     "Tier",
     "Timings",
     "TokenLogprobs",
     "UploadResult",
+    "Usage",
     "Verification",
     "Version",
     "VersionDifference",

@@ -42,11 +42,11 @@ class Deadlines:
 class Connection:
     """One channel to `target` (host:port). Use it in `async with`, or close() it."""
 
-    def __init__(self, target: str, deadlines: Deadlines, unreachable: Reason) -> None:
+    def __init__(self, target: str, deadlines: Deadlines, unreachable: Reason, api_key: str = "") -> None:
         self.target = target
         self.deadlines = deadlines
         self._unreachable = unreachable
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, api_key)
 
     async def __aenter__(self) -> Self:
         return self

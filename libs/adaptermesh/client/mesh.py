@@ -164,6 +164,7 @@ class MeshClient(Connection):
         target: str = DEFAULT_GATEWAY,
         *,
         deadlines: Deadlines | None = None,
+        api_key: str = "",
         clock: Clock | None = None,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
@@ -172,10 +173,11 @@ class MeshClient(Connection):
         Args:
             target: host:port of a gateway.
             deadlines: upper bounds of each kind of call.
+            api_key: shown with every call; a gateway that asks for none ignores it.
             clock: measures `ttft` and `duration`.
             new_id: makes the ids of requests that name none.
         """
-        super().__init__(target, deadlines or Deadlines(), Reason.GATEWAY_UNREACHABLE)
+        super().__init__(target, deadlines or Deadlines(), Reason.GATEWAY_UNREACHABLE, api_key)
         self._clock = clock or SystemClock()
         self._new_id = new_id
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)

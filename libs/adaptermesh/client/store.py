@@ -15,6 +15,7 @@ from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.client import wire
+from adaptermesh.client.access import AccessCalls
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
@@ -55,7 +56,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(AliasCalls, StatusCalls, SignatureCalls):
+class StoreClient(AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -66,9 +67,17 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls):
     ```
     """
 
-    def __init__(self, target: str = DEFAULT_STORE, *, deadlines: Deadlines | None = None) -> None:
-        """Connects on the first call; `target` is host:port."""
-        super().__init__(target, deadlines or Deadlines())
+    def __init__(
+        self, target: str = DEFAULT_STORE, *, deadlines: Deadlines | None = None, api_key: str = ""
+    ) -> None:
+        """Connects on the first call.
+
+        Args:
+            target: host:port of a store.
+            deadlines: upper bounds of each kind of call.
+            api_key: shown with every call; a store that asks for none ignores it.
+        """
+        super().__init__(target, deadlines or Deadlines(), api_key)
 
     async def upload(
         self,

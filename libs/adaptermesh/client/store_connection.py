@@ -11,8 +11,8 @@ from adaptermesh.core.refs import AdapterName, parse_ref
 class StoreConnection(Connection):
     """One channel to a store, and its stub."""
 
-    def __init__(self, target: str, deadlines: Deadlines) -> None:
-        super().__init__(target, deadlines, Reason.STORE_UNREACHABLE)
+    def __init__(self, target: str, deadlines: Deadlines, api_key: str = "") -> None:
+        super().__init__(target, deadlines, Reason.STORE_UNREACHABLE, api_key)
         self._stub = store_pb2_grpc.StoreServiceStub(self._channel)
 
     async def resolve(self, ref: str, *, include_unusable: bool = False) -> ResolvedRef:

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 from opentelemetry import trace
 
+from adaptermesh.rpc import metadata as names
 from adaptermesh.telemetry.tracing import inject
 
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -24,6 +25,14 @@ _RETRIED_READS = {
         "ListRoutes",
         "ListBaseModels",
         "RegisterBaseModel",
+    ),
+    "adaptermesh.api.access.v1.AccessService": (
+        "GetCaller",
+        "ListTenants",
+        "ListNamespaces",
+        "ListApiKeys",
+        "ListGrants",
+        "ListAuditEntries",
     ),
     # Dispatch is not among them: "no worker" is an answer, and the gateway knows when to ask again.
     "adaptermesh.api.router.v1.RouterService": ("ListWorkers", "GetRouterStatus"),
@@ -69,33 +78,60 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-class _TraceUnary(grpc.aio.UnaryUnaryClientInterceptor):
+class _Unary(grpc.aio.UnaryUnaryClientInterceptor):
+    def __init__(self, add: "_Added") -> None:
+        self._add = add
+
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: Any, request: Any
     ) -> Any:
-        return await continuation(_with_trace(client_call_details), request)
+        return await continuation(self._add.to(client_call_details), request)
 
 
-class _TraceStream(grpc.aio.UnaryStreamClientInterceptor):
+class _ServerStream(grpc.aio.UnaryStreamClientInterceptor):
+    def __init__(self, add: "_Added") -> None:
+        self._add = add
+
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: Any, request: Any
     ) -> AsyncIterator[Any] | Any:
-        return await continuation(_with_trace(client_call_details), request)
+        return await continuation(self._add.to(client_call_details), request)
 
 
-def _with_trace(details: Any) -> Any:
-    """The call's details with the current span's context added, if there is one and the caller set none."""
-    if not trace.get_current_span().get_span_context().is_valid:
-        return details
-    pairs = list(details.metadata or ())
-    present = {key for key, _ in pairs}
-    pairs += [(key, value) for key, value in inject() if key not in present]
-    return details._replace(metadata=grpc.aio.Metadata(*pairs))
+class _ClientStream(grpc.aio.StreamUnaryClientInterceptor):
+    def __init__(self, add: "_Added") -> None:
+        self._add = add
+
+    async def intercept_stream_unary(
+        self, continuation: Callable[..., Any], client_call_details: Any, request_iterator: Any
+    ) -> Any:
+        return await continuation(self._add.to(client_call_details), request_iterator)
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
+class _Added:
+    """What goes with every call of a channel, unless the call has it already."""
+
+    def __init__(self, api_key: str) -> None:
+        self._key = ((names.AUTHORIZATION, f"Bearer {api_key}"),) if api_key else ()
+
+    def to(self, details: Any) -> Any:
+        """The call's details with the API key, and with the current span's context if there is one."""
+        traced = trace.get_current_span().get_span_context().is_valid
+        added = (*self._key, *(inject() if traced else ()))
+        if not added:
+            return details
+        pairs = list(details.metadata or ())
+        present = {key for key, _ in pairs}
+        pairs += [(key, value) for key, value in added if key not in present]
+        return details._replace(metadata=grpc.aio.Metadata(*pairs))
+
+
+def open_channel(target: str, api_key: str = "") -> grpc.aio.Channel:
     """A channel to `host:port`, or to every address behind a DNS name (round robin).
 
-    The current span's W3C context travels with unary and server-streaming calls.
+    The API key, if there is one, and the current span's W3C context travel with every call but those that
+    stream in both directions.
     """
-    return grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=(_TraceUnary(), _TraceStream()))
+    add = _Added(api_key)
+    interceptors = (_Unary(add), _ServerStream(add), *((_ClientStream(add),) if api_key else ()))
+    return grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=interceptors)

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -22,14 +22,29 @@ log = logging.getLogger(__name__)
 _OWN = "/adaptermesh."
 
 
+class Gate(Protocol):
+    """Decides whether a call may go on."""
+
+    async def admit(self, method: str, metadata: Mapping[str, str], request: Any) -> None:
+        """Returns if it may, in the context in which the call goes on; raises MeshError if not.
+
+        Args:
+            method: `<package>.<service>/<name>`.
+            metadata: what came with the call.
+            request: the message; None if the caller streams them.
+        """
+        ...
+
+
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Joins the caller's trace and turns `MeshError` into a rich status, for the mesh's own services.
 
-    A servicer may give a message as `encode_payload` made it.
+    A servicer may give a message as `encode_payload` made it. With a `gate`, every call passes there first.
     """
 
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
+        self.gate: Gate | None = None
 
     async def intercept_service(
         self,
@@ -42,6 +57,11 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method.lstrip("/")
         wrap = _WRAPPERS[handler.request_streaming, handler.response_streaming]
         return wrap(self, method, handler)
+
+    async def admit(self, method: str, request: Any, context: Any, *, streams: bool) -> None:
+        """Raises MeshError if the gate refuses the call."""
+        if self.gate is not None:
+            await self.gate.admit(method, names.read(context), None if streams else request)
 
     @contextmanager
     def span(self, method: str, context: Any) -> Iterator[Span | None]:
@@ -99,10 +119,11 @@ def _ok(span: Span | None) -> None:
         span.set_attribute("rpc.status_code", "OK")
 
 
-def _unary_response(interceptor: ServerInterceptor, method: str, behaviour: Any) -> Any:
+def _unary_response(interceptor: ServerInterceptor, method: str, behaviour: Any, *, streams: bool) -> Any:
     async def call(request: Any, context: Any) -> Any:
         with interceptor.span(method, context) as span:
             try:
+                await interceptor.admit(method, request, context, streams=streams)
                 response = await behaviour(request, context)
                 _ok(span)
                 return response
@@ -112,10 +133,11 @@ def _unary_response(interceptor: ServerInterceptor, method: str, behaviour: Any)
     return call
 
 
-def _stream_response(interceptor: ServerInterceptor, method: str, behaviour: Any) -> Any:
+def _stream_response(interceptor: ServerInterceptor, method: str, behaviour: Any, *, streams: bool) -> Any:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
         with interceptor.span(method, context) as span:
             try:
+                await interceptor.admit(method, request, context, streams=streams)
                 # A call that is cancelled at a yield must not leave the inner generator to the collector.
                 async with aclosing(behaviour(request, context)) as responses:
                     async for response in responses:
@@ -131,10 +153,11 @@ def _stream_response(interceptor: ServerInterceptor, method: str, behaviour: Any
 
 
 def _wrap(
-    kind: str, build: Callable[[ServerInterceptor, str, Any], Any], make_handler: Callable[..., Any]
+    kind: str, build: Callable[..., Any], make_handler: Callable[..., Any]
 ) -> Callable[[ServerInterceptor, str, Any], Any]:
     def wrap(interceptor: ServerInterceptor, method: str, handler: Any) -> Any:
-        behaviour = build(interceptor, method, getattr(handler, kind))
+        streams = bool(handler.request_streaming)
+        behaviour = build(interceptor, method, getattr(handler, kind), streams=streams)
         return make_handler(
             behaviour,
             request_deserializer=handler.request_deserializer,

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+AUTHORIZATION = "authorization"
+"""In: `Bearer <API key>`."""
+
 TASK = "x-model-task"
 ADAPTER = "x-adapter-id"
 TENANT = "x-tenant-id"

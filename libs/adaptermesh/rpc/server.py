@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from adaptermesh.rpc.channel import MAX_MESSAGE_BYTES
-from adaptermesh.rpc.interceptors import ServerInterceptor
+from adaptermesh.rpc.interceptors import Gate, ServerInterceptor
 from adaptermesh.telemetry.tracing import Tracing
 
 _CHANNELZ_NAME = "grpc.channelz.v1.Channelz"
@@ -32,9 +32,11 @@ class MeshServer:
 
     def __init__(self, service_name: str, config: ServerConfig, tracing: Tracing) -> None:
         self._name = service_name
+        self._more: list[str] = []
         self._config = config
+        self._interceptor = ServerInterceptor(tracing)
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            interceptors=(ServerInterceptor(tracing),),
+            interceptors=(self._interceptor,),
             options=(
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -48,6 +50,14 @@ class MeshServer:
         )
         self._health = health.aio.HealthServicer()
 
+    def guard(self, gate: Gate) -> None:
+        """Has every call to the mesh's own services pass a gate first."""
+        self._interceptor.gate = gate
+
+    def show(self, service_name: str) -> None:
+        """Has reflection show a further service."""
+        self._more.append(service_name)
+
     async def start(self) -> int:
         """Binds and starts; returns the port. The health check says NOT_SERVING until `set_serving`.
 
@@ -58,7 +68,7 @@ class MeshServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         channelz.add_channelz_servicer(self.grpc)
         reflection.enable_server_reflection(
-            (self._name, health.SERVICE_NAME, _CHANNELZ_NAME, reflection.SERVICE_NAME), self.grpc
+            (self._name, *self._more, health.SERVICE_NAME, _CHANNELZ_NAME, reflection.SERVICE_NAME), self.grpc
         )
         address = f"{self._config.host}:{self._config.port}"
         try:

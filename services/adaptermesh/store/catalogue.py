@@ -14,6 +14,7 @@ from adaptermesh.core.clock import Clock
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found, version_revoked
 from adaptermesh.core.refs import AdapterName, Ref
+from adaptermesh.store.access.quotas import count_in
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_line
@@ -145,6 +146,7 @@ class Catalogue:
             known = await find_digest(connection, version.digest)
             if known is not None:
                 return Published(known, created=False)
+            await count_in(connection, stamped)
             stored, adapter_id, version_id = await _insert(connection, stamped, tensor_digest)
             await _document(connection, stored, adapter_id, version_id)
             record = stored.record

@@ -11,6 +11,8 @@ from sqlalchemy import Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, unavailable
+from adaptermesh.store.access.audit import record_change
+from adaptermesh.store.access.records import ApiKeyRecord, GrantRecord, NamespaceRecord, TenantRecord
 from adaptermesh.store.database import Database
 from adaptermesh.store.records import (
     AliasRecord,
@@ -34,11 +36,16 @@ _BODIES: Mapping[ChangeKind, TypeAdapter[Any]] = {
     ChangeKind.ALIAS_DELETED: TypeAdapter(AliasRecord),
     ChangeKind.ROUTE_SET: TypeAdapter(RouteRecord),
     ChangeKind.ROUTE_DELETED: TypeAdapter(RouteRecord),
+    ChangeKind.TENANT_SET: TypeAdapter(TenantRecord),
+    ChangeKind.NAMESPACE_SET: TypeAdapter(NamespaceRecord),
+    ChangeKind.GRANT_SET: TypeAdapter(GrantRecord),
+    ChangeKind.GRANT_DELETED: TypeAdapter(GrantRecord),
+    ChangeKind.API_KEY_SET: TypeAdapter(ApiKeyRecord),
 }
 
 
 async def append_change(connection: AsyncConnection, kind: ChangeKind, record: Record, now_us: int) -> int:
-    """Writes a change inside the mutation's own transaction; returns its position.
+    """Writes a change, and who made it, inside the mutation's own transaction; returns its position.
 
     The update of the one feed row makes positions follow the order of the commits, without gaps.
     """
@@ -47,6 +54,7 @@ async def append_change(connection: AsyncConnection, kind: ChangeKind, record: R
     body = _BODIES[kind].dump_json(record).decode()
     row = {"position": position, "commit_time_us": now_us, "kind": kind.value, "body": body}
     await connection.execute(insert(changes).values(row))
+    await record_change(connection, kind, record, position, now_us)
     return position
 
 

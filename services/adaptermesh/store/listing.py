@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
+from adaptermesh.store.access.authority import scope, visible
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
@@ -55,8 +56,8 @@ class Listing:
             return summary.newest.namespace, summary.newest.name
 
         tags = sorted(set(query.tags))
-        scope = ["adapters", query.text, query.namespace, query.task, query.base_model, tags]
-        pager = Pager(request, scope, key, (str, str))
+        conditions = [query.text, query.namespace, query.task, query.base_model, tags]
+        pager = Pager(request, ["adapters", *conditions, *scope()], key, (str, str))
         statement = (
             SELECT_VERSIONS.where(versions.c.number == adapters.c.version_count)
             .where(*_conditions(query))
@@ -75,6 +76,8 @@ class Listing:
 
 def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
+    if (seen := visible()) is not None:
+        conditions.append(seen)
     if query.text:
         # Names have lower-case letters only.
         full = adapters.c.namespace + "/" + adapters.c.name

@@ -23,10 +23,14 @@ class OwnedWork:
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Awaits `work`; a cancellation reaches the caller only."""
+        return await asyncio.shield(self.begin(work))
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts `work`, for which nobody has to wait."""
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._done)
-        return await asyncio.shield(task)
+        return task
 
     async def wait(self) -> None:
         """Waits until nothing runs any more."""

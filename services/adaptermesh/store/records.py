@@ -7,6 +7,7 @@ from adaptermesh.core.alias_action import AliasAction
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
+from adaptermesh.store.access.records import AccessRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,14 @@ class ChangeKind(enum.StrEnum):
     ALIAS_DELETED = "alias_deleted"
     ROUTE_SET = "route_set"
     ROUTE_DELETED = "route_deleted"
+    TENANT_SET = "tenant_set"
+    NAMESPACE_SET = "namespace_set"
+    GRANT_SET = "grant_set"
+    GRANT_DELETED = "grant_deleted"
+    API_KEY_SET = "api_key_set"
 
 
-Record = BaseModelRecord | VersionRecord | AliasRecord | RouteRecord | PolicyRecord
+Record = BaseModelRecord | VersionRecord | AliasRecord | RouteRecord | PolicyRecord | AccessRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,82 @@ namespace_policies = Table(
     Column("actor", Text, nullable=False),
 )
 
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", _KEY, primary_key=True),
+    # 0 is no bound.
+    Column("max_bytes", BigInteger, nullable=False),
+    Column("max_versions", BigInteger, nullable=False),
+    Column("max_requests_per_minute", BigInteger, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
+namespaces = Table(
+    "namespaces",
+    metadata,
+    # Every namespace in which there is, or ever was, an adapter, and those that were given away before.
+    Column("name", _KEY, primary_key=True),
+    Column("tenant", ForeignKey("tenants.name"), nullable=False),
+    Column("used_bytes", BigInteger, nullable=False),
+    Column("used_versions", BigInteger, nullable=False),
+    Index(None, "tenant"),
+)
+
+grants = Table(
+    "grants",
+    metadata,
+    Column("namespace", ForeignKey("namespaces.name"), primary_key=True),
+    # Empty: every adapter of the namespace.
+    Column("name", _KEY, primary_key=True),
+    # A tenant, or "*" for everybody.
+    Column("grantee", _KEY, primary_key=True),
+    Column("roles", JSON, nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Index(None, "grantee"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", String(12), primary_key=True),
+    # A tenant, or "*" for an operator's key.
+    Column("tenant", _KEY, nullable=False),
+    Column("roles", JSON, nullable=False),
+    Column("namespaces", JSON, nullable=False),
+    # What is kept of the secret: see `access/secrets.py`.
+    Column("secret_hash", String(200), nullable=False),
+    Column("comment", Text, nullable=False),
+    Column("create_time_us", BigInteger, nullable=False),
+    Column("expire_time_us", BigInteger, nullable=False),
+    Column("revoke_time_us", BigInteger, nullable=False),
+    Column("last_use_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("feed_position", BigInteger, nullable=False),
+    Index(None, "tenant", "feed_position"),
+)
+
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    # Of each change of the feed one, which stays when the change is gone.
+    Column("feed_position", BigInteger, primary_key=True, autoincrement=False),
+    Column("time_us", BigInteger, nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("subject", String(512), nullable=False),
+    Column("namespace", _KEY, nullable=False),
+    Column("tenant", _KEY, nullable=False),
+    Column("key_id", String(12), nullable=False),
+    Column("key_tenant", _KEY, nullable=False),
+    Column("actor", Text, nullable=False),
+    Index(None, "tenant", "feed_position"),
+    Index(None, "key_tenant", "feed_position"),
+    Index(None, "namespace", "feed_position"),
+)
+
 search_documents = Table(
     "search_documents",
     metadata,

@@ -4,14 +4,18 @@ import asyncio
 from contextlib import suppress
 from pathlib import Path
 
+from adaptermesh.api.access.v1 import access_pb2_grpc
 from adaptermesh.api.store.v1 import store_pb2_grpc
 from adaptermesh.rpc.server import MeshServer
 from adaptermesh.rpc.service import ServiceContext
+from adaptermesh.store.access.authentication import AuthenticationConfig
+from adaptermesh.store.access.servicer import GRPC_NAME as ACCESS_GRPC_NAME
+from adaptermesh.store.access.servicer import AccessServicer
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.servicer import StoreServicer
-from adaptermesh.store.settings import StoreSettings
+from adaptermesh.store.settings import Authentication, StoreSettings
 from adaptermesh.store.snapshot import SnapshotConfig
 from adaptermesh.store.stores import StoreConfig, Stores
 from adaptermesh.store.uploads import UploadConfig
@@ -27,8 +31,11 @@ class StoreService:
         self._stores = Stores(store_config(context.settings), context.clock)
 
     def register(self, server: MeshServer) -> None:
-        """Adds the servicer."""
+        """Adds the servicers, and who may call them."""
         store_pb2_grpc.add_StoreServiceServicer_to_server(StoreServicer(self._stores), server.grpc)
+        access_pb2_grpc.add_AccessServiceServicer_to_server(AccessServicer(self._stores), server.grpc)
+        server.show(ACCESS_GRPC_NAME)
+        server.guard(self._stores.gatekeeper)
 
     async def start(self) -> None:
         """Opens the catalogue and the blobs."""
@@ -66,6 +73,10 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             ingest_threads=settings.ingest_threads,
         ),
         feed=FeedConfig(heartbeat_seconds=settings.heartbeat_seconds),
+        authentication=AuthenticationConfig(
+            required=settings.authentication is Authentication.KEYS,
+            root_key=settings.root_key.get_secret_value(),
+        ),
         snapshots=SnapshotConfig(concurrent=settings.concurrent_snapshots, seconds=settings.snapshot_seconds),
     )
 

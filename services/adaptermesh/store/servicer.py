@@ -9,14 +9,17 @@ from typing import Any
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName, Ref, check_name, parse_ref
+from adaptermesh.core.roles import Permission
 from adaptermesh.rpc.payloads import encode_payload
 from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
+from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
+from adaptermesh.store.routes import ANY_TENANT
 from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.statuses import StatusRequest
 
@@ -176,7 +179,11 @@ class StoreServicer(SigningServicer):
     async def ListRoutes(
         self, request: store_pb2.ListRoutesRequest, context: Context
     ) -> store_pb2.ListRoutesResponse:
-        page = await self._stores.routes.list(request.tenant, _page(request))
+        caller = current_caller.get()
+        tenant = request.tenant or ("" if caller.is_operator else caller.tenant)
+        if tenant not in (ANY_TENANT, ""):
+            self._stores.authority.require_tenant(Permission.READ, tenant, caller.namespaces)
+        page = await self._stores.routes.list(tenant, _page(request))
         return store_pb2.ListRoutesResponse(
             routes=[wire.route_to(route) for route in page.items], next_page_token=page.next_token
         )

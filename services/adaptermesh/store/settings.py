@@ -1,5 +1,6 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
+import enum
 from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -8,6 +9,14 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from adaptermesh.rpc.settings import ServiceSettings
+from adaptermesh.store.access.authentication import MIN_ROOT_KEY
+
+
+class Authentication(enum.StrEnum):
+    """What callers must show."""
+
+    NONE = "none"
+    KEYS = "keys"
 
 
 class StoreSettings(ServiceSettings):
@@ -38,6 +47,14 @@ class StoreSettings(ServiceSettings):
     s3_access_key: str = Field(default="", description="Access key. Empty: calls are not signed.")
     s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key.")
     s3_secure: bool = Field(default=True, description="Calls the S3 server over TLS.")
+    authentication: Authentication = Field(
+        default=Authentication.NONE,
+        description="What callers must show. none: nothing, everybody may do everything. keys: an API key.",
+    )
+    root_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="A key of the operator's, at least 32 characters, for the first API keys. Empty: none.",
+    )
     max_upload_bytes: int = Field(
         default=512 * 2**20, gt=0, description="Largest upload, all its files together, in bytes."
     )
@@ -65,6 +82,13 @@ class StoreSettings(ServiceSettings):
     snapshot_seconds: float = Field(
         default=60.0, gt=0, description="How long one snapshot may take, the wait included, in seconds."
     )
+
+    @field_validator("root_key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr) -> SecretStr:
+        if 0 < len(key.get_secret_value()) < MIN_ROOT_KEY:
+            raise ValueError(f"must have at least {MIN_ROOT_KEY} characters")
+        return key
 
     @field_validator("s3_endpoint")
     @classmethod

@@ -8,6 +8,9 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.roles import DEFAULT_TENANT
+from adaptermesh.store.access.records import NamespaceRecord
+from adaptermesh.store.access.rows import grant_record
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import feed_head
 from adaptermesh.store.records import Record
@@ -20,7 +23,15 @@ from adaptermesh.store.rows import (
     route_record,
     version_record,
 )
-from adaptermesh.store.schema import alias_moves, base_models, namespace_policies, routes, versions
+from adaptermesh.store.schema import (
+    alias_moves,
+    base_models,
+    grants,
+    namespace_policies,
+    namespaces,
+    routes,
+    versions,
+)
 
 _ITEMS_AHEAD = 64
 
@@ -51,7 +62,7 @@ class Snapshots:
         self._places = asyncio.Semaphore(config.concurrent)
 
     async def read(self) -> AsyncGenerator[SnapshotItem]:
-        """Yields base models, versions, aliases, policies and routes, all from one read transaction.
+        """Yields base models, versions, aliases, policies, namespaces, grants, routes: of one transaction.
 
         Raises:
             MeshError: DEADLINE_EXCEEDED if the reader is too slow.
@@ -102,6 +113,12 @@ async def _records(connection: AsyncConnection) -> AsyncGenerator[Record]:
     policies = select(namespace_policies).order_by(namespace_policies.c.namespace)
     async for row in await connection.stream(policies):
         yield policy_record(row)
+    given = select(namespaces).where(namespaces.c.tenant != DEFAULT_TENANT).order_by(namespaces.c.name)
+    async for row in await connection.stream(given):
+        yield NamespaceRecord(row.name, row.tenant)
+    order = (grants.c.namespace, grants.c.name, grants.c.grantee)
+    async for row in await connection.stream(select(grants).order_by(*order)):
+        yield grant_record(row)
     live = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
     async for row in await connection.stream(live):
         yield route_record(row)

@@ -10,6 +10,14 @@ from pathlib import Path
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Reason, unavailable
+from adaptermesh.store.access.api_keys import ApiKeys
+from adaptermesh.store.access.audit import Audit
+from adaptermesh.store.access.authentication import Authentication, AuthenticationConfig
+from adaptermesh.store.access.authority import Authority
+from adaptermesh.store.access.gatekeeper import Gatekeeper
+from adaptermesh.store.access.grants import Grants
+from adaptermesh.store.access.rates import Rates
+from adaptermesh.store.access.tenants import Tenants
 from adaptermesh.store.aliases import Aliases
 from adaptermesh.store.blobs import BlobStore, FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
@@ -46,6 +54,7 @@ class StoreConfig:
     uploads: UploadConfig = field(default_factory=UploadConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    authentication: AuthenticationConfig = field(default_factory=AuthenticationConfig)
     lock_seconds: float = 10.0
     """How long to wait for another process to let go of the folder."""
 
@@ -70,7 +79,16 @@ class Stores:
         self.listing = Listing(self.database)
         self.search = Search(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
-        self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
+        self.tenants = Tenants(self.database, clock)
+        self.api_keys = ApiKeys(self.database, clock)
+        self.grants = Grants(self.database, clock)
+        self.audit = Audit(self.database)
+        self.authority = Authority(self.database)
+        self.authentication = Authentication(config.authentication, self.api_keys, clock)
+        self.gatekeeper = Gatekeeper(
+            self.check_open, self.authentication, self.authority, self.catalogue, Rates(clock)
+        )
+        self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging, self.authority)
         self.garbage = GarbageCollector(self.database, self.blobs, clock)
         self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
 
@@ -105,6 +123,7 @@ class Stores:
         """Finishes what was received and closes everything."""
         self.drain()
         await self.uploads.close()
+        await self.authentication.close()
         await self.database.close()
         await self.blobs.close()
         self._lock.release()

@@ -16,6 +16,9 @@ from adaptermesh.artifact.ingest import SourceBundle, ingest
 from adaptermesh.artifact.source_files import CARD_FILE
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, unavailable
+from adaptermesh.core.roles import Permission
+from adaptermesh.store.access.authority import Authority
+from adaptermesh.store.access.quotas import bytes_of
 from adaptermesh.store.blobs import BlobStore, file_digest
 from adaptermesh.store.catalogue import Catalogue, Published
 from adaptermesh.store.headers import UploadHeader, check_header
@@ -69,8 +72,14 @@ class Uploads:
     """Takes uploads, a bounded number at the same time."""
 
     def __init__(
-        self, config: UploadConfig, catalogue: Catalogue, blobs: BlobStore, staging: Staging
+        self,
+        config: UploadConfig,
+        catalogue: Catalogue,
+        blobs: BlobStore,
+        staging: Staging,
+        authority: Authority,
     ) -> None:
+        self._authority = authority
         self._config = config
         self._catalogue = catalogue
         self._blobs = blobs
@@ -130,6 +139,8 @@ class Uploads:
         place = self._staging.place()
         try:
             check_header(header, self._config.max_files, self._config.max_bytes)
+            await self._authority.require(Permission.PUBLISH, header.adapter)
+            await self._authority.check_quota(header.adapter.namespace, header.size_bytes)
             base = await self._catalogue.find_base_model(header.base_model)
             await self._check_parents(header, base)
             sources = await receive_files(place, header.files, pieces, self._config.idle_seconds)
@@ -143,6 +154,7 @@ class Uploads:
         """What an adapter was made from must be here and of the same base; versions never go away."""
         for digest in header.parents:
             parent = (await self._catalogue.get_digest(digest)).record
+            await self._authority.require_version(Permission.READ, parent.adapter, digest)
             if parent.base_digest != base.digest:
                 raise base_mismatch(parent.ref, parent.base_digest, base.digest)
 
@@ -201,6 +213,7 @@ class Uploads:
             return UploadOutcome(known.record, created=False, feed_position=known.feed_position)
         if header.validate_only:
             return UploadOutcome(made.version, created=False, feed_position=0)
+        await self._authority.check_quota(header.adapter.namespace, bytes_of(made.version))
         # The bytes first: a version that is visible can be fetched.
         blobs = {file.digest: sources[file.path] for file in header.files}
         blobs |= {made.version.digest: made.manifest, made.tensor_digest: made.tensors}

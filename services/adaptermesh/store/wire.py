@@ -1,5 +1,6 @@
 """Protocol buffers to the store's values and back."""
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
@@ -9,6 +10,8 @@ from adaptermesh.core.refs import AdapterName
 from adaptermesh.rpc.alias_action import action_message
 from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
+from adaptermesh.store.access.records import GrantRecord, NamespaceRecord
+from adaptermesh.store.access.wire import access_record_to, grant_to, namespace_to
 from adaptermesh.store.feed import FeedMessage
 from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
@@ -269,6 +272,12 @@ def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
     if isinstance(record, RouteRecord):
         part.routes.append(route_to(record))
         return part.routes[-1].ByteSize()
+    if isinstance(record, NamespaceRecord):
+        part.namespaces.append(namespace_to(record))
+        return part.namespaces[-1].ByteSize()
+    if isinstance(record, GrantRecord):
+        part.grants.append(grant_to(record))
+        return part.grants[-1].ByteSize()
     return 0
 
 
@@ -279,15 +288,7 @@ def _change_to(change: Change) -> store_pb2.Change:
     return message
 
 
-def _record_to(
-    record: Record,
-) -> (
-    adapter_pb2.BaseModel
-    | adapter_pb2.Version
-    | adapter_pb2.Alias
-    | adapter_pb2.Route
-    | adapter_pb2.NamespacePolicy
-):
+def _record_to(record: Record) -> Message:
     if isinstance(record, BaseModelRecord):
         return base_model_to(record)
     if isinstance(record, VersionRecord):
@@ -296,7 +297,9 @@ def _record_to(
         return alias_to(record)
     if isinstance(record, PolicyRecord):
         return policy_to(record)
-    return route_to(record)
+    if isinstance(record, RouteRecord):
+        return route_to(record)
+    return access_record_to(record)
 
 
 def _time(microseconds: int) -> Timestamp:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from adaptermesh.api.access.v1 import access_pb2_grpc
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.artifact.base_facts import BaseFacts
@@ -23,6 +24,7 @@ from adaptermesh.core.errors import MeshError
 from adaptermesh.rpc.channel import open_channel
 from adaptermesh.rpc.server import MeshServer, ServerConfig
 from adaptermesh.rpc.status import mesh_error_from
+from adaptermesh.store.access.servicer import AccessServicer
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
 from adaptermesh.store.s3_connection import S3Config
@@ -166,6 +168,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     stores = Stores(config, SystemClock())
     server = MeshServer(GRPC_NAME, ServerConfig(), no_tracing())
     store_pb2_grpc.add_StoreServiceServicer_to_server(StoreServicer(stores), server.grpc)
+    access_pb2_grpc.add_AccessServiceServicer_to_server(AccessServicer(stores), server.grpc)
+    server.guard(stores.gatekeeper)
     port = await server.start()
     await stores.open()
     channel = open_channel(f"127.0.0.1:{port}")

@@ -57,7 +57,9 @@ def key_of(record: Record) -> tuple[str, ...]:
         return ("alias", record.namespace, record.name, record.alias)
     if isinstance(record, PolicyRecord):
         return ("policy", record.namespace)
-    return ("route", record.tenant, record.task)
+    if isinstance(record, RouteRecord):
+        return ("route", record.tenant, record.task)
+    raise AssertionError(f"{record} is of no kind that is made here")
 
 
 class Follower:

@@ -26,7 +26,7 @@ from adaptermesh.api.adapter.v1 import adapter_pb2 as adaptermesh_dot_api_dot_ad
 from adaptermesh.api.worker.v1 import worker_pb2 as adaptermesh_dot_api_dot_worker_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&adaptermesh/api/router/v1/router.proto\x12\x19\x61\x64\x61ptermesh.api.router.v1\x1a(adaptermesh/api/adapter/v1/adapter.proto\x1a&adaptermesh/api/worker/v1/worker.proto\"\xd5\x01\n\x0f\x44ispatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x04task\x18\x03 \x01(\tH\x00\x12\r\n\x03ref\x18\x04 \x01(\tH\x00\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x12\n\ncohort_key\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x08 \x03(\t\x12\x19\n\x11min_feed_position\x18\t \x01(\x03\x42\x08\n\x06target\"\xec\x02\n\x10\x44ispatchResponse\x12\x34\n\x07version\x18\x01 \x01(\x0b\x32#.adaptermesh.api.adapter.v1.Version\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12\x15\n\rbase_model_id\x18\x03 \x01(\t\x12\x0b\n\x03ref\x18\x04 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x05 \x01(\t\x12\x18\n\x10route_generation\x18\x06 \x01(\x03\x12\x11\n\tworker_id\x18\x07 \x01(\t\x12\x16\n\x0eworker_address\x18\x08 \x01(\t\x12.\n\x04tier\x18\t \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12\x15\n\rfeed_position\x18\n \x01(\x03\x12;\n\x0b\x63omposition\x18\x0b \x01(\x0b\x32&.adaptermesh.api.router.v1.Composition\x12\x10\n\x08warnings\x18\x0c \x03(\t\"i\n\x0b\x43omposition\x12\x12\n\nexpression\x18\x01 \x01(\t\x12\x10\n\x08resolved\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08op_kinds\x18\x04 \x03(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"\xa9\x01\n\x13ReportWorkerRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12=\n\x08snapshot\x18\x02 \x01(\x0b\x32).adaptermesh.api.router.v1.WorkerSnapshotH\x00\x12\x37\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32&.adaptermesh.api.router.v1.WorkerDeltaH\x00\x42\x08\n\x06report\"\xfb\x01\n\x0eWorkerSnapshot\x12\x33\n\x04info\x18\x01 \x01(\x0b\x32%.adaptermesh.api.worker.v1.WorkerInfo\x12\x35\n\x05state\x18\x02 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x03 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x04 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\x12\x13\n\x0brequest_ids\x18\x05 \x03(\t\"\xcc\x01\n\x0bWorkerDelta\x12\x35\n\x05state\x18\x01 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x03 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\x12\x1c\n\x14\x61\x64mitted_request_ids\x18\x04 \x03(\t\"N\n\x14ReportWorkerResponse\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x01 \x01(\x03\x12\x17\n\x0fsnapshot_wanted\x18\x02 \x01(\x08\"\x14\n\x12ListWorkersRequest\"M\n\x13ListWorkersResponse\x12\x36\n\x07workers\x18\x01 \x03(\x0b\x32%.adaptermesh.api.router.v1.WorkerView\"\xfb\x01\n\nWorkerView\x12\x33\n\x04info\x18\x01 \x01(\x0b\x32%.adaptermesh.api.worker.v1.WorkerInfo\x12\x35\n\x05state\x18\x02 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x03 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x04 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\x12\x17\n\x0f\x62ooked_requests\x18\x05 \x01(\x05\"\x18\n\x16GetRouterStatusRequest\"}\n\x17GetRouterStatusResponse\x12\x15\n\rfeed_position\x18\x01 \x01(\x03\x12\x11\n\tfeed_head\x18\x02 \x01(\x03\x12\x16\n\x0e\x66\x65\x65\x64_connected\x18\x03 \x01(\x08\x12\x10\n\x08versions\x18\x04 \x01(\x03\x12\x0e\n\x06routes\x18\x05 \x01(\x03\x32\xd1\x03\n\rRouterService\x12\x63\n\x08\x44ispatch\x12*.adaptermesh.api.router.v1.DispatchRequest\x1a+.adaptermesh.api.router.v1.DispatchResponse\x12s\n\x0cReportWorker\x12..adaptermesh.api.router.v1.ReportWorkerRequest\x1a/.adaptermesh.api.router.v1.ReportWorkerResponse(\x01\x30\x01\x12l\n\x0bListWorkers\x12-.adaptermesh.api.router.v1.ListWorkersRequest\x1a..adaptermesh.api.router.v1.ListWorkersResponse\x12x\n\x0fGetRouterStatus\x12\x31.adaptermesh.api.router.v1.GetRouterStatusRequest\x1a\x32.adaptermesh.api.router.v1.GetRouterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&adaptermesh/api/router/v1/router.proto\x12\x19\x61\x64\x61ptermesh.api.router.v1\x1a(adaptermesh/api/adapter/v1/adapter.proto\x1a&adaptermesh/api/worker/v1/worker.proto\"\xfd\x01\n\x0f\x44ispatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x04task\x18\x03 \x01(\tH\x00\x12\r\n\x03ref\x18\x04 \x01(\tH\x00\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x12\n\ncohort_key\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x08 \x03(\t\x12\x19\n\x11min_feed_position\x18\t \x01(\x03\x12\x12\n\nrestricted\x18\n \x01(\x08\x12\x12\n\nnamespaces\x18\x0b \x03(\tB\x08\n\x06target\"\xec\x02\n\x10\x44ispatchResponse\x12\x34\n\x07version\x18\x01 \x01(\x0b\x32#.adaptermesh.api.adapter.v1.Version\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12\x15\n\rbase_model_id\x18\x03 \x01(\t\x12\x0b\n\x03ref\x18\x04 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x05 \x01(\t\x12\x18\n\x10route_generation\x18\x06 \x01(\x03\x12\x11\n\tworker_id\x18\x07 \x01(\t\x12\x16\n\x0eworker_address\x18\x08 \x01(\t\x12.\n\x04tier\x18\t \x01(\x0e\x32 .adaptermesh.api.adapter.v1.Tier\x12\x15\n\rfeed_position\x18\n \x01(\x03\x12;\n\x0b\x63omposition\x18\x0b \x01(\x0b\x32&.adaptermesh.api.router.v1.Composition\x12\x10\n\x08warnings\x18\x0c \x03(\t\"i\n\x0b\x43omposition\x12\x12\n\nexpression\x18\x01 \x01(\t\x12\x10\n\x08resolved\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08op_kinds\x18\x04 \x03(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"\xa9\x01\n\x13ReportWorkerRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12=\n\x08snapshot\x18\x02 \x01(\x0b\x32).adaptermesh.api.router.v1.WorkerSnapshotH\x00\x12\x37\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32&.adaptermesh.api.router.v1.WorkerDeltaH\x00\x42\x08\n\x06report\"\xfb\x01\n\x0eWorkerSnapshot\x12\x33\n\x04info\x18\x01 \x01(\x0b\x32%.adaptermesh.api.worker.v1.WorkerInfo\x12\x35\n\x05state\x18\x02 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x03 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x04 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\x12\x13\n\x0brequest_ids\x18\x05 \x03(\t\"\xcc\x01\n\x0bWorkerDelta\x12\x35\n\x05state\x18\x01 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x03 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\x12\x1c\n\x14\x61\x64mitted_request_ids\x18\x04 \x03(\t\"N\n\x14ReportWorkerResponse\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x01 \x01(\x03\x12\x17\n\x0fsnapshot_wanted\x18\x02 \x01(\x08\"\x14\n\x12ListWorkersRequest\"M\n\x13ListWorkersResponse\x12\x36\n\x07workers\x18\x01 \x03(\x0b\x32%.adaptermesh.api.router.v1.WorkerView\"\xfb\x01\n\nWorkerView\x12\x33\n\x04info\x18\x01 \x01(\x0b\x32%.adaptermesh.api.worker.v1.WorkerInfo\x12\x35\n\x05state\x18\x02 \x01(\x0e\x32&.adaptermesh.api.worker.v1.WorkerState\x12-\n\x04load\x18\x03 \x01(\x0b\x32\x1f.adaptermesh.api.worker.v1.Load\x12\x39\n\x0bresidencies\x18\x04 \x03(\x0b\x32$.adaptermesh.api.worker.v1.Residency\x12\x17\n\x0f\x62ooked_requests\x18\x05 \x01(\x05\"\x18\n\x16GetRouterStatusRequest\"}\n\x17GetRouterStatusResponse\x12\x15\n\rfeed_position\x18\x01 \x01(\x03\x12\x11\n\tfeed_head\x18\x02 \x01(\x03\x12\x16\n\x0e\x66\x65\x65\x64_connected\x18\x03 \x01(\x08\x12\x10\n\x08versions\x18\x04 \x01(\x03\x12\x0e\n\x06routes\x18\x05 \x01(\x03\x32\xd1\x03\n\rRouterService\x12\x63\n\x08\x44ispatch\x12*.adaptermesh.api.router.v1.DispatchRequest\x1a+.adaptermesh.api.router.v1.DispatchResponse\x12s\n\x0cReportWorker\x12..adaptermesh.api.router.v1.ReportWorkerRequest\x1a/.adaptermesh.api.router.v1.ReportWorkerResponse(\x01\x30\x01\x12l\n\x0bListWorkers\x12-.adaptermesh.api.router.v1.ListWorkersRequest\x1a..adaptermesh.api.router.v1.ListWorkersResponse\x12x\n\x0fGetRouterStatus\x12\x31.adaptermesh.api.router.v1.GetRouterStatusRequest\x1a\x32.adaptermesh.api.router.v1.GetRouterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adaptermesh.api.router.v1.r
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DISPATCHREQUEST']._serialized_start=152
-  _globals['_DISPATCHREQUEST']._serialized_end=365
-  _globals['_DISPATCHRESPONSE']._serialized_start=368
-  _globals['_DISPATCHRESPONSE']._serialized_end=732
-  _globals['_COMPOSITION']._serialized_start=734
-  _globals['_COMPOSITION']._serialized_end=839
-  _globals['_REPORTWORKERREQUEST']._serialized_start=842
-  _globals['_REPORTWORKERREQUEST']._serialized_end=1011
-  _globals['_WORKERSNAPSHOT']._serialized_start=1014
-  _globals['_WORKERSNAPSHOT']._serialized_end=1265
-  _globals['_WORKERDELTA']._serialized_start=1268
-  _globals['_WORKERDELTA']._serialized_end=1472
-  _globals['_REPORTWORKERRESPONSE']._serialized_start=1474
-  _globals['_REPORTWORKERRESPONSE']._serialized_end=1552
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1554
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1574
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1576
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1653
-  _globals['_WORKERVIEW']._serialized_start=1656
-  _globals['_WORKERVIEW']._serialized_end=1907
-  _globals['_GETROUTERSTATUSREQUEST']._serialized_start=1909
-  _globals['_GETROUTERSTATUSREQUEST']._serialized_end=1933
-  _globals['_GETROUTERSTATUSRESPONSE']._serialized_start=1935
-  _globals['_GETROUTERSTATUSRESPONSE']._serialized_end=2060
-  _globals['_ROUTERSERVICE']._serialized_start=2063
-  _globals['_ROUTERSERVICE']._serialized_end=2528
+  _globals['_DISPATCHREQUEST']._serialized_end=405
+  _globals['_DISPATCHRESPONSE']._serialized_start=408
+  _globals['_DISPATCHRESPONSE']._serialized_end=772
+  _globals['_COMPOSITION']._serialized_start=774
+  _globals['_COMPOSITION']._serialized_end=879
+  _globals['_REPORTWORKERREQUEST']._serialized_start=882
+  _globals['_REPORTWORKERREQUEST']._serialized_end=1051
+  _globals['_WORKERSNAPSHOT']._serialized_start=1054
+  _globals['_WORKERSNAPSHOT']._serialized_end=1305
+  _globals['_WORKERDELTA']._serialized_start=1308
+  _globals['_WORKERDELTA']._serialized_end=1512
+  _globals['_REPORTWORKERRESPONSE']._serialized_start=1514
+  _globals['_REPORTWORKERRESPONSE']._serialized_end=1592
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1594
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1614
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1616
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1693
+  _globals['_WORKERVIEW']._serialized_start=1696
+  _globals['_WORKERVIEW']._serialized_end=1947
+  _globals['_GETROUTERSTATUSREQUEST']._serialized_start=1949
+  _globals['_GETROUTERSTATUSREQUEST']._serialized_end=1973
+  _globals['_GETROUTERSTATUSRESPONSE']._serialized_start=1975
+  _globals['_GETROUTERSTATUSRESPONSE']._serialized_end=2100
+  _globals['_ROUTERSERVICE']._serialized_start=2103
+  _globals['_ROUTERSERVICE']._serialized_end=2568
 # @@protoc_insertion_point(module_scope)

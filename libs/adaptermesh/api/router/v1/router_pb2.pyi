@@ -35,6 +35,8 @@ class DispatchRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _builtins.int
     MIN_FEED_POSITION_FIELD_NUMBER: _builtins.int
+    RESTRICTED_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     tenant: _builtins.str
@@ -51,9 +53,17 @@ class DispatchRequest(_message.Message):
     """Estimated prompt tokens, for load. Zero means unknown."""
     min_feed_position: _builtins.int
     """Decide no earlier than this position of the change feed, within the call's deadline. Zero means at once."""
+    restricted: _builtins.bool
+    """The tenant has shown who it is, and may use only what belongs to it or is granted to it; anything else is NOT_FOUND.
+    Unset: nobody was asked, and everybody may use everything.
+    """
     @_builtins.property
     def excluded_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers that have just failed for this request."""
+
+    @_builtins.property
+    def namespaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The caller's key is good in these namespaces only. Empty: in all."""
 
     def __init__(
         self,
@@ -67,10 +77,12 @@ class DispatchRequest(_message.Message):
         prompt_tokens: _builtins.int = ...,
         excluded_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         min_feed_position: _builtins.int = ...,
+        restricted: _builtins.bool = ...,
+        namespaces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "target", b"target", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "cohort_key", b"cohort_key", "excluded_worker_ids", b"excluded_worker_ids", "min_feed_position", b"min_feed_position", "prompt_tokens", b"prompt_tokens", "ref", b"ref", "request_id", b"request_id", "target", b"target", "task", b"task", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "cohort_key", b"cohort_key", "excluded_worker_ids", b"excluded_worker_ids", "min_feed_position", b"min_feed_position", "namespaces", b"namespaces", "prompt_tokens", b"prompt_tokens", "ref", b"ref", "request_id", b"request_id", "restricted", b"restricted", "target", b"target", "task", b"task", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["task", "ref"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015

@@ -3,6 +3,7 @@
 isort:skip_file
 The adapter store: the system of record for adapters, versions, aliases and routes."""
 
+from adaptermesh.api.access.v1 import access_pb2 as _access_pb2
 from adaptermesh.api.adapter.v1 import adapter_pb2 as _adapter_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -1799,6 +1800,8 @@ class GetSnapshotResponse(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     ROUTES_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
+    GRANTS_FIELD_NUMBER: _builtins.int
     feed_id: _builtins.str
     """Which catalogue: the same for as long as the store's database lives."""
     feed_position: _builtins.int
@@ -1823,6 +1826,14 @@ class GetSnapshotResponse(_message.Message):
     def policies(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.NamespacePolicy]:
         """Policies of namespaces of which something was ever said."""
 
+    @_builtins.property
+    def namespaces(self) -> _containers.RepeatedCompositeFieldContainer[_access_pb2.Namespace]:
+        """Namespaces of other tenants than "default", whose all others are."""
+
+    @_builtins.property
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[_access_pb2.Grant]:
+        """What tenants may use beside what is their own."""
+
     def __init__(
         self,
         *,
@@ -1833,10 +1844,12 @@ class GetSnapshotResponse(_message.Message):
         aliases: _abc.Iterable[_adapter_pb2.Alias] | None = ...,
         routes: _abc.Iterable[_adapter_pb2.Route] | None = ...,
         policies: _abc.Iterable[_adapter_pb2.NamespacePolicy] | None = ...,
+        namespaces: _abc.Iterable[_access_pb2.Namespace] | None = ...,
+        grants: _abc.Iterable[_access_pb2.Grant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_models", b"base_models", "feed_id", b"feed_id", "feed_position", b"feed_position", "policies", b"policies", "routes", b"routes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_models", b"base_models", "feed_id", b"feed_id", "feed_position", b"feed_position", "grants", b"grants", "namespaces", b"namespaces", "policies", b"policies", "routes", b"routes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1913,6 +1926,11 @@ class Change(_message.Message):
     ALIAS_DELETED_FIELD_NUMBER: _builtins.int
     VERSION_SIGNED_FIELD_NUMBER: _builtins.int
     NAMESPACE_POLICY_SET_FIELD_NUMBER: _builtins.int
+    TENANT_SET_FIELD_NUMBER: _builtins.int
+    NAMESPACE_SET_FIELD_NUMBER: _builtins.int
+    GRANT_SET_FIELD_NUMBER: _builtins.int
+    GRANT_DELETED_FIELD_NUMBER: _builtins.int
+    API_KEY_SET_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """1, 2, 3, ... without gaps."""
     @_builtins.property
@@ -1955,6 +1973,26 @@ class Change(_message.Message):
     def namespace_policy_set(self) -> _adapter_pb2.NamespacePolicy:
         """A namespace's policy or its keys changed."""
 
+    @_builtins.property
+    def tenant_set(self) -> _access_pb2.Tenant:
+        """A tenant became known, or its quotas changed."""
+
+    @_builtins.property
+    def namespace_set(self) -> _access_pb2.Namespace:
+        """A namespace became a tenant's."""
+
+    @_builtins.property
+    def grant_set(self) -> _access_pb2.Grant:
+        """A grant was set or replaced."""
+
+    @_builtins.property
+    def grant_deleted(self) -> _access_pb2.Grant:
+        """A grant was taken back; as it was."""
+
+    @_builtins.property
+    def api_key_set(self) -> _access_pb2.ApiKey:
+        """An API key was made or revoked."""
+
     def __init__(
         self,
         *,
@@ -1969,12 +2007,17 @@ class Change(_message.Message):
         alias_deleted: _adapter_pb2.Alias | None = ...,
         version_signed: _adapter_pb2.Version | None = ...,
         namespace_policy_set: _adapter_pb2.NamespacePolicy | None = ...,
+        tenant_set: _access_pb2.Tenant | None = ...,
+        namespace_set: _access_pb2.Namespace | None = ...,
+        grant_set: _access_pb2.Grant | None = ...,
+        grant_deleted: _access_pb2.Grant | None = ...,
+        api_key_set: _access_pb2.ApiKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "namespace_policy_set", b"namespace_policy_set", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "api_key_set", b"api_key_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "grant_deleted", b"grant_deleted", "grant_set", b"grant_set", "namespace_policy_set", b"namespace_policy_set", "namespace_set", b"namespace_set", "route_deleted", b"route_deleted", "route_set", b"route_set", "tenant_set", b"tenant_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "namespace_policy_set", b"namespace_policy_set", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "api_key_set", b"api_key_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "grant_deleted", b"grant_deleted", "grant_set", b"grant_set", "namespace_policy_set", b"namespace_policy_set", "namespace_set", b"namespace_set", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "tenant_set", b"tenant_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted", "version_signed", "namespace_policy_set"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted", "version_signed", "namespace_policy_set", "tenant_set", "namespace_set", "grant_set", "grant_deleted", "api_key_set"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -1,0 +1,186 @@
+"""Decides what a caller may do: its key's roles where a namespace is its tenant's, else what is granted.
+
+What a caller may not even see is answered as if it weren't there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adaptermesh.core.errors import Code, MeshError, Reason, not_found
+from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.roles import MESH_TENANT, Permission, permissions_of
+from adaptermesh.store.access.caller import Caller, current_caller
+from adaptermesh.store.access.quotas import check_quota, owner_of
+from adaptermesh.store.access.records import GrantRecord, Usage
+from adaptermesh.store.access.rows import grant_record
+from adaptermesh.store.database import Database
+from adaptermesh.store.schema import adapters, grants, namespaces
+
+# What can be done where nobody has anything yet.
+_IN_NOBODYS = frozenset((Permission.READ, Permission.PUBLISH))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whose a namespace is, and what is granted there to one tenant and to everybody."""
+
+    namespace: str
+    owner: str | None
+    """None: nobody's."""
+    grants: tuple[GrantRecord, ...]
+
+    def permissions(self, caller: Caller, name: str = "") -> frozenset[Permission]:
+        """What a caller may do with an adapter, or, without a name, with the whole namespace."""
+        if not caller.reaches(self.namespace):
+            return frozenset()
+        if caller.is_operator or self.owner == caller.tenant:
+            return caller.permissions
+        if self.owner is None:
+            return caller.permissions & _IN_NOBODYS
+        granted = permissions_of(
+            role
+            for grant in self.grants
+            if grant.is_to(caller.tenant) and grant.name in ("", name)
+            for role in grant.roles
+        )
+        return granted & caller.permissions
+
+
+class Authority:
+    """Asks the database for each decision: a grant or a namespace that has changed counts at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def unrestricted(self, permission: Permission) -> bool:
+        """Whether the caller may do it everywhere."""
+        caller = current_caller.get()
+        return caller.sees_everything and permission in caller.permissions
+
+    async def require(self, permission: Permission, adapter: AdapterName) -> None:
+        """Returns if the caller may do it with an adapter.
+
+        Raises:
+            MeshError: ADAPTER_NOT_FOUND if it may not even see it; PERMISSION_DENIED.
+        """
+        if self.unrestricted(permission):
+            return
+        caller = current_caller.get()
+        allowed = (await self._standing(caller, adapter.namespace)).permissions(caller, adapter.name)
+        _check(
+            permission, allowed, str(adapter), not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(adapter))
+        )
+
+    async def require_version(self, permission: Permission, adapter: AdapterName, digest: str) -> None:
+        """As `require`, where a version was asked for by its digest: only who may see it is told its name."""
+        try:
+            await self.require(permission, adapter)
+        except MeshError as error:
+            if error.code is Code.NOT_FOUND:
+                raise not_found(Reason.VERSION_NOT_FOUND, "version", digest) from None
+            raise
+
+    async def require_namespace(self, permission: Permission, namespace: str) -> None:
+        """Returns if the caller may do it in a namespace; to read, one adapter that it may see is enough.
+
+        Raises:
+            MeshError: NAMESPACE_NOT_FOUND if it may not see anything there; PERMISSION_DENIED.
+        """
+        if self.unrestricted(permission):
+            return
+        caller = current_caller.get()
+        standing = await self._standing(caller, namespace)
+        allowed = standing.permissions(caller)
+        if caller.reaches(namespace) and any(grant.is_to(caller.tenant) for grant in standing.grants):
+            allowed |= {Permission.READ}
+        missing = not_found(Reason.NAMESPACE_NOT_FOUND, "namespace", namespace[:80])
+        _check(permission, allowed, f"namespace '{namespace}'", missing)
+
+    async def check_quota(self, namespace: str, size_bytes: int) -> None:
+        """Raises MeshError QUOTA_EXCEEDED if one more version, at least this large, is too much."""
+        caller = current_caller.get()
+        async with self._database.reading() as connection:
+            tenant = await owner_of(connection, namespace, caller)
+            await check_quota(connection, tenant, Usage(size_bytes, 1))
+
+    def require_tenant(self, permission: Permission, tenant: str, namespaces: Iterable[str] = ()) -> None:
+        """Returns if the caller may do it in all of a tenant, or in these namespaces of it.
+
+        Raises:
+            MeshError: PERMISSION_DENIED.
+        """
+        caller = current_caller.get()
+        mine = caller.is_operator or caller.tenant == tenant
+        wanted = tuple(namespaces)
+        if caller.namespaces and not (wanted and all(map(caller.reaches, wanted))):
+            raise denied(permission, f"tenant '{tenant}' outside {', '.join(caller.namespaces)}")
+        if not mine or permission not in caller.permissions:
+            raise denied(permission, f"tenant '{tenant}'")
+
+    def require_operator(self, permission: Permission) -> None:
+        """Returns if the caller may do it in the whole mesh; raises MeshError PERMISSION_DENIED."""
+        if not self.unrestricted(permission):
+            raise denied(permission, "the whole mesh")
+
+    def require_anywhere(self, permission: Permission) -> None:
+        """Returns if the caller may do it somewhere; raises MeshError PERMISSION_DENIED."""
+        if permission not in current_caller.get().permissions:
+            raise denied(permission, "anything")
+
+    async def _standing(self, caller: Caller, namespace: str) -> Standing:
+        async with self._database.reading() as connection:
+            return await standing_of(connection, caller.tenant, namespace)
+
+
+async def standing_of(connection: AsyncConnection, tenant: str, namespace: str) -> Standing:
+    """How a tenant stands in a namespace."""
+    owner = await connection.execute(select(namespaces.c.tenant).where(namespaces.c.name == namespace))
+    given = (grants.c.namespace == namespace) & grants.c.grantee.in_((tenant, MESH_TENANT))
+    rows = (await connection.execute(select(grants).where(given))).all()
+    return Standing(namespace, owner.scalar(), tuple(map(grant_record, rows)))
+
+
+def visible() -> ColumnElement[bool] | None:
+    """The condition on `adapters` that leaves what the caller may see; None leaves everything."""
+    caller = current_caller.get()
+    if caller.sees_everything:
+        return None
+    here = namespaces.c.name == adapters.c.namespace
+    if caller.is_operator:
+        return adapters.c.namespace.in_(caller.namespaces)
+    own = exists(select(namespaces.c.name).where(here & (namespaces.c.tenant == caller.tenant)))
+    granted = exists(
+        select(grants.c.namespace).where(
+            (grants.c.namespace == adapters.c.namespace)
+            & ((grants.c.name == "") | (grants.c.name == adapters.c.name))
+            & grants.c.grantee.in_((caller.tenant, MESH_TENANT))
+        )
+    )
+    seen = own | granted
+    return seen & adapters.c.namespace.in_(caller.namespaces) if caller.namespaces else seen
+
+
+def scope() -> list[str | list[str]]:
+    """Tells lists of different callers apart: a page token of one is none of another."""
+    caller = current_caller.get()
+    return [] if caller.sees_everything else [caller.tenant, sorted(caller.namespaces)]
+
+
+def denied(permission: Permission, what: str) -> MeshError:
+    """PERMISSION_DENIED, with what was missing."""
+    caller = current_caller.get()
+    return MeshError(
+        Code.PERMISSION_DENIED,
+        Reason.PERMISSION_DENIED,
+        f"key {caller.key_id} may not {permission.value} in {what}",
+        metadata={"permission": permission.value, "key_id": caller.key_id, "tenant": caller.tenant},
+    )
+
+
+def _check(permission: Permission, allowed: frozenset[Permission], what: str, missing: MeshError) -> None:
+    if permission in allowed:
+        return
+    raise denied(permission, what) if Permission.READ in allowed else missing
