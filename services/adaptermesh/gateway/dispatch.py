@@ -79,6 +79,8 @@ class Router:
             prompt_tokens=call.prompt.estimated_tokens(),
             excluded_worker_ids=excluded,
             min_feed_position=caller.min_feed_position,
+            restricted=caller.is_restricted,
+            namespaces=caller.identity.namespaces if caller.identity else (),
         )
         if caller.target.ref:
             request.ref = caller.target.ref

@@ -14,6 +14,7 @@ from adaptermesh.core.refs import BASE
 from adaptermesh.gateway.deadline import Deadline
 from adaptermesh.gateway.dispatch import LiveBase, Router
 from adaptermesh.gateway.page_token import Place, decode, encode
+from adaptermesh.rpc import metadata as names
 from adaptermesh.rpc.status import mesh_error_from
 
 T = TypeVar("T")
@@ -60,15 +61,18 @@ class StoreCatalogue:
         self._versions: OrderedDict[str, _Version] = OrderedDict()
 
     async def adapters(
-        self, page_size: int, page_token: str, deadline: Deadline
+        self, page_size: int, page_token: str, deadline: Deadline, authorization: str
     ) -> store_pb2.ListAdaptersResponse:
-        """One page of the store's adapters, in order of their names."""
+        """One page of the store's adapters that a caller may see, in order of their names."""
         request = store_pb2.ListAdaptersRequest(page_size=page_size, page_token=page_token)
-        return await self._asked(
-            self._stub.ListAdapters(request, timeout=deadline.remaining(self._timeout)), deadline
+        call = self._stub.ListAdapters(
+            request, timeout=deadline.remaining(self._timeout), metadata=_shown(authorization)
         )
+        return await self._asked(call, deadline)
 
-    async def models(self, summary: store_pb2.AdapterSummary, deadline: Deadline) -> list[tuple[int, Model]]:
+    async def models(
+        self, summary: store_pb2.AdapterSummary, deadline: Deadline, authorization: str
+    ) -> list[tuple[int, Model]]:
         """An adapter's newest version and those that aliases point at, newest first, with their numbers.
 
         What can't be served, or must not be used, can't be asked for.
@@ -78,7 +82,9 @@ class StoreCatalogue:
         unusable = frozenset(summary.unusable_numbers)
         for alias in summary.aliases:
             if alias.version_number not in versions and alias.version_number not in unusable:
-                versions[alias.version_number] = await self._version(name, alias.digest, deadline)
+                versions[alias.version_number] = await self._version(
+                    name, alias.digest, deadline, authorization
+                )
         return [
             (
                 number,
@@ -94,13 +100,14 @@ class StoreCatalogue:
             if version.servable and number not in unusable
         ]
 
-    async def _version(self, name: str, digest: str, deadline: Deadline) -> _Version:
+    async def _version(self, name: str, digest: str, deadline: Deadline, authorization: str) -> _Version:
         found = self._versions.get(digest)
         if found is None:
             # It may be unusable by now: then the next list leaves it out.
             request = store_pb2.ResolveRefRequest(ref=f"{name}@{digest}", include_unusable=True)
             timeout = deadline.remaining(self._timeout)
-            response = await self._asked(self._stub.ResolveRef(request, timeout=timeout), deadline)
+            call = self._stub.ResolveRef(request, timeout=timeout, metadata=_shown(authorization))
+            response = await self._asked(call, deadline)
             found = _from_wire(response.version)
             self._versions[digest] = found
         self._versions.move_to_end(digest)
@@ -126,8 +133,10 @@ class ModelList:
         self._router = router
         self._store = store
 
-    async def page(self, page_size: int, page_token: str, deadline: Deadline) -> ModelPage:
-        """One page.
+    async def page(
+        self, page_size: int, page_token: str, deadline: Deadline, authorization: str = ""
+    ) -> ModelPage:
+        """One page, of adapters those that the caller may see who has shown `authorization`.
 
         Raises:
             MeshError: INVALID_ARGUMENT (page_size, page_token); UNAVAILABLE: router or store can't be asked.
@@ -142,7 +151,7 @@ class ModelList:
             if place.bases_after is not None:
                 found, place = await self._bases(place, place.bases_after, room, deadline)
             else:
-                found, place = await self._adapters(place, room, deadline)
+                found, place = await self._adapters(place, room, deadline, authorization)
             models.extend(found)
         return ModelPage(tuple(models), "" if place is None else encode(place))
 
@@ -156,18 +165,18 @@ class ModelList:
         return models, replace(place, bases_after=None)
 
     async def _adapters(
-        self, place: Place, room: int, deadline: Deadline
+        self, place: Place, room: int, deadline: Deadline, authorization: str
     ) -> tuple[list[Model], Place | None]:
-        page = await self._store.adapters(room, place.store_token, deadline)
+        page = await self._store.adapters(room, place.store_token, deadline, authorization)
         models: list[Model] = []
         for index, summary in enumerate(page.adapters):
             name = f"{summary.newest.namespace}/{summary.newest.name}"
             listed = place.after_number if name == place.after_adapter else None
-            for number, model in await self._store.models(summary, deadline):
+            for number, model in await self._store.models(summary, deadline, authorization):
                 if listed is not None and number >= listed:
                     continue
                 if len(models) == room:
-                    token = await self._token_before(index, place.store_token, deadline)
+                    token = await self._token_before(index, place.store_token, deadline, authorization)
                     return models, Place(None, token, name if listed else "", listed or 0)
                 models.append(model)
                 listed = number
@@ -175,11 +184,16 @@ class ModelList:
             return models, None
         return models, Place(store_token=page.next_page_token)
 
-    async def _token_before(self, index: int, page_token: str, deadline: Deadline) -> str:
+    async def _token_before(self, index: int, page_token: str, deadline: Deadline, authorization: str) -> str:
         """The store's token for the page that begins with the adapter at `index` of an earlier page."""
         if index == 0:
             return page_token
-        return (await self._store.adapters(index, page_token, deadline)).next_page_token
+        return (await self._store.adapters(index, page_token, deadline, authorization)).next_page_token
+
+
+def _shown(authorization: str) -> tuple[tuple[str, str], ...]:
+    """What the store is shown; without it, the channel's own key is."""
+    return ((names.AUTHORIZATION, authorization),) if authorization else ()
 
 
 def _base_key(base: LiveBase) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from adaptermesh.core.refs import BASE
+from adaptermesh.core.roles import MESH_TENANT
 from adaptermesh.core.sampling import SamplingParams
 
 
@@ -20,6 +21,22 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom an API key stands for."""
+
+    tenant: str
+    """"*" for an operator of the mesh."""
+    namespaces: tuple[str, ...] = ()
+    """The key is good in these only. Empty: in all."""
+    max_requests_per_minute: int = 0
+    """Of the tenant; 0 is no bound."""
+
+    @property
+    def is_operator(self) -> bool:
+        return self.tenant == MESH_TENANT
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """What the request's metadata says."""
 
@@ -29,6 +46,14 @@ class Caller:
     cohort_key: str = ""
     """Empty means the request id."""
     min_feed_position: int = 0
+    identity: Identity | None = None
+    """Who the caller has shown to be; None: nobody was asked, and everything may be used."""
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether only what its tenant may use may be used."""
+        identity = self.identity
+        return identity is not None and not (identity.is_operator and not identity.namespaces)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import logging
 import uuid
 
 from adaptermesh.api.inference.v1 import inference_pb2_grpc
+from adaptermesh.gateway.authentication import Authentication, AuthenticationConfig
 from adaptermesh.gateway.channels import WorkerChannels
 from adaptermesh.gateway.dispatch import Router
 from adaptermesh.gateway.gate import Gate
@@ -28,7 +29,7 @@ class GatewayService:
         self._settings = settings
         self._server = context.server
         self._router_channel = open_channel(settings.router)
-        self._store_channel = open_channel(settings.store)
+        self._store_channel = open_channel(settings.store, settings.store_key.get_secret_value())
         self._worker_channels = WorkerChannels(open_channel, settings.max_worker_channels)
         self._gate = Gate(settings.max_requests_in_flight)
         router = Router(self._router_channel, settings.router_timeout_seconds)
@@ -41,6 +42,16 @@ class GatewayService:
             ModelList(router, StoreCatalogue(self._store_channel, settings.store_timeout_seconds)),
             Edge(
                 gate=self._gate,
+                authentication=Authentication(
+                    AuthenticationConfig(
+                        required=settings.authenticates,
+                        cache_seconds=settings.key_cache_seconds,
+                        grace_seconds=settings.key_grace_seconds,
+                        timeout_seconds=settings.store_timeout_seconds,
+                    ),
+                    self._store_channel,
+                    context.clock,
+                ),
                 tracing=context.tracing,
                 clock=context.clock,
                 new_request_id=lambda: uuid.uuid4().hex,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,12 @@ import grpc.aio
 from adaptermesh.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.gateway.authentication import Authentication
 from adaptermesh.gateway.deadline import Deadline, deadline_exceeded
 from adaptermesh.gateway.gate import Gate
 from adaptermesh.gateway.models import Model, ModelList
 from adaptermesh.gateway.placement import Placed, Placement
+from adaptermesh.gateway.request import Caller
 from adaptermesh.gateway.request_span import RequestSpan, request_span, tier_name
 from adaptermesh.gateway.validation import is_request_id, read_caller, read_generate
 from adaptermesh.rpc import metadata as names
@@ -35,6 +37,7 @@ class Edge:
     """What the servicer needs besides the routes to its peers."""
 
     gate: Gate
+    authentication: Authentication
     tracing: Tracing
     clock: Clock
     new_request_id: Callable[[], str]
@@ -69,9 +72,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         request_id = self._request_id(context)
         _announce(context, request_id, "")
         with _owned(request_id), self._edge.gate.enter():
-            read_caller(names.read(context), request_id)
+            metadata = names.read(context)
+            caller = await self._caller(metadata, request_id)
             deadline = self._deadline(context)
-            page = await self._models.page(request.page_size, request.page_token, deadline)
+            shown = metadata[names.AUTHORIZATION] if caller.identity else ""
+            page = await self._models.page(request.page_size, request.page_token, deadline, shown)
         await context.send_initial_metadata(((names.REQUEST_ID, request_id),))
         return inference_pb2.ListModelsResponse(
             models=[_to_wire(model) for model in page.models], next_page_token=page.next_page_token
@@ -80,7 +85,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _generate(
         self, request: inference_pb2.GenerateRequest, context: Context, request_id: str, span: RequestSpan
     ) -> None:
-        call = read_generate(request, read_caller(names.read(context), request_id))
+        call = read_generate(request, await self._caller(names.read(context), request_id))
         span.asked(call)
         deadline = self._deadline(context)
         try:
@@ -110,6 +115,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 else:
                     span.finished(event)
                     await context.write(inference_pb2.GenerateResponse(finished=event))
+
+    async def _caller(self, metadata: Mapping[str, str], request_id: str) -> Caller:
+        identity = await self._edge.authentication.identity(metadata)
+        return read_caller(metadata, request_id, identity)
 
     def _request_id(self, context: Context) -> str:
         given = names.read(context).get(names.REQUEST_ID, "")

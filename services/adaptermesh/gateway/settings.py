@@ -1,9 +1,18 @@
 """The gateway's settings: `ADAPTERMESH_GATEWAY_<NAME>`."""
 
-from pydantic import Field
+import enum
+
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from adaptermesh.rpc.settings import ServiceSettings
+
+
+class Authentication(enum.StrEnum):
+    """What callers must show."""
+
+    NONE = "none"
+    KEYS = "keys"
 
 
 class GatewaySettings(ServiceSettings):
@@ -21,6 +30,26 @@ class GatewaySettings(ServiceSettings):
         default="127.0.0.1:7702",
         min_length=1,
         description="gRPC target of the adapter store; asked for the list of models only.",
+    )
+    store_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="API key for the store where callers show none, for the list of models. "
+        "Empty: the store asks for none.",
+    )
+    authentication: Authentication = Field(
+        default=Authentication.NONE,
+        description="What callers must show. none: nothing, x-tenant-id is believed. keys: an API key of the "
+        "store, and they use what their tenant may use.",
+    )
+    key_cache_seconds: float = Field(
+        default=1.0,
+        ge=0,
+        description="How long a key counts as valid without asking the store again, in seconds.",
+    )
+    key_grace_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long it does so while the store can't be asked, in seconds.",
     )
     default_deadline_seconds: float = Field(
         default=600.0, gt=0, description="Bound on a request whose caller set no deadline, in seconds."
@@ -53,3 +82,8 @@ class GatewaySettings(ServiceSettings):
         gt=0,
         description="Time between two looks at the router for the health check, in seconds.",
     )
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether callers must show an API key."""
+        return self.authentication is Authentication.KEYS

@@ -9,11 +9,11 @@ from adaptermesh.core.composition import is_composition, parse_composition
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
 from adaptermesh.core.priority import check_priority
 from adaptermesh.core.refs import BASE, NAME_PATTERN, parse_ref
-from adaptermesh.gateway.request import Caller, ChatTurn, GenerateCall, Prompt, Target
+from adaptermesh.core.roles import DEFAULT_TENANT
+from adaptermesh.gateway.request import Caller, ChatTurn, GenerateCall, Identity, Prompt, Target
 from adaptermesh.rpc import metadata as names
 from adaptermesh.rpc.sampling import read_sampling
 
-DEFAULT_TENANT = "default"
 MAX_TEXT_BYTES = 2**20
 MAX_CHAT_TURNS = 1024
 MAX_TOKEN_IDS = 131072
@@ -31,11 +31,16 @@ def is_request_id(text: str) -> bool:
     return _REQUEST_ID.fullmatch(text) is not None
 
 
-def read_caller(metadata: Mapping[str, str], request_id: str) -> Caller:
-    """What the metadata asks for; `request_id` is the caller's if it sent a legal one, else a fresh one.
+def read_caller(metadata: Mapping[str, str], request_id: str, identity: Identity | None = None) -> Caller:
+    """What the metadata asks for.
+
+    Args:
+        metadata: what came with the request.
+        request_id: the caller's if it sent a legal one, else a fresh one.
+        identity: who it has shown to be; None where nobody was asked.
 
     Raises:
-        MeshError: INVALID_ARGUMENT with the metadata key as the field.
+        MeshError: INVALID_ARGUMENT with the metadata key as the field; PERMISSION_DENIED for another tenant.
     """
     given_id = metadata.get(names.REQUEST_ID, "")
     if given_id and not is_request_id(given_id):
@@ -43,8 +48,7 @@ def read_caller(metadata: Mapping[str, str], request_id: str) -> Caller:
             names.REQUEST_ID,
             "1 to 128 letters, digits, '.', '_', ':' and '-', starting with a letter or digit",
         )
-    tenant = metadata.get(names.TENANT, "") or DEFAULT_TENANT
-    _check_name(names.TENANT, tenant)
+    tenant = _read_tenant(metadata.get(names.TENANT, ""), identity)
     cohort_key = metadata.get(names.COHORT_KEY, "")
     if len(cohort_key) > MAX_COHORT_KEY:
         raise invalid_field(names.COHORT_KEY, f"longer than {MAX_COHORT_KEY} characters")
@@ -54,6 +58,7 @@ def read_caller(metadata: Mapping[str, str], request_id: str) -> Caller:
         target=_read_target(metadata),
         cohort_key=cohort_key,
         min_feed_position=_read_position(metadata.get(names.FEED_POSITION, "")),
+        identity=identity,
     )
 
 
@@ -73,6 +78,22 @@ def read_generate(request: inference_pb2.GenerateRequest, caller: Caller) -> Gen
         priority=check_priority(request.priority),
         n=check_choices(request.n or 1),
     )
+
+
+def _read_tenant(asked: str, identity: Identity | None) -> str:
+    """Whom the request is for: the key's tenant; an operator may act for any."""
+    if asked:
+        _check_name(names.TENANT, asked)
+    if identity is None or identity.is_operator:
+        return asked or DEFAULT_TENANT
+    if asked not in ("", identity.tenant):
+        raise MeshError(
+            Code.PERMISSION_DENIED,
+            Reason.PERMISSION_DENIED,
+            f"{names.TENANT}: the API key is one of tenant '{identity.tenant}', not of '{asked}'",
+            metadata={"field": names.TENANT, "tenant": identity.tenant},
+        )
+    return identity.tenant
 
 
 def _read_target(metadata: Mapping[str, str]) -> Target:

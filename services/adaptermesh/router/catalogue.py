@@ -1,4 +1,4 @@
-"""What the store publishes, in memory: base models, versions, aliases, routes, policies.
+"""What the store publishes, in memory: bases, versions, aliases, routes, policies, and who may use what.
 
 One event loop owns a catalogue. A snapshot replaces it in one assignment and each change is applied in one
 call without awaiting, so a resolution sees the catalogue as of exactly one position.
@@ -8,6 +8,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from adaptermesh.core.refs import AdapterName
+from adaptermesh.core.roles import DEFAULT_TENANT, MESH_TENANT
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
 
@@ -102,6 +103,40 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Namespace:
+    """Whose a namespace is."""
+
+    name: str
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What another tenant, or everybody ("*"), may use."""
+
+    namespace: str
+    name: str
+    """Empty: all adapters of the namespace."""
+    grantee: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRemoved:
+    """It may no longer."""
+
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a tenant that has shown who it is may use at most."""
+
+    tenant: str
+    namespaces: frozenset[str] = frozenset()
+    """Its key is good in these only. Empty: in all."""
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRemoved:
     """A rule is gone."""
 
@@ -109,8 +144,13 @@ class RouteRemoved:
     task: str
 
 
-Entry = BaseModel | Version | Alias | Route | Policy
-Event = Entry | AliasRemoved | RouteRemoved
+@dataclass(frozen=True, slots=True)
+class NothingHere:
+    """A change that a router needs not know of."""
+
+
+Entry = BaseModel | Version | Alias | Route | Policy | Namespace | Grant
+Event = Entry | AliasRemoved | RouteRemoved | GrantRemoved | NothingHere
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +177,10 @@ class CatalogueImage:
     aliases: dict[tuple[AdapterName, str], Alias] = field(default_factory=dict)
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
     policies: dict[str, Policy] = field(default_factory=dict)
+    tenants: dict[str, str] = field(default_factory=dict)
+    """Of each namespace; one that is not here is the default tenant's."""
+    grants: dict[str, set[Grant]] = field(default_factory=dict)
+    """Of each namespace."""
 
     def add(self, event: Event) -> None:
         """Takes in one entry or event; the position is the caller's to move."""
@@ -152,10 +196,29 @@ class CatalogueImage:
                 self.routes[event.tenant, event.task] = event
             case Policy():
                 self.policies[event.namespace] = event
+            case Namespace():
+                self.tenants[event.name] = event.tenant
+            case Grant():
+                self.grants.setdefault(event.namespace, set()).add(event)
+            case GrantRemoved():
+                self.grants.get(event.grant.namespace, set()).discard(event.grant)
+            case NothingHere():
+                pass
             case RouteRemoved():
                 self.routes.pop((event.tenant, event.task), None)
             case BaseModel():
                 self.bases[event.digest] = event
+
+    def may_use(self, reach: Reach, adapter: AdapterName) -> bool:
+        """Whether an adapter belongs to a tenant or is granted to it."""
+        if reach.namespaces and adapter.namespace not in reach.namespaces:
+            return False
+        if self.tenants.get(adapter.namespace, DEFAULT_TENANT) == reach.tenant:
+            return True
+        return any(
+            grant.grantee in (reach.tenant, MESH_TENANT) and grant.name in ("", adapter.name)
+            for grant in self.grants.get(adapter.namespace, ())
+        )
 
     def base_digests(self, base_model: str) -> frozenset[str]:
         """The digests of the bases that go by this name or digest; empty if none does."""

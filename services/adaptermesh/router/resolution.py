@@ -33,7 +33,7 @@ from adaptermesh.core.errors import (
 )
 from adaptermesh.core.refs import BASE, LATEST, AdapterName, Ref, parse_ref
 from adaptermesh.core.version_state import VersionState
-from adaptermesh.router.catalogue import CatalogueImage, Route, RouteTarget, Version
+from adaptermesh.router.catalogue import CatalogueImage, Reach, Route, RouteTarget, Version
 
 ANY_TENANT = "*"
 
@@ -47,6 +47,8 @@ class Question:
     task: str | None = None
     ref: str | None = None
     base_model: str = ""
+    reach: Reach | None = None
+    """What the tenant may use; None: everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ def resolve(image: CatalogueImage, question: Question) -> Resolution:
     asked = _asked_bases(image, question.base_model)
     if ref == BASE:
         return Resolution(ref, None, asked, route, cohort)
+    if question.reach is not None:
+        _check_reach(image, question.reach, ref)
     version = find_composition(image, ref) if is_composition(ref) else _servable(image, ref)
     if asked is not None and version.base_digest not in asked:
         raise base_mismatch(ref, version.base_digest, ", ".join(sorted(asked)))
@@ -192,6 +196,15 @@ def find_composition(image: CatalogueImage, text: str) -> ComposedVersion:
         digest=composition_digest(resolved),
         members=tuple({version.digest: version for version in found.values()}.values()),
     )
+
+
+def _check_reach(image: CatalogueImage, reach: Reach, ref: str) -> None:
+    """What a tenant may not use is as if it weren't there, also where a route leads."""
+    names = [leaf.name for leaf in leaves(parse_composition(ref))] if is_composition(ref) else [ref]
+    for name in names:
+        adapter = parse_ref(name).adapter
+        if not image.may_use(reach, adapter):
+            raise not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(adapter))
 
 
 def _servable(image: CatalogueImage, ref: str) -> Version:

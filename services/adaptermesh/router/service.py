@@ -29,7 +29,7 @@ class RouterService:
     def __init__(self, context: ServiceContext[RouterSettings]) -> None:
         settings, clock = context.settings, context.clock
         self._settings = settings
-        self._channel = open_channel(settings.store)
+        self._channel = open_channel(settings.store, settings.store_key.get_secret_value())
         feed = StoreClient(self._channel, settings)
         self._catalogue = Catalogue()
         self._follower = FeedFollower(feed, self._catalogue, settings, random.Random())  # noqa: S311  # jitter

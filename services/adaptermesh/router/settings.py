@@ -1,6 +1,6 @@
 """What can be set on a router."""
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from adaptermesh.rpc.settings import ServiceSettings
@@ -13,6 +13,10 @@ class RouterSettings(ServiceSettings):
 
     port: int = Field(default=7701, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
     store: str = Field(default="127.0.0.1:7702", description="host:port of the adapter store.")
+    store_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="API key for the store, an operator's reader is enough. Empty: the store asks for none.",
+    )
     startup_wait_seconds: float = Field(
         default=5.0,
         ge=0,

@@ -1,5 +1,6 @@
 """The protos' messages as the router's own types, and back; for the servicer and the store's client."""
 
+from adaptermesh.api.access.v1 import access_pb2
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.router.v1 import router_pb2
 from adaptermesh.api.store.v1 import store_pb2
@@ -14,7 +15,12 @@ from adaptermesh.router.catalogue import (
     Change,
     Event,
     FeedBrokenError,
+    Grant,
+    GrantRemoved,
+    Namespace,
+    NothingHere,
     Policy,
+    Reach,
     Route,
     RouteRemoved,
     RouteTarget,
@@ -46,6 +52,8 @@ def snapshot_part(message: store_pb2.GetSnapshotResponse) -> SnapshotPart:
             *map(alias, message.aliases),
             *map(route, message.routes),
             *map(policy, message.policies),
+            *map(namespace, message.namespaces),
+            *map(grant, message.grants),
         ),
     )
 
@@ -78,6 +86,14 @@ def _event(message: store_pb2.Change) -> Event:
             return route(message.route_set)
         case "route_deleted":
             return RouteRemoved(message.route_deleted.tenant, message.route_deleted.task)
+        case "namespace_set":
+            return namespace(message.namespace_set)
+        case "grant_set":
+            return grant(message.grant_set)
+        case "grant_deleted":
+            return GrantRemoved(grant(message.grant_deleted))
+        case "tenant_set" | "api_key_set":
+            return NothingHere()
         case _:
             # From a newer store. Going on without it would make us answer from half a catalogue.
             raise FeedBrokenError(f"change {message.position} is of a kind that this router does not know")
@@ -111,6 +127,15 @@ def policy(message: adapter_pb2.NamespacePolicy) -> Policy:
     return Policy(message.namespace, policy_of(message.signatures), key_ids)
 
 
+def namespace(message: access_pb2.Namespace) -> Namespace:
+    return Namespace(message.name, message.tenant)
+
+
+def grant(message: access_pb2.Grant) -> Grant:
+    """Every role may use what it is granted for."""
+    return Grant(message.namespace, message.name, message.grantee)
+
+
 def alias(message: adapter_pb2.Alias) -> Alias:
     return Alias(
         AdapterName(message.namespace, message.name), message.alias, message.digest, message.generation
@@ -134,6 +159,7 @@ def dispatch_request(message: router_pb2.DispatchRequest) -> Request:
             task=message.task if kind == "task" else None,
             ref=message.ref if kind == "ref" else None,
             base_model=message.base_model,
+            reach=Reach(message.tenant, frozenset(message.namespaces)) if message.restricted else None,
         ),
         excluded=frozenset(message.excluded_worker_ids),
         min_feed_position=message.min_feed_position,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Reason, unavailable
+from adaptermesh.core.rates import Rates
 from adaptermesh.store.access.api_keys import ApiKeys
 from adaptermesh.store.access.audit import Audit
 from adaptermesh.store.access.authentication import Authentication, AuthenticationConfig
 from adaptermesh.store.access.authority import Authority
 from adaptermesh.store.access.gatekeeper import Gatekeeper
 from adaptermesh.store.access.grants import Grants
-from adaptermesh.store.access.rates import Rates
 from adaptermesh.store.access.tenants import Tenants
 from adaptermesh.store.aliases import Aliases
 from adaptermesh.store.blobs import BlobStore, FolderBlobStore

@@ -93,7 +93,7 @@ class WorkerService:
     async def start(self) -> None:
         """Loads the model and takes requests; the store and the routers may be away."""
         settings, tracer = self._settings, self._context.tracing.tracer
-        self._channel = open_channel(settings.store)
+        self._channel = open_channel(settings.store, settings.store_key.get_secret_value())
         self._source = GrpcAdapterSource(self._channel, settings.source_config(), tracer)
         config = settings.engine_config(self._context.port)
         source = self._composing = ComposingSource(self._source, tracer)

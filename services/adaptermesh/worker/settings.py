@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from adaptermesh.rpc.settings import ServiceSettings
@@ -31,6 +31,10 @@ class WorkerSettings(ServiceSettings):
         description="The base model: its id in the model cache, the hub name it was pulled by, or a folder.",
     )
     store: str = Field(default="127.0.0.1:7702", description="host:port of the adapter store.")
+    store_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="API key for the store, an operator's reader is enough. Empty: the store asks for none.",
+    )
     routers: str = Field(
         default="127.0.0.1:7701",
         description="host:port of the routers, separated by commas. Each address behind a name is a router.",

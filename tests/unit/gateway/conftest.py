@@ -11,6 +11,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from adaptermesh.api.access.v1 import access_pb2
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from adaptermesh.api.router.v1 import router_pb2, router_pb2_grpc
@@ -18,7 +19,7 @@ from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.digests import digest_bytes
-from adaptermesh.core.errors import MeshError, Reason, not_found, unavailable
+from adaptermesh.core.errors import Code, MeshError, Reason, not_found, unavailable
 from adaptermesh.core.logprobs import TokenLogprobs
 from adaptermesh.gateway.service import GatewayService
 from adaptermesh.gateway.settings import GatewaySettings
@@ -203,6 +204,12 @@ class FakeStore:
         self.adapters: list[store_pb2.AdapterSummary] = []
         self.versions: dict[str, adapter_pb2.Version] = {}
         self.resolved: list[str] = []
+        self.callers: dict[str, access_pb2.GetCallerResponse] = {}
+        """Whom each `authorization` stands for."""
+        self.asked = 0
+        self.away = False
+        self.shown: list[str] = []
+        """What came with each call for adapters."""
 
     def add(self, newest: adapter_pb2.Version, **aliases: adapter_pb2.Version) -> None:
         self.adapters.append(
@@ -227,6 +234,7 @@ class FakeStore:
     async def list_adapters(
         self, request: store_pb2.ListAdaptersRequest, context: Context
     ) -> store_pb2.ListAdaptersResponse:
+        self.shown.append(first_values(context.invocation_metadata()).get("authorization", ""))
         begin = int(request.page_token or "0")
         end = begin + request.page_size
         return store_pb2.ListAdaptersResponse(
@@ -242,7 +250,28 @@ class FakeStore:
             await abort(context, not_found(Reason.VERSION_NOT_FOUND, "version", request.ref))
         return store_pb2.ResolveRefResponse(version=found)
 
+    async def get_caller(
+        self, request: access_pb2.GetCallerRequest, context: Context
+    ) -> access_pb2.GetCallerResponse:
+        self.asked += 1
+        if self.away:
+            await abort(context, unavailable(Reason.STORE_UNREACHABLE, "no database", 1.0))
+        found = self.callers.get(first_values(context.invocation_metadata()).get("authorization", ""))
+        if found is None:
+            await abort(context, MeshError(Code.UNAUTHENTICATED, Reason.KEY_INVALID, "no such key"))
+        assert found is not None
+        return found
+
     def register(self, server: grpc.aio.Server) -> None:
+        access = {
+            "GetCaller": grpc.unary_unary_rpc_method_handler(
+                self.get_caller,
+                request_deserializer=access_pb2.GetCallerRequest.FromString,
+                response_serializer=access_pb2.GetCallerResponse.SerializeToString,
+            )
+        }
+        access_name = access_pb2.DESCRIPTOR.services_by_name["AccessService"].full_name
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(access_name, access),))
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "ListAdapters": grpc.unary_unary_rpc_method_handler(
                 self.list_adapters,

@@ -57,22 +57,22 @@ class Authentication:
         """Whether a call without a key is refused."""
         return self._config.required
 
-    async def caller(self, metadata: Mapping[str, str]) -> tuple[Caller, int]:
-        """Who sent this metadata, and how often a minute its tenant may call; 0 is no bound.
+    async def caller(self, metadata: Mapping[str, str]) -> Caller:
+        """Who sent this metadata.
 
         Raises:
             MeshError: UNAUTHENTICATED (KEY_INVALID); UNAVAILABLE if too many new keys are being checked.
         """
         key = _key_in(metadata)
         if self._config.root_key and _same(key, self._config.root_key):
-            return Caller(key_id="root", tenant=MESH_TENANT, roles=(Role.ADMIN,)), 0
+            return Caller(key_id="root", tenant=MESH_TENANT, roles=(Role.ADMIN,))
         key_id = key_id_of(key)
         kept = None if key_id is None else await self._keys.find(key_id)
         if kept is None or not await self._matches(key, kept):
             raise _invalid("the API key is none of this store's")
         self._check_valid(kept)
         self._note_use(kept.record.key_id)
-        return caller_of(kept.record), kept.max_requests_per_minute
+        return caller_of(kept.record, kept.max_requests_per_minute)
 
     async def close(self) -> None:
         """Waits for what is being written."""

@@ -17,6 +17,8 @@ class Caller:
     namespaces: tuple[str, ...] = ()
     """The key is good in these only. Empty: in all."""
     expire_time_us: int = 0
+    max_requests_per_minute: int = 0
+    """Of the tenant; 0 is no bound."""
 
     @property
     def permissions(self) -> frozenset[Permission]:
@@ -44,6 +46,8 @@ current_caller: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
 audit log wants it below every mutation, also in the tasks that finish one."""
 
 
-def caller_of(key: ApiKeyRecord) -> Caller:
+def caller_of(key: ApiKeyRecord, max_requests_per_minute: int) -> Caller:
     """Whom a key stands for."""
-    return Caller(key.key_id, key.tenant, key.roles, key.namespaces, key.expire_time_us)
+    return Caller(
+        key.key_id, key.tenant, key.roles, key.namespaces, key.expire_time_us, max_requests_per_minute
+    )

@@ -91,6 +91,7 @@ def caller_to(caller: Caller) -> access_pb2.GetCallerResponse:
         roles=role_messages(caller.roles),
         namespaces=caller.namespaces,
         expire_time=_time(caller.expire_time_us),
+        max_requests_per_minute=caller.max_requests_per_minute,
     )
 
 

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&adaptermesh/api/access/v1/access.proto\x12\x19\x61\x64\x61ptermesh.api.access.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tmax_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cmax_versions\x18\x03 \x01(\x03\x12\x1f\n\x17max_requests_per_minute\x18\x04 \x01(\x03\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\")\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"(\n\x05Usage\x12\r\n\x05\x62ytes\x18\x01 \x01(\x03\x12\x10\n\x08versions\x18\x02 \x01(\x03\"\xa9\x01\n\x05Grant\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07grantee\x18\x03 \x01(\t\x12.\n\x05roles\x18\x04 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"\xd2\x02\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12.\n\x05roles\x18\x03 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12\x12\n\nnamespaces\x18\x04 \x03(\t\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\n \x01(\t\"\xc4\x01\n\nAuditEntry\x12\x15\n\rfeed_position\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x11\n\tnamespace\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06key_id\x18\x07 \x01(\t\x12\x12\n\nkey_tenant\x18\x08 \x01(\t\x12\r\n\x05\x61\x63tor\x18\t \x01(\t\"\x12\n\x10GetCallerRequest\"\xa8\x01\n\x11GetCallerResponse\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12.\n\x05roles\x18\x03 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12\x12\n\nnamespaces\x18\x04 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8e\x01\n\x10SetTenantRequest\x12\x31\n\x06tenant\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.Tenant\x12 \n\x13\x65xpected_generation\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\tB\x16\n\x14_expected_generation\"]\n\x11SetTenantResponse\x12\x31\n\x06tenant\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.Tenant\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"q\n\x0bTenantUsage\x12\x31\n\x06tenant\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.Tenant\x12/\n\x05usage\x18\x02 \x01(\x0b\x32 .adaptermesh.api.access.v1.Usage\"g\n\x13ListTenantsResponse\x12\x37\n\x07tenants\x18\x01 \x03(\x0b\x32&.adaptermesh.api.access.v1.TenantUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x13SetNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\"f\n\x14SetNamespaceResponse\x12\x37\n\tnamespace\x18\x01 \x01(\x0b\x32$.adaptermesh.api.access.v1.Namespace\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\"N\n\x15ListNamespacesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"z\n\x0eNamespaceUsage\x12\x37\n\tnamespace\x18\x01 \x01(\x0b\x32$.adaptermesh.api.access.v1.Namespace\x12/\n\x05usage\x18\x02 \x01(\x0b\x32 .adaptermesh.api.access.v1.Usage\"p\n\x16ListNamespacesResponse\x12=\n\nnamespaces\x18\x01 \x03(\x0b\x32).adaptermesh.api.access.v1.NamespaceUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb1\x01\n\x13\x43reateApiKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12.\n\x05roles\x18\x02 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12\x12\n\nnamespaces\x18\x03 \x03(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"m\n\x14\x43reateApiKeyResponse\x12.\n\x03key\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x15\n\rfeed_position\x18\x03 \x01(\x03\"K\n\x12ListApiKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"_\n\x13ListApiKeysResponse\x12/\n\x04keys\x18\x01 \x03(\x0b\x32!.adaptermesh.api.access.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x13RevokeApiKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"]\n\x14RevokeApiKeyResponse\x12.\n\x03key\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.ApiKey\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\"Q\n\x0fSetGrantRequest\x12/\n\x05grant\x18\x01 \x01(\x0b\x32 .adaptermesh.api.access.v1.Grant\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"Z\n\x10SetGrantResponse\x12/\n\x05grant\x18\x01 \x01(\x0b\x32 .adaptermesh.api.access.v1.Grant\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\"U\n\x12\x44\x65leteGrantRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07grantee\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\",\n\x13\x44\x65leteGrantResponse\x12\x15\n\rfeed_position\x18\x01 \x01(\x03\"^\n\x11ListGrantsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0f\n\x07grantee\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"_\n\x12ListGrantsResponse\x12\x30\n\x06grants\x18\x01 \x03(\x0b\x32 .adaptermesh.api.access.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xea\x01\n\x17ListAuditEntriesRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x16\n\x0esubject_prefix\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12-\n\tfrom_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nuntil_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\"k\n\x18ListAuditEntriesResponse\x12\x36\n\x07\x65ntries\x18\x01 \x03(\x0b\x32%.adaptermesh.api.access.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*d\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_READER\x10\x01\x12\x12\n\x0eROLE_PUBLISHER\x10\x02\x12\x11\n\rROLE_DEPLOYER\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\xc0\n\n\rAccessService\x12\x66\n\tGetCaller\x12+.adaptermesh.api.access.v1.GetCallerRequest\x1a,.adaptermesh.api.access.v1.GetCallerResponse\x12\x66\n\tSetTenant\x12+.adaptermesh.api.access.v1.SetTenantRequest\x1a,.adaptermesh.api.access.v1.SetTenantResponse\x12l\n\x0bListTenants\x12-.adaptermesh.api.access.v1.ListTenantsRequest\x1a..adaptermesh.api.access.v1.ListTenantsResponse\x12o\n\x0cSetNamespace\x12..adaptermesh.api.access.v1.SetNamespaceRequest\x1a/.adaptermesh.api.access.v1.SetNamespaceResponse\x12u\n\x0eListNamespaces\x12\x30.adaptermesh.api.access.v1.ListNamespacesRequest\x1a\x31.adaptermesh.api.access.v1.ListNamespacesResponse\x12o\n\x0c\x43reateApiKey\x12..adaptermesh.api.access.v1.CreateApiKeyRequest\x1a/.adaptermesh.api.access.v1.CreateApiKeyResponse\x12l\n\x0bListApiKeys\x12-.adaptermesh.api.access.v1.ListApiKeysRequest\x1a..adaptermesh.api.access.v1.ListApiKeysResponse\x12o\n\x0cRevokeApiKey\x12..adaptermesh.api.access.v1.RevokeApiKeyRequest\x1a/.adaptermesh.api.access.v1.RevokeApiKeyResponse\x12\x63\n\x08SetGrant\x12*.adaptermesh.api.access.v1.SetGrantRequest\x1a+.adaptermesh.api.access.v1.SetGrantResponse\x12l\n\x0b\x44\x65leteGrant\x12-.adaptermesh.api.access.v1.DeleteGrantRequest\x1a..adaptermesh.api.access.v1.DeleteGrantResponse\x12i\n\nListGrants\x12,.adaptermesh.api.access.v1.ListGrantsRequest\x1a-.adaptermesh.api.access.v1.ListGrantsResponse\x12{\n\x10ListAuditEntries\x12\x32.adaptermesh.api.access.v1.ListAuditEntriesRequest\x1a\x33.adaptermesh.api.access.v1.ListAuditEntriesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&adaptermesh/api/access/v1/access.proto\x12\x19\x61\x64\x61ptermesh.api.access.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tmax_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cmax_versions\x18\x03 \x01(\x03\x12\x1f\n\x17max_requests_per_minute\x18\x04 \x01(\x03\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\")\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"(\n\x05Usage\x12\r\n\x05\x62ytes\x18\x01 \x01(\x03\x12\x10\n\x08versions\x18\x02 \x01(\x03\"\xa9\x01\n\x05Grant\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07grantee\x18\x03 \x01(\t\x12.\n\x05roles\x18\x04 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"\xd2\x02\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12.\n\x05roles\x18\x03 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12\x12\n\nnamespaces\x18\x04 \x03(\t\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\n \x01(\t\"\xc4\x01\n\nAuditEntry\x12\x15\n\rfeed_position\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x11\n\tnamespace\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06key_id\x18\x07 \x01(\t\x12\x12\n\nkey_tenant\x18\x08 \x01(\t\x12\r\n\x05\x61\x63tor\x18\t \x01(\t\"\x12\n\x10GetCallerRequest\"\xc9\x01\n\x11GetCallerResponse\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12.\n\x05roles\x18\x03 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12\x12\n\nnamespaces\x18\x04 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x17max_requests_per_minute\x18\x06 \x01(\x03\"\x8e\x01\n\x10SetTenantRequest\x12\x31\n\x06tenant\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.Tenant\x12 \n\x13\x65xpected_generation\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\tB\x16\n\x14_expected_generation\"]\n\x11SetTenantResponse\x12\x31\n\x06tenant\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.Tenant\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"q\n\x0bTenantUsage\x12\x31\n\x06tenant\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.Tenant\x12/\n\x05usage\x18\x02 \x01(\x0b\x32 .adaptermesh.api.access.v1.Usage\"g\n\x13ListTenantsResponse\x12\x37\n\x07tenants\x18\x01 \x03(\x0b\x32&.adaptermesh.api.access.v1.TenantUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x13SetNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\"f\n\x14SetNamespaceResponse\x12\x37\n\tnamespace\x18\x01 \x01(\x0b\x32$.adaptermesh.api.access.v1.Namespace\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\"N\n\x15ListNamespacesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"z\n\x0eNamespaceUsage\x12\x37\n\tnamespace\x18\x01 \x01(\x0b\x32$.adaptermesh.api.access.v1.Namespace\x12/\n\x05usage\x18\x02 \x01(\x0b\x32 .adaptermesh.api.access.v1.Usage\"p\n\x16ListNamespacesResponse\x12=\n\nnamespaces\x18\x01 \x03(\x0b\x32).adaptermesh.api.access.v1.NamespaceUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb1\x01\n\x13\x43reateApiKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12.\n\x05roles\x18\x02 \x03(\x0e\x32\x1f.adaptermesh.api.access.v1.Role\x12\x12\n\nnamespaces\x18\x03 \x03(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"m\n\x14\x43reateApiKeyResponse\x12.\n\x03key\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x15\n\rfeed_position\x18\x03 \x01(\x03\"K\n\x12ListApiKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"_\n\x13ListApiKeysResponse\x12/\n\x04keys\x18\x01 \x03(\x0b\x32!.adaptermesh.api.access.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x13RevokeApiKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"]\n\x14RevokeApiKeyResponse\x12.\n\x03key\x18\x01 \x01(\x0b\x32!.adaptermesh.api.access.v1.ApiKey\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\"Q\n\x0fSetGrantRequest\x12/\n\x05grant\x18\x01 \x01(\x0b\x32 .adaptermesh.api.access.v1.Grant\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"Z\n\x10SetGrantResponse\x12/\n\x05grant\x18\x01 \x01(\x0b\x32 .adaptermesh.api.access.v1.Grant\x12\x15\n\rfeed_position\x18\x02 \x01(\x03\"U\n\x12\x44\x65leteGrantRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07grantee\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\",\n\x13\x44\x65leteGrantResponse\x12\x15\n\rfeed_position\x18\x01 \x01(\x03\"^\n\x11ListGrantsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0f\n\x07grantee\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"_\n\x12ListGrantsResponse\x12\x30\n\x06grants\x18\x01 \x03(\x0b\x32 .adaptermesh.api.access.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xea\x01\n\x17ListAuditEntriesRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x16\n\x0esubject_prefix\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12-\n\tfrom_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nuntil_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\"k\n\x18ListAuditEntriesResponse\x12\x36\n\x07\x65ntries\x18\x01 \x03(\x0b\x32%.adaptermesh.api.access.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*d\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_READER\x10\x01\x12\x12\n\x0eROLE_PUBLISHER\x10\x02\x12\x11\n\rROLE_DEPLOYER\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\xc0\n\n\rAccessService\x12\x66\n\tGetCaller\x12+.adaptermesh.api.access.v1.GetCallerRequest\x1a,.adaptermesh.api.access.v1.GetCallerResponse\x12\x66\n\tSetTenant\x12+.adaptermesh.api.access.v1.SetTenantRequest\x1a,.adaptermesh.api.access.v1.SetTenantResponse\x12l\n\x0bListTenants\x12-.adaptermesh.api.access.v1.ListTenantsRequest\x1a..adaptermesh.api.access.v1.ListTenantsResponse\x12o\n\x0cSetNamespace\x12..adaptermesh.api.access.v1.SetNamespaceRequest\x1a/.adaptermesh.api.access.v1.SetNamespaceResponse\x12u\n\x0eListNamespaces\x12\x30.adaptermesh.api.access.v1.ListNamespacesRequest\x1a\x31.adaptermesh.api.access.v1.ListNamespacesResponse\x12o\n\x0c\x43reateApiKey\x12..adaptermesh.api.access.v1.CreateApiKeyRequest\x1a/.adaptermesh.api.access.v1.CreateApiKeyResponse\x12l\n\x0bListApiKeys\x12-.adaptermesh.api.access.v1.ListApiKeysRequest\x1a..adaptermesh.api.access.v1.ListApiKeysResponse\x12o\n\x0cRevokeApiKey\x12..adaptermesh.api.access.v1.RevokeApiKeyRequest\x1a/.adaptermesh.api.access.v1.RevokeApiKeyResponse\x12\x63\n\x08SetGrant\x12*.adaptermesh.api.access.v1.SetGrantRequest\x1a+.adaptermesh.api.access.v1.SetGrantResponse\x12l\n\x0b\x44\x65leteGrant\x12-.adaptermesh.api.access.v1.DeleteGrantRequest\x1a..adaptermesh.api.access.v1.DeleteGrantResponse\x12i\n\nListGrants\x12,.adaptermesh.api.access.v1.ListGrantsRequest\x1a-.adaptermesh.api.access.v1.ListGrantsResponse\x12{\n\x10ListAuditEntries\x12\x32.adaptermesh.api.access.v1.ListAuditEntriesRequest\x1a\x33.adaptermesh.api.access.v1.ListAuditEntriesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adaptermesh.api.access.v1.access_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=3777
-  _globals['_ROLE']._serialized_end=3877
+  _globals['_ROLE']._serialized_start=3810
+  _globals['_ROLE']._serialized_end=3910
   _globals['_TENANT']._serialized_start=135
   _globals['_TENANT']._serialized_end=315
   _globals['_NAMESPACE']._serialized_start=317
@@ -50,55 +50,55 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCALLERREQUEST']._serialized_start=1114
   _globals['_GETCALLERREQUEST']._serialized_end=1132
   _globals['_GETCALLERRESPONSE']._serialized_start=1135
-  _globals['_GETCALLERRESPONSE']._serialized_end=1303
-  _globals['_SETTENANTREQUEST']._serialized_start=1306
-  _globals['_SETTENANTREQUEST']._serialized_end=1448
-  _globals['_SETTENANTRESPONSE']._serialized_start=1450
-  _globals['_SETTENANTRESPONSE']._serialized_end=1543
-  _globals['_LISTTENANTSREQUEST']._serialized_start=1545
-  _globals['_LISTTENANTSREQUEST']._serialized_end=1604
-  _globals['_TENANTUSAGE']._serialized_start=1606
-  _globals['_TENANTUSAGE']._serialized_end=1719
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=1721
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=1824
-  _globals['_SETNAMESPACEREQUEST']._serialized_start=1826
-  _globals['_SETNAMESPACEREQUEST']._serialized_end=1892
-  _globals['_SETNAMESPACERESPONSE']._serialized_start=1894
-  _globals['_SETNAMESPACERESPONSE']._serialized_end=1996
-  _globals['_LISTNAMESPACESREQUEST']._serialized_start=1998
-  _globals['_LISTNAMESPACESREQUEST']._serialized_end=2076
-  _globals['_NAMESPACEUSAGE']._serialized_start=2078
-  _globals['_NAMESPACEUSAGE']._serialized_end=2200
-  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=2202
-  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=2314
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=2317
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=2494
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=2496
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=2605
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=2607
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=2682
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=2684
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=2779
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=2781
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=2833
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=2835
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=2928
-  _globals['_SETGRANTREQUEST']._serialized_start=2930
-  _globals['_SETGRANTREQUEST']._serialized_end=3011
-  _globals['_SETGRANTRESPONSE']._serialized_start=3013
-  _globals['_SETGRANTRESPONSE']._serialized_end=3103
-  _globals['_DELETEGRANTREQUEST']._serialized_start=3105
-  _globals['_DELETEGRANTREQUEST']._serialized_end=3190
-  _globals['_DELETEGRANTRESPONSE']._serialized_start=3192
-  _globals['_DELETEGRANTRESPONSE']._serialized_end=3236
-  _globals['_LISTGRANTSREQUEST']._serialized_start=3238
-  _globals['_LISTGRANTSREQUEST']._serialized_end=3332
-  _globals['_LISTGRANTSRESPONSE']._serialized_start=3334
-  _globals['_LISTGRANTSRESPONSE']._serialized_end=3429
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=3432
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=3666
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=3668
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=3775
-  _globals['_ACCESSSERVICE']._serialized_start=3880
-  _globals['_ACCESSSERVICE']._serialized_end=5224
+  _globals['_GETCALLERRESPONSE']._serialized_end=1336
+  _globals['_SETTENANTREQUEST']._serialized_start=1339
+  _globals['_SETTENANTREQUEST']._serialized_end=1481
+  _globals['_SETTENANTRESPONSE']._serialized_start=1483
+  _globals['_SETTENANTRESPONSE']._serialized_end=1576
+  _globals['_LISTTENANTSREQUEST']._serialized_start=1578
+  _globals['_LISTTENANTSREQUEST']._serialized_end=1637
+  _globals['_TENANTUSAGE']._serialized_start=1639
+  _globals['_TENANTUSAGE']._serialized_end=1752
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=1754
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=1857
+  _globals['_SETNAMESPACEREQUEST']._serialized_start=1859
+  _globals['_SETNAMESPACEREQUEST']._serialized_end=1925
+  _globals['_SETNAMESPACERESPONSE']._serialized_start=1927
+  _globals['_SETNAMESPACERESPONSE']._serialized_end=2029
+  _globals['_LISTNAMESPACESREQUEST']._serialized_start=2031
+  _globals['_LISTNAMESPACESREQUEST']._serialized_end=2109
+  _globals['_NAMESPACEUSAGE']._serialized_start=2111
+  _globals['_NAMESPACEUSAGE']._serialized_end=2233
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=2235
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=2347
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=2350
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=2527
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=2529
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=2638
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=2640
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=2715
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=2717
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=2812
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=2814
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=2866
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=2868
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=2961
+  _globals['_SETGRANTREQUEST']._serialized_start=2963
+  _globals['_SETGRANTREQUEST']._serialized_end=3044
+  _globals['_SETGRANTRESPONSE']._serialized_start=3046
+  _globals['_SETGRANTRESPONSE']._serialized_end=3136
+  _globals['_DELETEGRANTREQUEST']._serialized_start=3138
+  _globals['_DELETEGRANTREQUEST']._serialized_end=3223
+  _globals['_DELETEGRANTRESPONSE']._serialized_start=3225
+  _globals['_DELETEGRANTRESPONSE']._serialized_end=3269
+  _globals['_LISTGRANTSREQUEST']._serialized_start=3271
+  _globals['_LISTGRANTSREQUEST']._serialized_end=3365
+  _globals['_LISTGRANTSRESPONSE']._serialized_start=3367
+  _globals['_LISTGRANTSRESPONSE']._serialized_end=3462
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=3465
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=3699
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=3701
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=3808
+  _globals['_ACCESSSERVICE']._serialized_start=3913
+  _globals['_ACCESSSERVICE']._serialized_end=5257
 # @@protoc_insertion_point(module_scope)

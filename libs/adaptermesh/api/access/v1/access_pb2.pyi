@@ -73,7 +73,7 @@ class Tenant(_message.Message):
     max_versions: _builtins.int
     """Most versions. Zero means no bound."""
     max_requests_per_minute: _builtins.int
-    """Most calls a minute, of all its keys together, at each replica of the store. Zero means no bound."""
+    """Most calls a minute, of all its keys together, at each replica of store and gateway. Zero means no bound."""
     generation: _builtins.int
     """Counts the changes, from 1; 0 for the tenant that was always there."""
     actor: _builtins.str
@@ -353,10 +353,13 @@ class GetCallerResponse(_message.Message):
     ROLES_FIELD_NUMBER: _builtins.int
     NAMESPACES_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     """The key that was shown. Empty where none is asked for."""
     tenant: _builtins.str
     """Its tenant, or "*" for an operator of the mesh."""
+    max_requests_per_minute: _builtins.int
+    """Most calls a minute of the tenant, at each replica of each service. Zero means no bound."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]:
         """What it allows."""
@@ -377,10 +380,11 @@ class GetCallerResponse(_message.Message):
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
         namespaces: _abc.Iterable[_builtins.str] | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        max_requests_per_minute: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "key_id", b"key_id", "namespaces", b"namespaces", "roles", b"roles", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "key_id", b"key_id", "max_requests_per_minute", b"max_requests_per_minute", "namespaces", b"namespaces", "roles", b"roles", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

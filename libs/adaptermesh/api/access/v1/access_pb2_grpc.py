@@ -108,7 +108,7 @@ class AccessServiceServicer:
     """
 
     def GetCaller(self, request, context):
-        """Who the caller is.
+        """Who the caller is. Not counted among its tenant's requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class AccessServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AccessServiceAsyncStub: ...
     GetCaller: _grpc.UnaryUnaryMultiCallable[_access_pb2.GetCallerRequest, _access_pb2.GetCallerResponse]
-    """Who the caller is."""
+    """Who the caller is. Not counted among its tenant's requests."""
     SetTenant: _grpc.UnaryUnaryMultiCallable[_access_pb2.SetTenantRequest, _access_pb2.SetTenantResponse]
     """For operators: makes a tenant known or changes its quotas, by compare-and-set. ABORTED (TENANT_CONFLICT): it has
     changed since.
@@ -82,7 +82,7 @@ class AccessServiceAsyncStub(AccessServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetCaller: _aio.UnaryUnaryMultiCallable[_access_pb2.GetCallerRequest, _access_pb2.GetCallerResponse]  # type: ignore[assignment]
-    """Who the caller is."""
+    """Who the caller is. Not counted among its tenant's requests."""
     SetTenant: _aio.UnaryUnaryMultiCallable[_access_pb2.SetTenantRequest, _access_pb2.SetTenantResponse]  # type: ignore[assignment]
     """For operators: makes a tenant known or changes its quotas, by compare-and-set. ABORTED (TENANT_CONFLICT): it has
     changed since.
@@ -129,7 +129,7 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _access_pb2.GetCallerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_access_pb2.GetCallerResponse, _abc.Awaitable[_access_pb2.GetCallerResponse]]:
-        """Who the caller is."""
+        """Who the caller is. Not counted among its tenant's requests."""
 
     @_abc_1.abstractmethod
     def SetTenant(

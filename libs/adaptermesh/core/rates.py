@@ -8,7 +8,7 @@ _REMEMBERED = 4096
 
 
 class Rates:
-    """The buckets of this replica. A tenant's first calls find a full one."""
+    """The buckets of one process. A tenant's first calls find a full one."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

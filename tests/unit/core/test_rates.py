@@ -4,7 +4,7 @@ import pytest
 
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.store.access.rates import Rates
+from adaptermesh.core.rates import Rates
 
 
 class ManualClock(SystemClock):
