@@ -2,10 +2,22 @@
 
 import typer
 
-from adaptermesh.cli.commands import adapters, aliases, models, routes, signing_keys, traces
+from adaptermesh.cli.commands import (
+    adapters,
+    aliases,
+    grants,
+    keys,
+    models,
+    routes,
+    signing_keys,
+    tenants,
+    traces,
+)
 from adaptermesh.cli.commands.aliases import roll_back
+from adaptermesh.cli.commands.audit import audit
 from adaptermesh.cli.commands.demo import demo
 from adaptermesh.cli.commands.generate import generate
+from adaptermesh.cli.commands.keys import whoami
 from adaptermesh.cli.commands.status import status
 from adaptermesh.cli.commands.up import up
 
@@ -30,5 +42,11 @@ def build_app() -> typer.Typer:
     app.add_typer(aliases.app, name="alias")
     app.add_typer(routes.app, name="routes")
     app.add_typer(signing_keys.app, name="signing-keys")
+    app.add_typer(keys.app, name="keys")
+    app.command()(whoami)
+    app.add_typer(tenants.app, name="tenants")
+    app.add_typer(tenants.namespaces_app, name="namespaces")
+    app.add_typer(grants.app, name="grants")
+    app.command()(audit)
     app.add_typer(traces.app, name="trace")
     return app

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adaptermesh.client import DEFAULT_GATEWAY, DEFAULT_ROUTER, DEFAULT_STORE
@@ -16,6 +16,10 @@ class CliSettings(BaseSettings):
     gateway: str = Field(default=DEFAULT_GATEWAY, description="host:port of a gateway.")
     router: str = Field(default=DEFAULT_ROUTER, description="host:port of a router.")
     store: str = Field(default=DEFAULT_STORE, description="host:port of the adapter store.")
+    api_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="API key for store and gateway, where they ask for one. Empty: none is shown.",
+    )
     tenant: str = Field(
         default="",
         description="The tenant to act for, where no authentication is configured. Empty: the default.",

@@ -1,8 +1,9 @@
 import asyncio
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typer.testing import CliRunner, Result
 
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.cli.app import build_app
+from adaptermesh.store.access.authentication import AuthenticationConfig
+from adaptermesh.store.stores import StoreConfig
 from tests.unit.client.fake_services import (
     FakeGateway,
     FakeRouter,
@@ -116,16 +119,40 @@ def adapter_folder(tmp_path: Path) -> Path:
     return folder
 
 
+ROOT_KEY = "root-" + "r" * 40
+
+
 @pytest.fixture
 def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The folder of a store with one base, on another thread's event loop; the environment points at it."""
+    with _store_on_a_thread(store_config(tmp_path / "store")) as target:
+        monkeypatch.setenv("ADAPTERMESH_STORE", target)
+        yield tmp_path / "store"
+
+
+@pytest.fixture
+def keyed_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The same, but it asks for API keys; the environment has the root key."""
+    authentication = AuthenticationConfig(required=True, root_key=ROOT_KEY)
+    config = dataclasses.replace(store_config(tmp_path / "store"), authentication=authentication)
+    with _store_on_a_thread(config) as target:
+        monkeypatch.setenv("ADAPTERMESH_STORE", target)
+        monkeypatch.setenv("ADAPTERMESH_API_KEY", ROOT_KEY)
+        yield tmp_path / "store"
+
+
+@contextmanager
+def _store_on_a_thread(config: StoreConfig) -> Iterator[str]:
     ready, stopping = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
     found: list[str] = []
 
     async def run() -> None:
-        async with running_store(store_config(tmp_path / "store")) as store:
-            await store.stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base_model()))
+        async with running_store(config) as store:
+            await store.stub.RegisterBaseModel(
+                store_pb2.RegisterBaseModelRequest(base_model=base_model()),
+                metadata=(("authorization", f"Bearer {ROOT_KEY}"),),
+            )
             found.append(store.target)
             ready.set()
             await stopping.wait()
@@ -133,8 +160,7 @@ def real_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
     assert ready.wait(30)
-    monkeypatch.setenv("ADAPTERMESH_STORE", found[0])
-    yield tmp_path / "store"
+    yield found[0]
     loop.call_soon_threadsafe(stopping.set)
     thread.join(30)
     loop.close()

@@ -127,14 +127,14 @@ class Audit:
         return pager.page([_entry(row) for row in rows])
 
 
-def _parts(query: AuditQuery) -> list[str | int]:
+def _parts(query: AuditQuery) -> list[str]:
     return [
         query.namespace,
         query.subject_prefix,
         query.action,
         query.key_id,
-        query.from_time_us,
-        query.until_time_us,
+        str(query.from_time_us),
+        str(query.until_time_us),
     ]
 
 

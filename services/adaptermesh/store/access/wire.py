@@ -138,8 +138,8 @@ def _microseconds(field: str, message: access_pb2.ListAuditEntriesRequest) -> in
     if not message.HasField(field):  # type: ignore[arg-type]  # one of two names
         return 0
     found: int = getattr(message, field).ToMicroseconds()
-    if not 0 <= found < 2**53:
-        raise invalid_field(field, "must be after 1970, and within reason")
+    if not 0 <= found < 2**62:
+        raise invalid_field(field, "must be between 1970 and 9999")
     return found
 
 
