@@ -5,9 +5,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import exc
+from sqlalchemy import Select, exc
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
@@ -16,6 +16,7 @@ from adaptermesh.store.dialect import Dialect, Trouble
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.postgres import Postgres
+from adaptermesh.store.prepared import Prepared
 from adaptermesh.store.sqlite import Sqlite
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,18 @@ class Database:
         with self._trouble_is_unavailable():
             async with self._reader.connect() as connection:
                 yield connection
+
+    def prepare(self, query: Select[Any]) -> Prepared:
+        """A query for `fetch`."""
+        return Prepared(query, self._engine.dialect)
+
+    async def fetch(self, query: Prepared, **values: Any) -> list[Any]:
+        """The rows of one query, which sees one state without a transaction around it: far faster."""
+        with self._trouble_is_unavailable():
+            async with self._engine.connect() as connection:
+                driver = (await connection.get_raw_connection()).driver_connection
+                rows = await self._dialect.fetch(driver, query.sql, query.values(values))
+        return query.rows(rows)
 
     async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Runs `work` in a write transaction and commits it.

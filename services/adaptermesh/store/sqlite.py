@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class Sqlite:
 
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Returns at once."""
+
+    async def fetch(self, driver: Any, sql: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """In one step of the connection's thread."""
+        try:
+            rows: Sequence[Sequence[Any]] = await driver.execute_fetchall(sql, values)
+        except sqlite3.Error as error:
+            raise exc.OperationalError(sql, None, error) from error
+        return rows
 
     def trouble(self, error: Exception) -> Trouble | None:
         """BUSY if another process had the file for too long."""
