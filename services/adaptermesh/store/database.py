@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Select, exc
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
 from adaptermesh.store.dialect import Dialect, Trouble
@@ -68,6 +69,7 @@ class Database:
             max_overflow=0,
             pool_timeout=config.busy_seconds,
             connect_args=dict(access.connect_args),
+            **access.engine,
         )
         self._dialect.prepare(self._engine)
         # Both have the same pool.
@@ -113,9 +115,12 @@ class Database:
     async def fetch(self, query: Prepared, **values: Any) -> list[Any]:
         """The rows of one query, which sees one state without a transaction around it: far faster."""
         with self._trouble_is_unavailable():
-            async with self._engine.connect() as connection:
-                driver = (await connection.get_raw_connection()).driver_connection
+            connection = await self._engine.raw_connection()
+            try:
+                driver = connection.driver_connection
                 rows = await self._dialect.fetch(driver, query.sql, query.values(values))
+            finally:
+                await greenlet_spawn(connection.close)
         return query.rows(rows)
 
     async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:

@@ -24,6 +24,8 @@ class Access:
     """How an engine is made, and what tells its read and its write transactions apart."""
 
     connect_args: Mapping[str, Any]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """What else SQLAlchemy makes the engine with."""
     reading: Mapping[str, Any] = field(default_factory=dict)
     """SQLAlchemy's execution options of a read transaction."""
     writing: Mapping[str, Any] = field(default_factory=dict)
