@@ -1,24 +1,26 @@
 """A catalogue of many adapters, written into a store's database and folder in a few transactions."""
 
+import asyncio
 import itertools
 import json
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, update
+from pydantic import TypeAdapter
+from sqlalchemy import insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.store import schema
-from adaptermesh.store.blobs import FolderBlobStore
+from adaptermesh.store.blobs import BlobStore, FolderBlobStore
 from adaptermesh.store.database import Database, DatabaseConfig
-from adaptermesh.store.feed import append_change
 from adaptermesh.store.records import ChangeKind, VersionRecord
 from adaptermesh.store.rows import version_values
 from adaptermesh.store.words import Wording, word_index
+from tests.bench.bulk_rows import add_rows
 
 FEED_ID = "bench"
 VERSIONS = 3
@@ -27,7 +29,7 @@ _SEED = 7
 _AT_ONCE = 2000
 _KINDS = ("lora", "lora", "lora", "dora", "ia3", "bottleneck")
 _LICENSES = ("apache-2.0", "mit", "", "cc-by-4.0")
-_MANIFEST_BYTES = 32 * 1024
+MANIFEST_BYTES = 32 * 1024
 _CARD_WORDS = 100
 _BASE = "sha256:" + "b" * 64
 
@@ -59,11 +61,12 @@ class Vocabulary:
         return " ".join(self._random.choices(self.words, cum_weights=self._weights, k=count))
 
 
-async def fill(home: Path, size: Size) -> None:
-    """Fills the home folder of a store that does not run."""
+async def fill(home: Path, size: Size, database_url: str = "") -> None:
+    """Fills the home folder of a store that does not run, and its database: its own unless one is given."""
     folder = home / "store"
     folder.mkdir(parents=True)
-    database = Database(DatabaseConfig(f"sqlite+aiosqlite:///{folder / 'catalogue.db'}"), lambda: None)
+    url = database_url or f"sqlite+aiosqlite:///{folder / 'catalogue.db'}"
+    database = Database(DatabaseConfig(url), lambda: None)
     await database.open(FEED_ID)
     blobs = FolderBlobStore(folder / "blobs")
     await blobs.recover()
@@ -79,12 +82,17 @@ async def fill(home: Path, size: Size) -> None:
             await _adapters(connection, start, records, vocabulary, database.dialect)
 
         await database.write(work)
-    async for manifest in _manifests(size.asked):
-        source = home / "manifest"
-        source.write_bytes(manifest)
-        await blobs.put(digest_bytes(manifest), source)
+    for number in range(size.asked):
+        await asyncio.gather(*(_put(blobs, home, _manifest(number, 1 + of)) for of in range(VERSIONS)))
     await _feed(database, size)
+    await database.write(_gather_statistics)
     await database.close()
+
+
+async def _gather_statistics(connection: AsyncConnection) -> None:
+    """What PostgreSQL does by itself in the first minutes."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text("ANALYZE"))
 
 
 def adapter_of(number: int) -> str:
@@ -94,13 +102,15 @@ def adapter_of(number: int) -> str:
 
 def _manifest(number: int, version: int) -> bytes:
     text = json.dumps({"adapter": adapter_of(number), "version": version})
-    return text.encode().ljust(_MANIFEST_BYTES)
+    return text.encode().ljust(MANIFEST_BYTES)
 
 
-async def _manifests(asked: int) -> AsyncIterator[bytes]:
-    for number in range(asked):
-        for version in range(1, VERSIONS + 1):
-            yield _manifest(number, version)
+async def _put(blobs: BlobStore, folder: Path, manifest: bytes) -> None:
+    digest = digest_bytes(manifest)
+    source = folder / digest
+    await asyncio.to_thread(source.write_bytes, manifest)
+    await blobs.put(digest, source)
+    await asyncio.to_thread(source.unlink)
 
 
 def _versions(number: int, draw: random.Random, vocabulary: Vocabulary) -> list[VersionRecord]:
@@ -160,7 +170,6 @@ async def _adapters(
             schema.aliases,
         )
     }
-    words = word_index(dialect)
     for adapter_id, versions in enumerate(records, start + 1):
         newest = versions[-1]
         name = {"namespace": newest.namespace, "name": newest.name}
@@ -182,24 +191,33 @@ async def _adapters(
         rows[schema.alias_moves].append({**alias, **move})
         rows[schema.aliases].append(alias)
     for table, values in rows.items():
-        await connection.execute(insert(table), values)
-    for adapter_id, versions in enumerate(records, start + 1):
-        newest = versions[-1]
-        card = vocabulary.text(_CARD_WORDS)
-        wording = Wording(str(newest.adapter), " ".join(newest.tags), newest.description, card)
-        await words.put(connection, adapter_id, wording)
+        await add_rows(connection, table, values)
+    wordings = {
+        adapter_id: Wording(
+            str(newest.adapter), " ".join(newest.tags), newest.description, vocabulary.text(_CARD_WORDS)
+        )
+        for adapter_id, (*_, newest) in enumerate(records, start + 1)
+    }
+    await word_index(dialect).add(connection, wordings)
 
 
 async def _feed(database: Database, size: Size) -> None:
     """The versions' own positions are behind the feed's beginning; only the last changes are in it."""
     trimmed = size.adapters * VERSIONS
-    draw, vocabulary = random.Random(_SEED), Vocabulary()
+    draw, vocabulary, body = random.Random(_SEED), Vocabulary(), TypeAdapter(VersionRecord)
+    rows = [
+        {
+            "position": trimmed + 1 + number,
+            "commit_time_us": 0,
+            "kind": ChangeKind.VERSION_PUBLISHED.value,
+            "body": body.dump_json(_versions(number, draw, vocabulary)[0]).decode(),
+        }
+        for number in range(size.events)
+    ]
 
     async def work(connection: AsyncConnection) -> None:
-        positions = {"head_position": trimmed, "trimmed_position": trimmed}
+        positions = {"head_position": trimmed + size.events, "trimmed_position": trimmed}
         await connection.execute(update(schema.feed).values(positions))
-        for number in range(size.events):
-            record = _versions(number, draw, vocabulary)[0]
-            await append_change(connection, ChangeKind.VERSION_PUBLISHED, record, 0)
+        await add_rows(connection, schema.changes, rows)
 
     await database.write(work)

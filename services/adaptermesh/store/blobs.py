@@ -72,6 +72,10 @@ class BlobStore(Protocol):
         """Opens a blob; raises MeshError DATA_CORRUPT if there is none, since the catalogue says there is."""
         ...
 
+    async def get(self, digest: str, most_bytes: int) -> bytes:
+        """All of a small blob; raises MeshError DATA_CORRUPT if there is none, or a larger one."""
+        ...
+
     async def stat(self, digest: str) -> StoredBlob | None:
         """The blob with a digest, if there is one."""
         ...
@@ -120,6 +124,9 @@ class FolderBlobStore:
             yield reader
         finally:
             reader.close()
+
+    async def get(self, digest: str, most_bytes: int) -> bytes:
+        return await asyncio.to_thread(_read_all, self._path(digest), digest, most_bytes)
 
     async def stat(self, digest: str) -> StoredBlob | None:
         return await asyncio.to_thread(_stat, self._path(digest), digest)
@@ -225,6 +232,16 @@ class _FileReader:
                 raise corrupt_blob(self._digest, f"it ends before byte {offset + size}")
             data += more
         return data
+
+
+def _read_all(path: Path, digest: str, most_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > most_bytes:
+                raise corrupt_blob(digest, f"it has more than {most_bytes} bytes")
+            return file.read()
+    except FileNotFoundError as error:
+        raise corrupt_blob(digest, "it is missing") from error
 
 
 def file_digest(path: Path) -> str:

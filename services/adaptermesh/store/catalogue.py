@@ -12,12 +12,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.digests import is_digest
-from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found, version_revoked
+from adaptermesh.core.errors import (
+    Code,
+    MeshError,
+    Reason,
+    invalid_field,
+    not_found,
+    unavailable,
+    version_revoked,
+)
 from adaptermesh.core.refs import AdapterName, Ref
 from adaptermesh.store.access.quotas import count_in
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_line
+from adaptermesh.store.lookup import Lookup
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import BaseModelRecord, ChangeKind, VersionRecord
 from adaptermesh.store.resolution import (
@@ -26,7 +35,6 @@ from adaptermesh.store.resolution import (
     find_version,
 )
 from adaptermesh.store.rows import (
-    SELECT_ALIASES,
     SELECT_VERSIONS,
     StoredVersion,
     base_model_record,
@@ -35,14 +43,13 @@ from adaptermesh.store.rows import (
 )
 from adaptermesh.store.schema import (
     adapters,
-    alias_moves,
     base_models,
     search_documents,
     search_tags,
     version_tags,
     versions,
 )
-from adaptermesh.store.usability import find_usable
+from adaptermesh.store.usability import why_not
 from adaptermesh.store.words import Wording, word_index
 
 log = logging.getLogger(__name__)
@@ -63,6 +70,7 @@ class Catalogue:
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
+        self._lookup = Lookup(database)
         self._words = word_index(database.dialect)
         self._clock = clock
 
@@ -161,8 +169,7 @@ class Catalogue:
 
     async def find_digest(self, digest: str) -> StoredVersion | None:
         """The version with a digest, if there is one."""
-        async with self._database.reading() as connection:
-            return await find_digest(connection, digest)
+        return await self._lookup.find_digest(digest)
 
     async def get_digest(self, digest: str) -> StoredVersion:
         """The version with a digest; raises MeshError VERSION_NOT_FOUND or INVALID_FIELD."""
@@ -190,16 +197,22 @@ class Catalogue:
             MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND; VERSION_REVOKED and
                 VERSION_UNSIGNED unless such a version is wanted too.
         """
-        find = find_version if include_unusable else find_usable
-        async with self._database.reading() as connection:
-            found = await find(connection, ref)
-            adapter_id = await find_adapter(connection, ref.adapter)
-            same = (alias_moves.c.adapter_id == adapter_id) & (
-                alias_moves.c.version_number == found.record.number
-            )
-            query = SELECT_ALIASES.where(same).order_by(alias_moves.c.alias)
-            names = tuple(row.alias for row in await connection.execute(query))
-        return found, names
+        found = await self._lookup.find(ref)
+        if found is None:
+            raise await self._what_is_missing(ref)
+        problem = None if include_unusable else why_not(str(ref), found.version.record, found.policy)
+        if problem is not None:
+            raise problem
+        return found.version, found.aliases
+
+    async def _what_is_missing(self, ref: Ref) -> MeshError:
+        try:
+            async with self._database.reading() as connection:
+                await find_version(connection, ref)
+        except MeshError as error:
+            return error
+        # It has come meanwhile.
+        return unavailable(Reason.OVERLOADED, f"'{ref}' is just being published", retry_after=0.1)
 
     async def list_versions(self, adapter: AdapterName, request: PageRequest) -> Page[VersionRecord]:
         """The versions of an adapter, newest first; raises MeshError ADAPTER_NOT_FOUND."""

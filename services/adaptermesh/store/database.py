@@ -5,17 +5,19 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import exc
+from sqlalchemy import Select, exc
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
 from adaptermesh.store.dialect import Dialect, Trouble
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.postgres import Postgres
+from adaptermesh.store.prepared import Prepared
 from adaptermesh.store.sqlite import Sqlite
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,11 @@ class Database:
             url,
             pool_size=config.connections,
             max_overflow=0,
+            # The connection that was used last knows the statements.
+            pool_use_lifo=True,
             pool_timeout=config.busy_seconds,
             connect_args=dict(access.connect_args),
+            **access.engine,
         )
         self._dialect.prepare(self._engine)
         # Both have the same pool.
@@ -104,6 +109,21 @@ class Database:
         with self._trouble_is_unavailable():
             async with self._reader.connect() as connection:
                 yield connection
+
+    def prepare(self, query: Select[Any]) -> Prepared:
+        """A query for `fetch`."""
+        return Prepared(query, self._engine.dialect)
+
+    async def fetch(self, query: Prepared, **values: Any) -> list[Any]:
+        """The rows of one query, which sees one state without a transaction around it: far faster."""
+        with self._trouble_is_unavailable():
+            connection = await self._engine.raw_connection()
+            try:
+                driver = connection.driver_connection
+                rows = await self._dialect.fetch(driver, query.sql, query.values(values))
+            finally:
+                await greenlet_spawn(connection.close)
+        return query.rows(rows)
 
     async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Runs `work` in a write transaction and commits it.

@@ -1,7 +1,7 @@
 """What differs between the databases that the catalogue can be in."""
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ class Access:
     """How an engine is made, and what tells its read and its write transactions apart."""
 
     connect_args: Mapping[str, Any]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """What else SQLAlchemy makes the engine with."""
     reading: Mapping[str, Any] = field(default_factory=dict)
     """SQLAlchemy's execution options of a read transaction."""
     writing: Mapping[str, Any] = field(default_factory=dict)
@@ -61,6 +63,14 @@ class Dialect(Protocol):
         """Calls `on_change` after each commit of another process, and whenever one may have been missed.
 
         Runs until it is cancelled; returns at once where the database does not tell.
+        """
+        ...
+
+    async def fetch(self, driver: Any, sql: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Runs one SELECT on a connection of the driver, outside of any transaction.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: what the driver said.
         """
         ...
 

@@ -1,9 +1,10 @@
 """The catalogue in PostgreSQL: for several stores, on any machines."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import asyncpg
 from sqlalchemy import URL, event, exc, func, select, text
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -82,6 +83,14 @@ class Postgres:
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Listens until it is cancelled."""
         await Listener(self._url, self.access.connect_args, CHANNEL, self._own).run(on_change)
+
+    async def fetch(self, driver: Any, sql: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """In one round trip, once the driver has prepared the statement."""
+        try:
+            rows: Sequence[Sequence[Any]] = await driver.fetch(sql, *values)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise exc.DBAPIError(sql, None, error, connection_invalidated=driver.is_closed()) from error
+        return rows
 
     def trouble(self, error: Exception) -> Trouble | None:
         """By the server's code; without one, it never answered."""

@@ -5,7 +5,6 @@ import json
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 
-from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
 from adaptermesh.store.blobs import BlobReader, BlobStore
 from adaptermesh.store.records import SourceFile, VersionRecord
@@ -19,15 +18,6 @@ _Range = tuple[int, int]
 """An offset and a size."""
 _Block = list[_Range]
 """Ranges without a gap between them."""
-
-
-async def read_manifest(blobs: BlobStore, digest: str) -> bytes:
-    """A version's canonical manifest; raises MeshError DATA_CORRUPT if it isn't what was kept."""
-    async with blobs.open(digest) as reader:
-        data = await reader.read(0, reader.size)
-    if digest_bytes(data) != digest:
-        raise _corrupt(digest, "the manifest has another digest")
-    return data
 
 
 async def read_tensors(

@@ -32,6 +32,7 @@ from adaptermesh.store.schema import (
 )
 
 _STATUS = "status_"
+_STATUS_NAMES = tuple(field.name for field in dataclasses.fields(VersionStatus) if field.name != "state")
 SELECT_VERSIONS = (
     select(
         versions,
@@ -75,11 +76,11 @@ class StoredVersion:
     feed_position: int
 
 
-def stored_version(row: Row[Any]) -> StoredVersion:
+def stored_version(row: Any) -> StoredVersion:
     return StoredVersion(version_record(row), row.tensor_digest, row.feed_position)
 
 
-def version_record(row: Row[Any]) -> VersionRecord:
+def version_record(row: Any) -> VersionRecord:
     return VersionRecord(
         namespace=row.namespace,
         name=row.name,
@@ -105,11 +106,10 @@ def version_record(row: Row[Any]) -> VersionRecord:
     )
 
 
-def _status(row: Row[Any]) -> VersionStatus:
+def _status(row: Any) -> VersionStatus:
     if row.status_generation is None:
         return NEVER_SET
-    names = (field.name for field in dataclasses.fields(VersionStatus) if field.name != "state")
-    values = {name: getattr(row, _STATUS + name) for name in names}
+    values = {name: getattr(row, _STATUS + name) for name in _STATUS_NAMES}
     return VersionStatus(state=VersionState(row.status_state), **values)
 
 
@@ -147,7 +147,7 @@ def route_record(row: Row[Any]) -> RouteRecord:
     return RouteRecord(row.tenant, row.task, targets, row.generation, row.update_time_us)
 
 
-def policy_record(row: Row[Any]) -> PolicyRecord:
+def policy_record(row: Any) -> PolicyRecord:
     return PolicyRecord(
         namespace=row.namespace,
         signatures=SignaturePolicy(row.signatures),

@@ -14,16 +14,15 @@ from typing import BinaryIO
 
 from minio.datatypes import Object
 from minio.error import S3Error
-from urllib3.exceptions import HTTPError, MaxRetryError
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
 from adaptermesh.store.blobs import StoredBlob, corrupt_blob
 from adaptermesh.store.s3_connection import S3Config, S3Connection, is_absent
+from adaptermesh.store.s3_reading import ObjectReader, read_whole
 
 _PREFIX = "sha256:"
 _PAGE = 1000
-_READ_ATTEMPTS = 3
 _PUT_ATTEMPTS = 2
 
 _Unfinished = tuple[str, str]
@@ -66,12 +65,16 @@ class S3BlobStore:
                 return
 
     @asynccontextmanager
-    async def open(self, digest: str) -> AsyncIterator["_ObjectReader"]:
+    async def open(self, digest: str) -> AsyncIterator[ObjectReader]:
         key = self._key(digest)
         found = await self.stat(digest)
         if found is None:
             raise corrupt_blob(digest, "it is missing")
-        yield _ObjectReader(self._connection, key, found)
+        yield ObjectReader(self._connection, key, found)
+
+    async def get(self, digest: str, most_bytes: int) -> bytes:
+        key = self._key(digest)
+        return await read_whole(self._connection, key, digest, most_bytes)
 
     async def stat(self, digest: str) -> StoredBlob | None:
         key = self._key(digest)
@@ -171,61 +174,6 @@ class S3BlobStore:
         except S3Error as error:
             if error.code != "NoSuchUpload":
                 raise
-
-
-class _ObjectReader:
-    """Ranges of an object. Each is one request over a kept connection, made when it is asked for.
-
-    So a caller that is slow or goes away holds neither a thread nor a connection.
-    """
-
-    def __init__(self, connection: S3Connection, key: str, blob: StoredBlob) -> None:
-        self._connection = connection
-        self._key = key
-        self._blob = blob
-
-    @property
-    def size(self) -> int:
-        return self._blob.size_bytes
-
-    async def read(self, offset: int, size: int) -> bytes:
-        if offset + size > self.size:
-            raise corrupt_blob(self._blob.digest, f"it ends before byte {offset + size}")
-        if size == 0:
-            return b""
-        return await self._connection.read(lambda: self._read(offset, size))
-
-    def _read(self, offset: int, size: int) -> bytes:
-        """Again if the connection was lost within the answer: that is retried nowhere else."""
-        for _ in range(_READ_ATTEMPTS - 1):
-            try:
-                return self._get(offset, size)
-            except MaxRetryError:
-                raise
-            except HTTPError:
-                continue
-        return self._get(offset, size)
-
-    def _get(self, offset: int, size: int) -> bytes:
-        bucket = self._connection.config.bucket
-        try:
-            response = self._connection.client.get_object(bucket, self._key, offset, size)
-        except S3Error as error:
-            if is_absent(error):
-                raise corrupt_blob(self._blob.digest, "it is missing") from error
-            if error.code == "InvalidRange":
-                raise corrupt_blob(self._blob.digest, f"it ends before byte {offset + size}") from error
-            raise
-        try:
-            if response.headers.get("Content-Length") != str(size):
-                raise corrupt_blob(self._blob.digest, f"{size} bytes from {offset} are not there")
-            data = response.read()
-        except BaseException:
-            response.close()
-            raise
-        finally:
-            response.release_conn()
-        return data
 
 
 class _Verified:

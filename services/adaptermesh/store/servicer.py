@@ -18,7 +18,7 @@ from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
-from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
+from adaptermesh.store.reading import check_offset, find_file, read_file, read_tensors
 from adaptermesh.store.routes import ANY_TENANT
 from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.statuses import StatusRequest
@@ -61,7 +61,7 @@ class StoreServicer(SigningServicer):
     ) -> AsyncIterator[store_pb2.FetchAdapterResponse | bytes]:
         version = await self._stores.catalogue.unrevoked_digest(request.digest)
         check_offset(request.offset, version.record.size_bytes)
-        manifest = await read_manifest(self._stores.blobs, version.record.digest)
+        manifest = await self._stores.manifests.read(version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
         async with aclosing(read_tensors(self._stores.blobs, version, manifest, request.offset)) as pieces:
             async for piece in pieces:
@@ -73,7 +73,7 @@ class StoreServicer(SigningServicer):
         version, aliases = await self._stores.catalogue.resolve(
             await self._ref(request), include_unusable=request.include_unusable
         )
-        manifest = await read_manifest(self._stores.blobs, version.record.digest)
+        manifest = await self._stores.manifests.read(version.record.digest)
         return store_pb2.ResolveRefResponse(
             version=wire.version_to(version.record), aliases=aliases, manifest=manifest
         )

@@ -2,12 +2,13 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import PoolResetState
 
 from adaptermesh.store.dialect import Access, Trouble
 
@@ -24,6 +25,8 @@ class Sqlite:
         self.access = Access(
             # The driver shall begin nothing by itself: see `_begin`.
             connect_args={"isolation_level": None, "timeout": busy_seconds},
+            # See `_reset`.
+            engine={"pool_reset_on_return": None},
             # Tells the `begin` listener to take the write lock at once.
             writing={_WRITES: True},
         )
@@ -37,6 +40,7 @@ class Sqlite:
         """Sets the pragmas of each connection, and how a transaction begins."""
         event.listen(engine.sync_engine, "connect", _prepare)
         event.listen(engine.sync_engine, "begin", _begin)
+        event.listen(engine.sync_engine, "reset", _reset)
 
     async def lock_schema(self, connection: AsyncConnection) -> None:
         """Nothing: the transaction began with the write lock."""
@@ -49,6 +53,14 @@ class Sqlite:
 
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Returns at once."""
+
+    async def fetch(self, driver: Any, sql: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """In one step of the connection's thread."""
+        try:
+            rows: Sequence[Sequence[Any]] = await driver.execute_fetchall(sql, values)
+        except sqlite3.Error as error:
+            raise exc.OperationalError(sql, None, error) from error
+        return rows
 
     def trouble(self, error: Exception) -> Trouble | None:
         """BUSY if another process had the file for too long."""
@@ -89,3 +101,9 @@ def _begin(connection: Connection) -> None:
     # IMMEDIATE, because a transaction that reads first and writes later can't be made to wait for its turn.
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _reset(connection: Any, _record: object, state: PoolResetState) -> None:
+    """Undoes a transaction that was left open. To ask for that in any case would take the thread's time."""
+    if state.asyncio_safe and connection.driver_connection.in_transaction:
+        connection.rollback()

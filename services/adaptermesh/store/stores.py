@@ -25,6 +25,7 @@ from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.garbage import GarbageCollector
 from adaptermesh.store.listing import Listing
+from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.policies import Policies
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
@@ -70,6 +71,7 @@ class Stores:
         self.feed = Feed(config.feed)
         self.database = Database(config.database, self.feed.announce)
         self.blobs = _blob_store(config)
+        self.manifests = Manifests(self.blobs)
         self.catalogue = Catalogue(self.database, clock)
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)

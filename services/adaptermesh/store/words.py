@@ -6,7 +6,7 @@ words, cut here, so that they agree on what a word is.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
+    bindparam,
     column,
     delete,
     func,
@@ -56,6 +57,10 @@ class WordIndex(Protocol):
         """Replaces an adapter's words, inside the caller's write transaction."""
         ...
 
+    async def add(self, connection: AsyncConnection, wordings: Mapping[int, Wording]) -> None:
+        """Adds the words of adapters that have none yet."""
+        ...
+
     def matching(self, words: Sequence[str]) -> FromClause:
         """The adapters that have a word beginning with each of these: columns `adapter_id` and `score`."""
         ...
@@ -73,7 +78,11 @@ class SqliteWords:
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
         await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
-        await connection.execute(insert(self._index).values(rowid=adapter_id, **_values(wording)))
+        await self.add(connection, {adapter_id: wording})
+
+    async def add(self, connection: AsyncConnection, wordings: Mapping[int, Wording]) -> None:
+        rows = [{"rowid": adapter_id, **_values(wording)} for adapter_id, wording in wordings.items()]
+        await connection.execute(insert(self._index), rows)
 
     def matching(self, words: Sequence[str]) -> FromClause:
         index: ColumnElement[str] = literal_column("search_words")
@@ -89,16 +98,12 @@ class PostgresWords:
     _index = table("search_words", column("adapter_id", Integer), column("document"))
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
-        weighted = [
-            # Its type, "char", is one that no parameter has.
-            func.setweight(func.to_tsvector("simple", words), literal_column(f"'{weight}'"))
-            for words, weight in zip(_values(wording).values(), "ABCD", strict=True)
-        ]
-        document: ColumnElement[Any] = weighted[0]
-        for part in weighted[1:]:
-            document = document.op("||")(part)
         await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
-        await connection.execute(insert(self._index).values(adapter_id=adapter_id, document=document))
+        await self.add(connection, {adapter_id: wording})
+
+    async def add(self, connection: AsyncConnection, wordings: Mapping[int, Wording]) -> None:
+        rows = [{"adapter_id": adapter_id, **_values(wording)} for adapter_id, wording in wordings.items()]
+        await connection.execute(insert(self._index).values(document=_document()), rows)
 
     def matching(self, words: Sequence[str]) -> FromClause:
         # Words are of letters and digits only: nothing in them means anything to the query.
@@ -106,6 +111,19 @@ class PostgresWords:
         score = func.ts_rank_cd(self._index.c.document, asked)
         query = select(self._index.c.adapter_id, score.label("score"))
         return query.where(self._index.c.document.op("@@")(asked)).subquery()
+
+
+def _document() -> ColumnElement[Any]:
+    """The tsvector of the parameters that are called as the parts are."""
+    weighted = [
+        # Its type, "char", is one that no parameter has.
+        func.setweight(func.to_tsvector("simple", bindparam(part)), literal_column(f"'{weight}'"))
+        for part, weight in zip(PARTS, "ABCD", strict=True)
+    ]
+    document: ColumnElement[Any] = weighted[0]
+    for part in weighted[1:]:
+        document = document.op("||")(part)
+    return document
 
 
 def _values(wording: Wording) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A gRPC server with nothing behind it: streams the bytes of one file from memory. Prints its port."""
+"""A gRPC server with nothing behind it: gives the bytes of one file from memory. Prints its port."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ import grpc.aio
 
 PIECE_BYTES = 512 * 1024
 METHOD = "Stream"
+UNARY = "Whole"
 SERVICE = "adaptermesh.bench.Raw"
 
 
@@ -36,9 +37,15 @@ async def run(file: Path) -> None:
         for piece in pieces:
             yield piece
 
+    async def whole(request: bytes, context: object) -> bytes:
+        return data
+
     server = grpc.aio.server()
-    handler: Any = grpc.unary_stream_rpc_method_handler(stream)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    handlers: Any = {
+        METHOD: grpc.unary_stream_rpc_method_handler(stream),
+        UNARY: grpc.unary_unary_rpc_method_handler(whole),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

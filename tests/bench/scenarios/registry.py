@@ -1,6 +1,8 @@
 """A store with many adapters: refs resolved, pages searched, and the change feed read again."""
 
 import asyncio
+import contextlib
+import functools
 import random
 import tempfile
 import time
@@ -8,49 +10,69 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.rpc.channel import open_channel
 from tests.bench.bench import Bench
 from tests.bench.figures import Figure, Spread, percentile
-from tests.bench.large_catalogue import FEED_ID, VERSIONS, Size, Vocabulary, adapter_of, fill
+from tests.bench.large_catalogue import FEED_ID, MANIFEST_BYTES, VERSIONS, Size, Vocabulary, adapter_of, fill
+from tests.bench.peers.raw_server import SERVICE, UNARY, run_raw_server
 from tests.bench.peers.store_process import run_store
 from tests.bench.result import Lane, Result
 from tests.bench.workload import Scale
+from tests.postgres import BINARIES, running_postgres
 
 _PAGE = 50
 _COMMON = 100
 """The words that are said most often."""
+_REQUEST_BYTES = 30
+_RESOLVE = "resolve a ref"
+_FEED = "feed"
+_BARE = "bare unary call with an answer as large as a manifest"
+
+Way = Callable[[], Awaitable[None]]
+Fields = Callable[[random.Random, Vocabulary], dict[str, Any]]
 
 
 def run(bench: Bench) -> Result:
     scale = bench.scale
     size = Size(scale.catalogue, min(scale.catalogue, scale.lookups), scale.events)
-    with tempfile.TemporaryDirectory(prefix="adaptermesh-bench-") as folder:
-        home = Path(folder)
-        print(f"  writing {size.adapters} adapters", flush=True)
-        asyncio.run(fill(home, size))
-        with run_store(home) as target:
-            found = asyncio.run(_measure(bench, target, size))
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adaptermesh-bench-")))
+        answer = home / "answer"
+        answer.write_bytes(bytes(MANIFEST_BYTES))
+        targets = {"": f"127.0.0.1:{stack.enter_context(run_raw_server(answer))}"}
+        databases = {"SQLite": ""}
+        if (BINARIES / "postgres").exists():
+            server = stack.enter_context(running_postgres(durable=True))
+            databases["PostgreSQL"] = stack.enter_context(server.database())
+        for name, url in databases.items():
+            print(f"  writing {size.adapters} adapters into {name}", flush=True)
+            asyncio.run(fill(home / name, size, url))
+            settings = {"ADAPTERMESH_STORE_DATABASE_URL": url}
+            targets[name] = stack.enter_context(run_store(home / name, settings))
+        found = asyncio.run(_measure(bench, targets, size))
     return Result(
-        figures=(
-            *(
-                Figure(f"{name}, p99", _tail(found[name]), most, at_most=True, unit="ms")
-                for name, most in (("resolve a ref", 5.0), *((name, 50.0) for name in _SEARCHES))
-            ),
-            Figure(
-                f"{size.events} changes read again",
-                Spread.of([seconds for [seconds] in found["feed"]]),
-                1.0,
-                at_most=True,
-                unit="s",
-            ),
-        ),
+        figures=tuple(figure for name in databases for figure in _figures(name, found, size)),
         lanes=tuple(
             Lane(name, "ms", tuple(percentile(times, 50) * 1e3 for times in rounds))
             for name, rounds in found.items()
-            if name != "feed"
+            if not name.endswith(_FEED)
         ),
+        left_out=() if "PostgreSQL" in databases else ("PostgreSQL",),
     )
+
+
+def _figures(database: str, found: dict[str, list[list[float]]], size: Size) -> list[Figure]:
+    latencies = [(_RESOLVE, 5.0), *((name, 50.0) for name in _SEARCHES)]
+    figures = [
+        Figure(f"{database}: {name}, p99", _tail(found[f"{database}: {name}"]), most, at_most=True, unit="ms")
+        for name, most in latencies
+    ]
+    replay = Spread.of([seconds for [seconds] in found[f"{database}: {_FEED}"]])
+    name = f"{database}: {size.events} changes read again"
+    return [*figures, Figure(name, replay, 1.0, at_most=True, unit="s")]
 
 
 def _tail(rounds: list[list[float]]) -> Spread:
@@ -60,35 +82,49 @@ def _tail(rounds: list[list[float]]) -> Spread:
     return Spread(every, min(by_round), max(by_round))
 
 
-async def _measure(bench: Bench, target: str, size: Size) -> dict[str, list[list[float]]]:
-    async with open_channel(target) as channel:
-        # The stubs are typed for both kinds of channels.
-        stub: Any = store_pb2_grpc.StoreServiceStub(channel)
-        draw, vocabulary = random.Random(1), Vocabulary()
-        ways: dict[str, Callable[[], Awaitable[None]]] = {"resolve a ref": lambda: _resolve(stub, draw, size)}
-        for name, fields in _SEARCHES.items():
-            ways[name] = lambda fields=fields: _search(stub, fields(draw, vocabulary))  # type: ignore[misc]
-        found: dict[str, list[list[float]]] = {name: [] for name in (*ways, "feed")}
+async def _measure(bench: Bench, targets: dict[str, str], size: Size) -> dict[str, list[list[float]]]:
+    """By lane and round; the lanes of all targets in turn, so that what slows the machine down hits all."""
+    async with contextlib.AsyncExitStack() as stack:
+        lanes: dict[str, tuple[Way, int]] = {}
+        for name, target in targets.items():
+            channel = await stack.enter_async_context(open_channel(target))
+            if name:
+                lanes |= {f"{name}: {lane}": way for lane, way in _ways(channel, bench.scale, size).items()}
+            else:
+                lanes[_BARE] = (functools.partial(_ask_bare, channel), bench.scale.lookups)
+        found: dict[str, list[list[float]]] = {name: [] for name in lanes}
         for number in (-1, *bench.rounds()):
-            for name, way in ways.items():
-                times = [await _timed(way) for _ in range(_count(bench.scale, name))]
+            for name, (way, count) in lanes.items():
+                times = [await _timed(way) for _ in range(count)]
                 if number >= 0:
                     found[name].append(times)
-            seconds = await _timed(lambda: _replay(stub, size))
             if number >= 0:
-                found["feed"].append([seconds])
                 print(f"  round {number + 1}", flush=True)
     return found
 
 
-def _count(scale: Scale, name: str) -> int:
-    return scale.lookups if name == "resolve a ref" else scale.searches
+def _ways(channel: grpc.aio.Channel, scale: Scale, size: Size) -> dict[str, tuple[Way, int]]:
+    """What is asked of a store, and how often in one round."""
+    # The stubs are typed for both kinds of channels.
+    stub: Any = store_pb2_grpc.StoreServiceStub(channel)
+    draw, vocabulary = random.Random(1), Vocabulary()
+    ways: dict[str, tuple[Way, int]] = {_RESOLVE: (lambda: _resolve(stub, draw, size), scale.lookups)}
+    for name, fields in _SEARCHES.items():
+        way = functools.partial(_search, stub, fields, draw, vocabulary)
+        ways[name] = (way, scale.searches)
+    ways[_FEED] = (lambda: _replay(stub, size), 1)
+    return ways
 
 
-async def _timed(way: Callable[[], Awaitable[None]]) -> float:
+async def _timed(way: Way) -> float:
     start = time.perf_counter()
     await way()
     return time.perf_counter() - start
+
+
+async def _ask_bare(channel: grpc.aio.Channel) -> None:
+    call: Any = channel.unary_unary(f"/{SERVICE}/{UNARY}")
+    await call(bytes(_REQUEST_BYTES))
 
 
 async def _resolve(stub: Any, draw: random.Random, size: Size) -> None:
@@ -97,8 +133,8 @@ async def _resolve(stub: Any, draw: random.Random, size: Size) -> None:
     await stub.ResolveRef(store_pb2.ResolveRefRequest(ref=adapter_of(number) + which))
 
 
-async def _search(stub: Any, fields: dict[str, Any]) -> None:
-    await stub.SearchAdapters(store_pb2.SearchAdaptersRequest(page_size=_PAGE, **fields))
+async def _search(stub: Any, fields: Fields, draw: random.Random, vocabulary: Vocabulary) -> None:
+    await stub.SearchAdapters(store_pb2.SearchAdaptersRequest(page_size=_PAGE, **fields(draw, vocabulary)))
 
 
 def _any_word(draw: random.Random, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -125,7 +161,7 @@ def _facets(draw: random.Random, vocabulary: Vocabulary) -> dict[str, Any]:
     return {**_any_word(draw, vocabulary), "with_facets": True}
 
 
-_SEARCHES: dict[str, Callable[[random.Random, Vocabulary], dict[str, Any]]] = {
+_SEARCHES: dict[str, Fields] = {
     "search by a word": _any_word,
     "search by two of the most common words": _common_words,
     "search by conditions": _conditions,

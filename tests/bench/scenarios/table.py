@@ -110,7 +110,8 @@ SCENARIOS = {
     ),
     "registry": Scenario(
         "A store with 100,000 adapters and 300,000 versions",
-        "A store process on SQLite, one client on loopback, one call after the other; each adapter has three "
+        "A store process on SQLite and one on PostgreSQL 15, if that is there, one client on loopback, one "
+        "call after the other, on all in turn; each adapter has three "
         "versions, an alias, three tags and a card of 100 words, out of 20,000 words of which few are said "
         "often. A page has 50 adapters. The p99 is over all rounds; in brackets the lowest and the highest.",
         registry.run,
