@@ -1,5 +1,6 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
+import ssl
 from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -38,6 +39,11 @@ class StoreSettings(ServiceSettings):
     s3_access_key: str = Field(default="", description="Access key. Empty: calls are not signed.")
     s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key.")
     s3_secure: bool = Field(default=True, description="Calls the S3 server over TLS.")
+    s3_ca_file: str = Field(
+        default="",
+        description="PEM file with the certificates of the authorities that the S3 server's own is checked "
+        "against. Empty: those that the system trusts.",
+    )
     max_upload_bytes: int = Field(
         default=512 * 2**20, gt=0, description="Largest upload, all its files together, in bytes."
     )
@@ -72,6 +78,17 @@ class StoreSettings(ServiceSettings):
         if "/" in endpoint:
             raise ValueError("must be host:port, without a scheme")
         return endpoint
+
+    @field_validator("s3_ca_file")
+    @classmethod
+    def _readable_certificates(cls, path: str) -> str:
+        if path:
+            try:
+                ssl.create_default_context(cafile=path)
+            except OSError as error:
+                # Also an ssl.SSLError.
+                raise ValueError(f"no PEM file of certificates: {error.strerror or error}") from error
+        return path
 
     @model_validator(mode="after")
     def _both_keys_or_none(self) -> Self:
