@@ -184,7 +184,7 @@ def wrong_streams(draw: st.DrawFn) -> Sent:
     def change(messages: Messages) -> Messages:
         return {
             "none": [],
-            "early": messages[:at],
+            "early": messages[: min(at, len(messages) - 1)],
             "late": [*messages, extra],
             "empty": [*messages[:at], empty, *messages[at:]],
             "nothing": [*messages[:at], nothing, *messages[at:]],
