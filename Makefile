@@ -44,6 +44,10 @@ up: model ## Starts the mesh with the demo adapters and routes; Ctrl-C stops it
 test: $(VENV)/.installed-dev model ## Runs the tests
 	$(BIN)/python -m pytest -q
 
+.PHONY: test-faults
+test-faults: $(VENV)/.installed-dev ## Kills stores, PostgreSQL and S3 under 500 uploads, and fuzzes uploads for long; many minutes
+	$(BIN)/python -m pytest -q -rA -m faults tests/integration
+
 .PHONY: bench
 bench: $(VENV)/.installed-dev model ## Measures the engine beside its peers; BENCH="--scenarios throughput" for one
 	$(BIN)/python -m tests.bench $(BENCH)

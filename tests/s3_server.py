@@ -20,6 +20,7 @@ from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
 from adaptermesh.store.s3_connection import S3Config
+from tests.certificates import Certificate
 
 BUCKET = "adapters"
 ACCESS_KEY = "tester"
@@ -30,17 +31,24 @@ _SERVICES = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port"
 
 
 class S3Server:
-    """One `weed mini` over a folder. It may be killed and started again: it has what it had."""
+    """One `weed mini` over a folder. It may be killed and started again: it has what it had.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: its own.
+        certificate: what it answers with over TLS. None: it speaks plain HTTP.
+    """
+
+    def __init__(self, folder: Path, certificate: Certificate | None = None) -> None:
         self._folder = folder
-        self._ports = dict(zip(_SERVICES, free_ports(len(_SERVICES)), strict=True))
+        self._certificate = certificate
+        services = (*_SERVICES, "s3.port.https") if certificate else _SERVICES
+        self._ports = dict(zip(services, free_ports(len(services)), strict=True))
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def endpoint(self) -> str:
-        return f"127.0.0.1:{self._ports['s3.port']}"
+        return f"127.0.0.1:{self._ports['s3.port.https' if self._certificate else 's3.port']}"
 
     def config(self, prefix: str = "") -> S3Config:
         """The bucket, below a prefix that nobody else has unless it is given."""
@@ -50,7 +58,8 @@ class S3Server:
             prefix=prefix or uuid.uuid4().hex,
             access_key=ACCESS_KEY,
             secret_key=SECRET_KEY,
-            secure=False,
+            secure=self._certificate is not None,
+            ca_file=self._ca_file,
         )
 
     def environment(self, prefix: str) -> dict[str, str]:
@@ -61,14 +70,20 @@ class S3Server:
             "ADAPTERMESH_STORE_S3_PREFIX": prefix,
             "ADAPTERMESH_STORE_S3_ACCESS_KEY": ACCESS_KEY,
             "ADAPTERMESH_STORE_S3_SECRET_KEY": SECRET_KEY,
-            "ADAPTERMESH_STORE_S3_SECURE": "false",
+            "ADAPTERMESH_STORE_S3_SECURE": str(self._certificate is not None).lower(),
+            "ADAPTERMESH_STORE_S3_CA_FILE": self._ca_file,
         }
 
     def client(self, secret_key: str = SECRET_KEY) -> Minio:
         """A client of its own, which gives up at once."""
-        http = urllib3.PoolManager(timeout=5.0, retries=False)
+        http = urllib3.PoolManager(timeout=5.0, retries=False, ca_certs=self._ca_file or None)
         return Minio(
-            self.endpoint, ACCESS_KEY, secret_key, region="us-east-1", secure=False, http_client=http
+            self.endpoint,
+            ACCESS_KEY,
+            secret_key,
+            region="us-east-1",
+            secure=self._certificate is not None,
+            http_client=http,
         )
 
     def start(self) -> None:
@@ -77,6 +92,9 @@ class S3Server:
         command = [_weed(), "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports]
         command += [f"-bucket={BUCKET}", "-webdav=false", "-admin.ui=false"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        if self._certificate is not None:
+            files = self._certificate
+            command += [f"-s3.cert.file={files.certificate}", f"-s3.key.file={files.private_key}"]
         keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -97,6 +115,10 @@ class S3Server:
             self._process.wait(30)
             self._process = None
 
+    @property
+    def _ca_file(self) -> str:
+        return "" if self._certificate is None else str(self._certificate.authority)
+
     def _ready(self) -> bool:
         """It answers before it can keep anything."""
         client, key = self.client(), f"ready-{uuid.uuid4().hex}"
@@ -111,9 +133,9 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
+def s3_server(folder: Path, certificate: Certificate | None = None) -> Iterator[S3Server]:
     """A server that ends with the block."""
-    server = S3Server(folder)
+    server = S3Server(folder, certificate)
     try:
         server.start()
         yield server

@@ -18,6 +18,8 @@ from adaptermesh.artifact.strict_json import parse_object
 
 MAX_HEADER_BYTES = 8 * 2**20
 """Room for some 60,000 tensors."""
+MAX_HEADER_PARTS = 2**19
+"""Likewise: a matrix is eight."""
 MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 8
 _MAX_NESTING = 3
@@ -81,7 +83,7 @@ def parse_header(text: bytes, file_size: int) -> Header:
     if text[:1] != b"{":
         raise _bad("its header does not begin with '{'")
     try:
-        content = parse_object(text, _MAX_NESTING)
+        content = parse_object(text, _MAX_NESTING, MAX_HEADER_PARTS)
     except ValueError as error:
         raise _bad(f"its header is no valid JSON: {str(error)[:200]}") from None
     metadata = _metadata(content.pop("__metadata__", {}))

@@ -4,13 +4,21 @@ import json
 from typing import Any
 
 
-def parse_object(data: bytes, max_depth: int) -> dict[str, Any]:
+def parse_object(data: bytes, max_depth: int, max_parts: int | None = None) -> dict[str, Any]:
     """Parses one JSON object.
+
+    Args:
+        data: of a size that the caller has bounded.
+        max_depth: how deep it may nest.
+        max_parts: how many values it may hold, those in its texts that look like one included. In memory a
+            value of three bytes may take a hundred.
 
     Raises:
         ValueError: it is not UTF-8, not JSON, not an object, repeats a key, holds a number that is not
-            finite or a text that has no UTF-8 form, or nests deeper than `max_depth`.
+            finite or a text that has no UTF-8 form, or exceeds one of the bounds.
     """
+    if max_parts is not None and sum(map(data.count, (b",", b"[", b"{"))) > max_parts:
+        raise ValueError(f"it has more than {max_parts} parts")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_refuse_constant)
     except RecursionError:

@@ -106,6 +106,8 @@ class FolderBlobStore:
     def __init__(self, folder: Path) -> None:
         self._blobs = folder / "sha256"
         self._temporary = folder / "tmp"
+        # What is being written is not left over, however young the garbage is that is asked for.
+        self._writing: set[Path] = set()
 
     async def recover(self) -> None:
         """Makes the folders and removes what a crash left under temporary names."""
@@ -169,13 +171,15 @@ class FolderBlobStore:
                 yield blob
 
     def _unfinished(self, before: float) -> list[Path]:
-        times = ((path, _modify_time(path)) for path in self._temporary.iterdir())
+        left = [path for path in self._temporary.iterdir() if path not in self._writing]
+        times = ((path, _modify_time(path)) for path in left)
         return [path for path, time in times if time is not None and time < before]
 
     def _put(self, digest: str, source: Path) -> None:
         target = self._path(digest)
         if not target.exists():
             temporary = self._temporary / uuid.uuid4().hex
+            self._writing.add(temporary)
             try:
                 if _copy(source, temporary) != digest:
                     raise corrupt_blob(digest, "what was to be kept has another digest")
@@ -183,6 +187,7 @@ class FolderBlobStore:
                 temporary.rename(target)
             finally:
                 temporary.unlink(missing_ok=True)
+                self._writing.discard(temporary)
         # Also if somebody else has put it: that call may not have come this far yet.
         _sync_folder(target.parent)
         _sync_folder(self._blobs)

@@ -69,6 +69,7 @@ class S3BlobStore:
         key = self._key(digest)
         found = await self.stat(digest)
         if found is None:
+            await self._connection.look(self._check_bucket)
             raise corrupt_blob(digest, "it is missing")
         yield ObjectReader(self._connection, key, found)
 
@@ -117,6 +118,11 @@ class S3BlobStore:
         key = f"{self._prefix}probe-{uuid.uuid4().hex}"
         self._client.put_object(self._bucket, key, io.BytesIO(b"writable"), 8)
         self._client.remove_object(self._bucket, key)
+
+    def _check_bucket(self) -> None:
+        """An answer to HEAD has no body: that an object is absent may mean that its bucket is."""
+        if not self._client.bucket_exists(self._bucket):
+            raise self._connection.no_bucket()
 
     def _stat(self, key: str) -> Object | None:
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TypeVar
 import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, SSLError
 
 from adaptermesh.core.errors import MeshError, Reason, unavailable
 
@@ -37,6 +38,8 @@ class S3Config:
     access_key: str = ""
     secret_key: str = field(default="", repr=False)
     secure: bool = True
+    ca_file: str = ""
+    """The authorities that are trusted, PEM. Empty: the system's."""
     connect_seconds: float = 3.0
     read_seconds: float = 20.0
     """How long the server may be silent within one request."""
@@ -89,6 +92,10 @@ class S3Connection:
         """
         return await self._run(self._looking, job)
 
+    def no_bucket(self) -> MeshError:
+        """UNAVAILABLE: a bucket that was there may come back, with everything in it."""
+        return self._away(f"has no bucket '{self.config.bucket}'")
+
     def close(self) -> None:
         """Takes nothing new; a request that runs ends within its timeouts."""
         for threads in (self._reading, self._writing, self._looking):
@@ -113,13 +120,15 @@ class S3Connection:
         detail = f"{error.code}: {error.message}" if isinstance(error, S3Error) else str(error)
         log.warning("S3 request failed", extra={"endpoint": self.config.endpoint, "detail": detail[:500]})
         if isinstance(error, S3Error) and error.code == "NoSuchBucket":
-            what = f"has no bucket '{self.config.bucket}'"
-        elif isinstance(error, S3Error) and error.code in _REFUSED:
+            return self.no_bucket()
+        if isinstance(error, S3Error) and error.code in _REFUSED:
             what = f"refuses the store's credentials ({error.code})"
         elif isinstance(error, S3Error):
             what = f"answers {error.code}"
         elif isinstance(error, InvalidResponseError | ServerError):
             what = "does not answer as an S3 server does"
+        elif isinstance(cause := getattr(error, "reason", error), SSLError):
+            what = f"can't be trusted over TLS: {_tls_problem(cause)}"
         else:
             what = "does not answer"
         return self._away(what)
@@ -132,6 +141,14 @@ class S3Connection:
 def is_absent(error: S3Error) -> bool:
     """Whether the answer was that there is no such object."""
     return error.code in _ABSENT
+
+
+def _tls_problem(error: SSLError) -> str:
+    """What a person can act on, without the library's own wrapping."""
+    found = error.args[0] if error.args else error
+    if isinstance(found, ssl.SSLCertVerificationError):
+        return f"its certificate is refused, {found.verify_message}"
+    return str(getattr(found, "reason", None) or found)[:200]
 
 
 def _connections(config: S3Config) -> urllib3.PoolManager:
@@ -149,6 +166,7 @@ def _connections(config: S3Config) -> urllib3.PoolManager:
         maxsize=config.read_threads + config.write_threads + config.look_threads,
         timeout=urllib3.Timeout(connect=config.connect_seconds, read=config.read_seconds),
         retries=retries,
-        # Against the authorities that the system trusts.
         cert_reqs="CERT_REQUIRED",
+        # None: the authorities that the system trusts.
+        ca_certs=config.ca_file or None,
     )

@@ -90,4 +90,5 @@ def _s3_config(settings: StoreSettings) -> S3Config:
         access_key=settings.s3_access_key,
         secret_key=settings.s3_secret_key.get_secret_value(),
         secure=settings.s3_secure,
+        ca_file=settings.s3_ca_file,
     )

@@ -1,6 +1,8 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
 import enum
+=======
+import ssl
 from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -55,6 +57,11 @@ class StoreSettings(ServiceSettings):
         default=SecretStr(""),
         description="A key of the operator's, at least 32 characters, for the first API keys. Empty: none.",
     )
+    s3_ca_file: str = Field(
+        default="",
+        description="PEM file with the certificates of the authorities that the S3 server's own is checked "
+        "against. Empty: those that the system trusts.",
+    )
     max_upload_bytes: int = Field(
         default=512 * 2**20, gt=0, description="Largest upload, all its files together, in bytes."
     )
@@ -96,6 +103,17 @@ class StoreSettings(ServiceSettings):
         if "/" in endpoint:
             raise ValueError("must be host:port, without a scheme")
         return endpoint
+
+    @field_validator("s3_ca_file")
+    @classmethod
+    def _readable_certificates(cls, path: str) -> str:
+        if path:
+            try:
+                ssl.create_default_context(cafile=path)
+            except OSError as error:
+                # Also an ssl.SSLError.
+                raise ValueError(f"no PEM file of certificates: {error.strerror or error}") from error
+        return path
 
     @model_validator(mode="after")
     def _both_keys_or_none(self) -> Self:

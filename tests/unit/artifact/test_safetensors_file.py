@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,28 @@ def test_two_tensors_of_one_name_can_not_be_laid_out() -> None:
 def test_contents_of_another_size_can_not_be_written(tmp_path: Path, size: int) -> None:
     with pytest.raises(ValueError, match="needs 4"):
         write_file(tmp_path / "f", lay_out([TensorSpec("x", "F32", (1,))], {}), [[b"\0" * size]])
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b"1,", b'{"":0},'])
+def test_a_header_of_many_small_parts_is_refused_before_they_are_built(read: Any, part: bytes) -> None:
+    text = b'{"a":[' + part * ((MAX_HEADER_BYTES - 20) // len(part)) + b"0]}"
+    tracemalloc.start()
+    with pytest.raises(Rejection, match="more than 524288 parts"):
+        read(file_bytes(text))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # As read, and once more in the file that the test writes.
+    assert peak < 3 * MAX_HEADER_BYTES
+
+
+def test_a_header_may_have_as_many_tensors_as_its_bytes_have_room_for(read: Any) -> None:
+    count = 60_000
+    header = {
+        f"base_model.model.layers.{n % 99}.mlp.experts.{n}.down_proj.lora_A.weight": tensor(
+            4 * n, 4 * n + 4, [1, 1]
+        )
+        for n in range(count)
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert 0.9 * MAX_HEADER_BYTES < len(text) <= MAX_HEADER_BYTES
+    assert len(read(file_bytes(text, b"\0" * 4 * count)).tensors) == count
