@@ -17,7 +17,7 @@ from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_manifest, read_tensors
-from adaptermesh.store.signing_servicer import SigningServicer
+from adaptermesh.store.removal_servicer import RemovalServicer
 from adaptermesh.store.statuses import StatusRequest
 
 Context = Any
@@ -27,7 +27,7 @@ _PART_BYTES = 512 * 1024
 _PART_ITEMS = 500
 
 
-class StoreServicer(SigningServicer):
+class StoreServicer(RemovalServicer):
     """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
 
     async def UploadAdapter(self, request_iterator: Any, context: Context) -> store_pb2.UploadAdapterResponse:
@@ -56,7 +56,9 @@ class StoreServicer(SigningServicer):
     async def FetchAdapter(  # type: ignore[override]  # as above
         self, request: store_pb2.FetchAdapterRequest, context: Context
     ) -> AsyncIterator[store_pb2.FetchAdapterResponse | bytes]:
-        version = await self._stores.catalogue.unrevoked_digest(request.digest)
+        catalogue = self._stores.catalogue
+        find = catalogue.get_digest if request.include_unusable else catalogue.usable_digest
+        version = await find(request.digest)
         check_offset(request.offset, version.record.size_bytes)
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)

@@ -56,6 +56,10 @@ class WordIndex(Protocol):
         """Replaces an adapter's words, inside the caller's write transaction."""
         ...
 
+    async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
+        """Removes an adapter's words, likewise."""
+        ...
+
     def matching(self, words: Sequence[str]) -> FromClause:
         """The adapters that have a word beginning with each of these: columns `adapter_id` and `score`."""
         ...
@@ -72,8 +76,11 @@ class SqliteWords:
     _index = table("search_words", column("rowid", Integer), *(column(part) for part in PARTS))
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
-        await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
+        await self.remove(connection, adapter_id)
         await connection.execute(insert(self._index).values(rowid=adapter_id, **_values(wording)))
+
+    async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
+        await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
 
     def matching(self, words: Sequence[str]) -> FromClause:
         index: ColumnElement[str] = literal_column("search_words")
@@ -97,8 +104,11 @@ class PostgresWords:
         document: ColumnElement[Any] = weighted[0]
         for part in weighted[1:]:
             document = document.op("||")(part)
-        await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
+        await self.remove(connection, adapter_id)
         await connection.execute(insert(self._index).values(adapter_id=adapter_id, document=document))
+
+    async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
+        await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
 
     def matching(self, words: Sequence[str]) -> FromClause:
         # Words are of letters and digits only: nothing in them means anything to the query.
