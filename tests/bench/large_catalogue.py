@@ -173,7 +173,8 @@ async def _adapters(
     for adapter_id, versions in enumerate(records, start + 1):
         newest = versions[-1]
         name = {"namespace": newest.namespace, "name": newest.name}
-        rows[schema.adapters].append({"id": adapter_id, **name, "version_count": VERSIONS})
+        counts = {"version_count": VERSIONS, "newest_number": VERSIONS}
+        rows[schema.adapters].append({"id": adapter_id, **name, **counts})
         for version in versions:
             key = (adapter_id - 1) * VERSIONS + version.number
             place = {"id": key, "adapter_id": adapter_id, "feed_position": key}
@@ -187,7 +188,8 @@ async def _adapters(
         searched_tag = {"adapter_id": adapter_id, "feed_position": key}
         rows[schema.search_tags] += [{**searched_tag, "tag": tag} for tag in newest.tags]
         alias = {"adapter_id": adapter_id, "alias": "prod", "generation": 1}
-        move = {"version_number": 2, "update_time_us": 0, "actor": "", "comment": ""}
+        pointed = {"version_number": 2, "digest": versions[1].digest}
+        move = {**pointed, "update_time_us": 0, "actor": "", "comment": ""}
         rows[schema.alias_moves].append({**alias, **move})
         rows[schema.aliases].append(alias)
     for table, values in rows.items():

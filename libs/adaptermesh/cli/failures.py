@@ -9,6 +9,8 @@ _HINTS = {
     Reason.ROUTE_NOT_FOUND: "`adaptermesh routes ls` lists the routes",
     Reason.ADAPTER_NOT_FOUND: "`adaptermesh adapters ls` lists the adapters",
     Reason.VERSION_NOT_FOUND: "`adaptermesh adapters show NAMESPACE/NAME` lists the versions",
+    Reason.VERSION_DELETED: "use another version; `adaptermesh adapters show NAMESPACE/NAME` lists them",
+    Reason.VERSION_IN_USE: "move or remove what uses it first, or take it out of use with `adapters revoke`",
     Reason.ALIAS_NOT_FOUND: "set it with `adaptermesh alias set` (a plain namespace/name means @latest)",
     Reason.BASE_NOT_FOUND: "`adaptermesh status` lists the base models that workers serve",
     Reason.BASE_MISMATCH: "`adaptermesh adapters show REF` names the base that a version was trained on",

@@ -301,6 +301,41 @@ class StatusChange:
 
 
 @dataclass(frozen=True, slots=True)
+class DeletedVersion:
+    """What is left of a version that was removed: its number, which no other one gets; who, when and why."""
+
+    namespace: str
+    name: str
+    number: int
+    digest: str
+    delete_time: datetime.datetime
+    actor: str
+    reason: str
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name:v3`."""
+        return f"{self.namespace}/{self.name}:v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A version after its removal; give `feed_position` to a request that must see it."""
+
+    deleted: DeletedVersion
+    feed_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusHistory:
+    """Every status that a version ever had, newest first, and its removal if it was removed."""
+
+    ref: str
+    statuses: tuple[VersionStatus, ...]
+    deletion: DeletedVersion | None
+
+
+@dataclass(frozen=True, slots=True)
 class RouteChange:
     """A route after a change; give `feed_position` to a request that must see it."""
 

@@ -170,15 +170,21 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
         return await merger.merge(adapter, merge, publication or Publication(""), validate_only=validate_only)
 
     async def fetch(
-        self, digest: str, place: Path | str, *, progress: ProgressCallback | None = None
+        self,
+        digest: str,
+        place: Path | str,
+        *,
+        include_unusable: bool = False,
+        progress: ProgressCallback | None = None,
     ) -> bytes:
         """Brings the canonical tensor file of a version to `place`, verified chunk by chunk; needs numpy.
 
-        Returns its manifest: canonical JSON, whose sha256 is the digest.
+        Returns its manifest: canonical JSON, whose sha256 is the digest. A version that must not be used,
+        revoked or unsigned, is refused unless `include_unusable`: to look at it, never to serve it.
         """
         from adaptermesh.client.canonical_form import receive_canonical
 
-        request = store_pb2.FetchAdapterRequest(digest=digest)
+        request = store_pb2.FetchAdapterRequest(digest=digest, include_unusable=include_unusable)
         try:
             stream = self._stub.FetchAdapter(request, timeout=self.deadlines.transfer_seconds)
             return await receive_canonical(stream, digest, Path(place), progress)

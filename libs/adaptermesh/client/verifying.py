@@ -42,7 +42,7 @@ class Verifier:
     async def _find(self, ref: str) -> Version:
         """The version, even if its manifest is what is damaged: resolving brings that along."""
         try:
-            return (await self._store.resolve(ref)).version
+            return (await self._store.resolve(ref, include_unusable=True)).version
         except MeshError as error:
             if error.reason is not Reason.DATA_CORRUPT:
                 raise
@@ -57,7 +57,7 @@ class Verifier:
 
         problem = ""
         try:
-            await self._store.fetch(version.digest, os.devnull, progress=on_progress)
+            await self._store.fetch(version.digest, os.devnull, include_unusable=True, progress=on_progress)
         except MeshError as error:
             problem = _problem(error)
         self._done += version.size_bytes

@@ -15,6 +15,7 @@ from adaptermesh.client.records import (
     Adapter,
     Alias,
     BaseModel,
+    DeletedVersion,
     Route,
     RouteTarget,
     Search,
@@ -98,6 +99,18 @@ def status_of(message: adapter_pb2.VersionStatus) -> VersionStatus:
         generation=message.generation,
         update_time=time_of(message.update_time) if message.generation else None,
         actor=message.actor,
+    )
+
+
+def deleted_of(message: adapter_pb2.DeletedVersion) -> DeletedVersion:
+    return DeletedVersion(
+        namespace=message.namespace,
+        name=message.name,
+        number=message.number,
+        digest=message.digest,
+        delete_time=time_of(message.delete_time),
+        actor=message.actor,
+        reason=message.reason,
     )
 
 

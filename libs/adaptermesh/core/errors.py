@@ -37,6 +37,7 @@ class Reason(enum.StrEnum):
     TASK_NOT_FOUND = "TASK_NOT_FOUND"
     ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
     VERSION_NOT_FOUND = "VERSION_NOT_FOUND"
+    VERSION_DELETED = "VERSION_DELETED"
     ALIAS_NOT_FOUND = "ALIAS_NOT_FOUND"
     BASE_NOT_FOUND = "BASE_NOT_FOUND"
     FILE_NOT_FOUND = "FILE_NOT_FOUND"
@@ -70,6 +71,7 @@ class Reason(enum.StrEnum):
     STATUS_CONFLICT = "STATUS_CONFLICT"
     VERSION_REVOKED = "VERSION_REVOKED"
     VERSION_UNSIGNED = "VERSION_UNSIGNED"
+    VERSION_IN_USE = "VERSION_IN_USE"
     POLICY_CONFLICT = "POLICY_CONFLICT"
     TENANT_CONFLICT = "TENANT_CONFLICT"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
@@ -162,4 +164,23 @@ def version_unsigned(ref: str, version: str, digest: str, namespace: str) -> Mes
         Reason.VERSION_UNSIGNED,
         f"'{ref}' means {version}, which no key is known to have signed that namespace '{namespace}' trusts",
         metadata={"ref": ref, "version": version, "digest": digest, "namespace": namespace},
+    )
+
+
+def version_deleted(ref: str, version: str, digest: str, *, time: str, actor: str, why: str) -> MeshError:
+    """A version that was removed was asked for; `time` is RFC 3339, `why` what whoever removed it said."""
+    by = f" by {actor}" if actor else ""
+    because = f": {why}" if why else ""
+    return MeshError(
+        Code.NOT_FOUND,
+        Reason.VERSION_DELETED,
+        f"'{ref}' means {version}, which was removed at {time}{by}{because}",
+        metadata={
+            "ref": ref,
+            "version": version,
+            "digest": digest,
+            "delete_time": time,
+            "actor": actor,
+            "why": why,
+        },
     )

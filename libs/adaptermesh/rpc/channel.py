@@ -18,6 +18,7 @@ _RETRIED_READS = {
     "adaptermesh.api.store.v1.StoreService": (
         "ResolveRef",
         "ListVersions",
+        "ListStatusHistory",
         "ListAdapters",
         "ListAliasHistory",
         "ListSignatures",

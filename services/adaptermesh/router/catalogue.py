@@ -53,6 +53,21 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionRemoved:
+    """A version is gone; `time` is RFC 3339."""
+
+    adapter: AdapterName
+    number: int
+    digest: str
+    time: str = ""
+    actor: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.adapter}:v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
 class Alias:
     """A movable pointer to a version."""
 
@@ -149,7 +164,7 @@ class NothingHere:
     """A change that a router needs not know of."""
 
 
-Entry = BaseModel | Version | Alias | Route | Policy | Namespace | Grant
+Entry = BaseModel | Version | VersionRemoved | Alias | Route | Policy | Namespace | Grant
 Event = Entry | AliasRemoved | RouteRemoved | GrantRemoved | NothingHere
 
 
@@ -174,6 +189,8 @@ class CatalogueImage:
     bases: dict[str, BaseModel] = field(default_factory=dict)
     versions: dict[AdapterName, dict[int, Version]] = field(default_factory=dict)
     by_digest: dict[str, Version] = field(default_factory=dict)
+    removed: dict[AdapterName, dict[int, VersionRemoved]] = field(default_factory=dict)
+    """Kept, so that whoever asks for one hears why it is gone."""
     aliases: dict[tuple[AdapterName, str], Alias] = field(default_factory=dict)
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
     policies: dict[str, Policy] = field(default_factory=dict)
@@ -188,6 +205,8 @@ class CatalogueImage:
             case Version():
                 self.versions.setdefault(event.adapter, {})[event.number] = event
                 self.by_digest[event.digest] = event
+            case VersionRemoved():
+                self._remove(event)
             case Alias():
                 self.aliases[event.adapter, event.alias] = event
             case AliasRemoved():
@@ -208,6 +227,13 @@ class CatalogueImage:
                 self.routes.pop((event.tenant, event.task), None)
             case BaseModel():
                 self.bases[event.digest] = event
+
+    def _remove(self, event: VersionRemoved) -> None:
+        self.removed.setdefault(event.adapter, {})[event.number] = event
+        gone = self.versions.get(event.adapter, {}).pop(event.number, None)
+        # The same content may be there again, under another number.
+        if gone is not None and self.by_digest.get(gone.digest) is gone:
+            del self.by_digest[gone.digest]
 
     def may_use(self, reach: Reach, adapter: AdapterName) -> bool:
         """Whether an adapter belongs to a tenant or is granted to it."""

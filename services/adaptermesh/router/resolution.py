@@ -28,6 +28,7 @@ from adaptermesh.core.errors import (
     base_mismatch,
     invalid_field,
     not_found,
+    version_deleted,
     version_revoked,
     version_unsigned,
 )
@@ -151,10 +152,13 @@ def choose_target(route: Route, tenant: str, cohort_key: str) -> RouteTarget:
 
 
 def find_version(image: CatalogueImage, text: str) -> Version:
-    """The version that a ref means now; raises MeshError NOT_FOUND, VERSION_REVOKED, VERSION_UNSIGNED."""
+    """The version that a ref means now; raises MeshError NOT_FOUND, VERSION_REVOKED, VERSION_UNSIGNED.
+
+    NOT_FOUND has the reason VERSION_DELETED for one that was removed.
+    """
     ref = parse_ref(text)
-    versions = image.versions.get(ref.adapter)
-    if versions is None:
+    versions = image.versions.get(ref.adapter, {})
+    if ref.adapter not in image.versions and ref.adapter not in image.removed:
         raise not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(ref.adapter))
     if ref.version is not None:
         found = versions.get(ref.version)
@@ -163,7 +167,7 @@ def find_version(image: CatalogueImage, text: str) -> Version:
     else:
         found = _aliased(image, ref, text)
     if found is None or found.adapter != ref.adapter:
-        raise not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
+        raise _gone(image, ref, text)
     if found.state is VersionState.REVOKED:
         raise version_revoked(text, str(found), found.digest, found.state_reason)
     policy = image.policies.get(found.adapter.namespace)
@@ -226,6 +230,17 @@ def _fusion(image: CatalogueImage, ref: str) -> Version:
             metadata={"ref": ref, "version": str(version), "digest": version.digest},
         )
     return version
+
+
+def _gone(image: CatalogueImage, ref: Ref, text: str) -> MeshError:
+    """The refusal of a version that isn't there: whether it ever was."""
+    graves = image.removed.get(ref.adapter, {}).values()
+    for grave in graves:
+        if ref.alias is None and (grave.number == ref.version or grave.digest == ref.digest):
+            return version_deleted(
+                text, str(grave), grave.digest, time=grave.time, actor=grave.actor, why=grave.reason
+            )
+    return not_found(Reason.VERSION_NOT_FOUND, "version", str(ref))
 
 
 def _aliased(image: CatalogueImage, ref: Ref, text: str) -> Version | None:

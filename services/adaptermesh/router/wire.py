@@ -1,5 +1,7 @@
 """The protos' messages as the router's own types, and back; for the servicer and the store's client."""
 
+import datetime
+
 from adaptermesh.api.access.v1 import access_pb2
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.router.v1 import router_pb2
@@ -25,6 +27,7 @@ from adaptermesh.router.catalogue import (
     RouteRemoved,
     RouteTarget,
     Version,
+    VersionRemoved,
 )
 from adaptermesh.router.dispatch import Decision, Request
 from adaptermesh.router.feed import FeedMessage, SnapshotPart
@@ -49,6 +52,7 @@ def snapshot_part(message: store_pb2.GetSnapshotResponse) -> SnapshotPart:
         (
             *map(base_model, message.base_models),
             *map(version, message.versions),
+            *map(version_removed, message.deleted_versions),
             *map(alias, message.aliases),
             *map(route, message.routes),
             *map(policy, message.policies),
@@ -75,6 +79,8 @@ def _event(message: store_pb2.Change) -> Event:
             return version(message.version_status_set)
         case "version_signed":
             return version(message.version_signed)
+        case "version_deleted":
+            return version_removed(message.version_deleted)
         case "namespace_policy_set":
             return policy(message.namespace_policy_set)
         case "alias_set":
@@ -119,6 +125,17 @@ def version(message: adapter_pb2.Version) -> Version:
         replacement=message.status.replacement,
         signing_key_ids=tuple(message.signing_key_ids),
         published=message.SerializeToString(),
+    )
+
+
+def version_removed(message: adapter_pb2.DeletedVersion) -> VersionRemoved:
+    return VersionRemoved(
+        adapter=AdapterName(message.namespace, message.name),
+        number=message.number,
+        digest=message.digest,
+        time=message.delete_time.ToDatetime(datetime.UTC).isoformat(timespec="seconds"),
+        actor=message.actor,
+        reason=message.reason,
     )
 
 

@@ -21,6 +21,15 @@ async def current(connection: AsyncConnection, adapter_id: int, alias: str) -> A
     return None if row is None else alias_record(row)
 
 
+async def aliases_of(
+    connection: AsyncConnection, adapter_id: int, version_number: int, limit: int
+) -> list[str]:
+    """The aliases that point at a version now."""
+    same = (alias_moves.c.adapter_id == adapter_id) & (alias_moves.c.version_number == version_number)
+    query = SELECT_ALIASES.where(same).order_by(alias_moves.c.alias).limit(limit)
+    return [row.alias for row in await connection.execute(query)]
+
+
 async def check_room(connection: AsyncConnection, adapter_id: int) -> None:
     """Raises MeshError if the adapter can't have one more alias."""
     query = select(func.count()).select_from(aliases).where(aliases.c.adapter_id == adapter_id)
@@ -81,6 +90,6 @@ async def remove(connection: AsyncConnection, adapter_id: int, gone: AliasRecord
 
 async def _append(connection: AsyncConnection, adapter_id: int, change: AliasRecord) -> None:
     row = {**dataclasses.asdict(change), "action": change.action.value}
-    for name in ("namespace", "name", "digest"):
+    for name in ("namespace", "name"):
         del row[name]
     await connection.execute(insert(alias_moves).values(adapter_id=adapter_id, **row))

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.artifact.base_facts import BaseFacts
@@ -19,13 +19,14 @@ from adaptermesh.core.errors import (
     invalid_field,
     not_found,
     unavailable,
-    version_revoked,
 )
 from adaptermesh.core.refs import AdapterName, Ref
 from adaptermesh.store.access.quotas import count_in
 from adaptermesh.store.database import Database
+from adaptermesh.store.documents import write_document
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_line
+from adaptermesh.store.lineage import add_parents
 from adaptermesh.store.lookup import Lookup
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import BaseModelRecord, ChangeKind, VersionRecord
@@ -33,6 +34,7 @@ from adaptermesh.store.resolution import (
     find_adapter,
     find_digest,
     find_version,
+    get_digest,
 )
 from adaptermesh.store.rows import (
     SELECT_VERSIONS,
@@ -44,13 +46,11 @@ from adaptermesh.store.rows import (
 from adaptermesh.store.schema import (
     adapters,
     base_models,
-    search_documents,
-    search_tags,
     version_tags,
     versions,
 )
-from adaptermesh.store.usability import why_not
-from adaptermesh.store.words import Wording, word_index
+from adaptermesh.store.usability import get_usable, why_not
+from adaptermesh.store.words import word_index
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class Catalogue:
         tensor_digest: str,
         card: str = "",
         confirm: Callable[[], Awaitable[None]] | None = None,
+        parents: Sequence[str] = (),
     ) -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
 
@@ -147,6 +148,10 @@ class Catalogue:
             card: the text by which it can be found, beside its own fields.
             confirm: called when no other writer can come in between any more; what it raises prevents the
                 publication.
+            parents: the digests of the versions it was made from, which must be there.
+
+        Raises:
+            MeshError: VERSION_NOT_FOUND or VERSION_DELETED for a parent.
         """
         stamped = dataclasses.replace(version, create_time_us=int(self._clock.wall() * 1e6))
 
@@ -154,12 +159,13 @@ class Catalogue:
             known = await find_digest(connection, version.digest)
             if known is not None:
                 return Published(known, created=False)
+            for digest in parents:
+                # It was there when the upload began, and may have been removed since.
+                await get_digest(connection, digest)
             await count_in(connection, stamped)
             stored, adapter_id, version_id = await _insert(connection, stamped, tensor_digest)
-            await _document(connection, stored, adapter_id, version_id)
-            record = stored.record
-            wording = Wording(str(record.adapter), " ".join(record.tags), record.description, card)
-            await self._words.put(connection, adapter_id, wording)
+            await add_parents(connection, version_id, parents)
+            await write_document(connection, self._words, stored, adapter_id, version_id, card)
             if confirm is not None:
                 # Here, because from its first change on the transaction has the writers' lock.
                 await confirm()
@@ -172,21 +178,17 @@ class Catalogue:
         return await self._lookup.find_digest(digest)
 
     async def get_digest(self, digest: str) -> StoredVersion:
-        """The version with a digest; raises MeshError VERSION_NOT_FOUND or INVALID_FIELD."""
-        if not is_digest(digest):
-            raise invalid_field("digest", "must be sha256:<64 lower-case hex digits>")
-        found = await self.find_digest(digest)
-        if found is None:
-            raise not_found(Reason.VERSION_NOT_FOUND, "version", digest)
-        return found
+        """The version with a digest; raises MeshError VERSION_NOT_FOUND, VERSION_DELETED or INVALID_FIELD."""
+        found = await self.find_digest(digest) if is_digest(digest) else None
+        if found is not None:
+            return found
+        async with self._database.reading() as connection:
+            return await get_digest(connection, digest)
 
-    async def unrevoked_digest(self, digest: str) -> StoredVersion:
-        """The same, for a worker that is to serve it; also raises MeshError VERSION_REVOKED."""
-        found = await self.get_digest(digest)
-        version = found.record
-        if version.revoked:
-            raise version_revoked(digest, version.ref, version.digest, version.status.reason)
-        return found
+    async def usable_digest(self, digest: str) -> StoredVersion:
+        """The same, for a worker that is to serve it; also raises VERSION_REVOKED, VERSION_UNSIGNED."""
+        async with self._database.reading() as connection:
+            return await get_usable(connection, digest)
 
     async def resolve(
         self, ref: Ref, *, include_unusable: bool = False
@@ -194,8 +196,8 @@ class Catalogue:
         """The version that a ref means now, and every alias that points at it.
 
         Raises:
-            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND; VERSION_REVOKED and
-                VERSION_UNSIGNED unless such a version is wanted too.
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND, VERSION_DELETED, ALIAS_NOT_FOUND;
+                VERSION_REVOKED and VERSION_UNSIGNED unless such a version is wanted too.
         """
         found = await self._lookup.find(ref)
         if found is None:
@@ -253,39 +255,15 @@ async def _insert(
     return StoredVersion(numbered, tensor_digest, position), adapter_id, int(version_id)
 
 
-async def _document(
-    connection: AsyncConnection, stored: StoredVersion, adapter_id: int, version_id: int
-) -> None:
-    """What can be searched of an adapter is what its newest version is."""
-    record = stored.record
-    await connection.execute(delete(search_documents).where(search_documents.c.adapter_id == adapter_id))
-    await connection.execute(
-        insert(search_documents).values(
-            adapter_id=adapter_id,
-            version_id=version_id,
-            feed_position=stored.feed_position,
-            base_digest=record.base_digest,
-            base_model_id=record.base_model_id,
-            task=record.task,
-            kind=record.kind,
-            license=record.license,
-        )
-    )
-    await connection.execute(delete(search_tags).where(search_tags.c.adapter_id == adapter_id))
-    place = {"adapter_id": adapter_id, "feed_position": stored.feed_position}
-    tags = [{**place, "tag": tag} for tag in sorted(set(record.tags))]
-    if tags:
-        await connection.execute(insert(search_tags), tags)
-
-
 async def _next_number(connection: AsyncConnection, adapter: AdapterName) -> tuple[int, int]:
     """Counts the adapter's versions up by one; returns the adapter's row id and the new number."""
     same = (adapters.c.namespace == adapter.namespace) & (adapters.c.name == adapter.name)
-    count = update(adapters).where(same).values(version_count=adapters.c.version_count + 1)
+    following = adapters.c.version_count + 1
+    count = update(adapters).where(same).values(version_count=following, newest_number=following)
     counted = (await connection.execute(count.returning(adapters.c.id, adapters.c.version_count))).first()
     if counted is not None:
         return counted.id, counted.version_count
-    row = {"namespace": adapter.namespace, "name": adapter.name, "version_count": 1}
+    row = {"namespace": adapter.namespace, "name": adapter.name, "version_count": 1, "newest_number": 1}
     added = await connection.execute(insert(adapters).values(row).returning(adapters.c.id))
     return int(added.scalar_one()), 1
 

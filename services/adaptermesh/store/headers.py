@@ -34,6 +34,8 @@ class UploadHeader:
     parents: tuple[str, ...] = ()
     """Digests of the versions it was made from."""
     merge_recipe_json: str = ""
+    expected_digest: str = ""
+    """The one that the version must get; "" for whatever it gets."""
 
     @property
     def merge_recipe(self) -> MergeRecipe | None:
@@ -62,6 +64,8 @@ def check_header(header: UploadHeader, max_files: int, max_bytes: int) -> None:
     for tag in header.tags:
         check_line("tags", tag, MAX_TAG, required=True)
     check_lineage(header.parents, header.merge_recipe)
+    if header.expected_digest and not is_digest(header.expected_digest):
+        raise invalid_field("expected_digest", "must be sha256:<64 lower-case hex digits>")
     _check_files(header.files, max_files, max_bytes)
 
 

@@ -59,7 +59,7 @@ class Listing:
         conditions = [query.text, query.namespace, query.task, query.base_model, tags]
         pager = Pager(request, ["adapters", *conditions, *scope()], key, (str, str))
         statement = (
-            SELECT_VERSIONS.where(versions.c.number == adapters.c.version_count)
+            SELECT_VERSIONS.where(versions.c.number == adapters.c.newest_number)
             .where(*_conditions(query))
             .order_by(adapters.c.namespace, adapters.c.name)
             .limit(pager.limit)
@@ -103,7 +103,8 @@ async def summaries_of(connection: AsyncConnection, rows: Sequence[Row[Any]]) ->
     for row in rows:
         newest, pointers = version_record(row), tuple(found.get(row.adapter_id, ()))
         numbers = unusable.get(row.adapter_id, ())
-        summaries.append(AdapterSummary(newest, newest.number, pointers, numbers))
+        count = row.version_count - row.deleted_count
+        summaries.append(AdapterSummary(newest, count, pointers, numbers))
     return summaries
 
 
@@ -127,7 +128,7 @@ async def _unusable(connection: AsyncConnection, adapter_ids: list[int]) -> dict
         .where(aliases.c.adapter_id == versions.c.adapter_id)
         .correlate(versions)
     )
-    shown = (versions.c.number == adapters.c.version_count) | versions.c.number.in_(pointed)
+    shown = (versions.c.number == adapters.c.newest_number) | versions.c.number.in_(pointed)
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
         batch = adapter_ids[start : start + _IDS_AT_ONCE]
         query = SELECT_VERSIONS.where(versions.c.adapter_id.in_(batch)).where(shown)

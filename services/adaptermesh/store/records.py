@@ -127,6 +127,24 @@ class VersionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DeletedVersion:
+    """What is left of a version that was removed: its number and digest; by whom, when and why."""
+
+    namespace: str
+    name: str
+    number: int
+    digest: str
+    delete_time_us: int
+    actor: str = ""
+    reason: str = ""
+
+    @property
+    def ref(self) -> str:
+        """`namespace/name:v3`."""
+        return f"{self.namespace}/{self.name}:v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
 class AliasRecord:
     """An alias as it was after one change; of a removal, as it was before."""
 
@@ -175,6 +193,7 @@ class ChangeKind(enum.StrEnum):
     VERSION_PUBLISHED = "version_published"
     VERSION_STATUS_SET = "version_status_set"
     VERSION_SIGNED = "version_signed"
+    VERSION_DELETED = "version_deleted"
     NAMESPACE_POLICY_SET = "namespace_policy_set"
     ALIAS_SET = "alias_set"
     ALIAS_DELETED = "alias_deleted"
@@ -187,7 +206,9 @@ class ChangeKind(enum.StrEnum):
     API_KEY_SET = "api_key_set"
 
 
-Record = BaseModelRecord | VersionRecord | AliasRecord | RouteRecord | PolicyRecord | AccessRecord
+Record = (
+    BaseModelRecord | VersionRecord | DeletedVersion | AliasRecord | RouteRecord | PolicyRecord | AccessRecord
+)
 
 
 @dataclass(frozen=True, slots=True)

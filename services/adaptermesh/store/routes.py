@@ -111,13 +111,13 @@ class Routes:
             return pager.page([route_record(row) for row in rows])
 
 
-async def routes_to(connection: AsyncConnection, ref: Ref) -> list[str]:
-    """The routes, as `tenant/task`, of which a target or a part of one is this very ref."""
+async def routes_to(connection: AsyncConnection, *refs: Ref) -> list[str]:
+    """The routes, as `tenant/task`, of which a target or a part of one is one of these very refs."""
     query = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
     found = []
     async for row in await connection.stream(query):
         route = route_record(row)
-        if any(ref in _refs(target) for target in route.targets):
+        if any(ref in refs for target in route.targets for ref in _refs(target)):
             found.append(f"{route.tenant}/{route.task}")
     return found
 

@@ -13,6 +13,7 @@ from adaptermesh.store.records import (
     NEVER_SET,
     AliasRecord,
     BaseModelRecord,
+    DeletedVersion,
     PolicyRecord,
     RouteRecord,
     RouteTarget,
@@ -26,6 +27,7 @@ from adaptermesh.store.schema import (
     adapters,
     alias_moves,
     aliases,
+    deleted_versions,
     version_signatures,
     version_statuses,
     versions,
@@ -38,6 +40,8 @@ SELECT_VERSIONS = (
         versions,
         adapters.c.namespace,
         adapters.c.name,
+        adapters.c.version_count,
+        adapters.c.deleted_count,
         *(column.label(_STATUS + column.name) for column in version_statuses.c if not column.primary_key),
         version_signatures.c.entries.label("signatures"),
     )
@@ -52,19 +56,19 @@ SAME_MOVE = (
     & (aliases.c.alias == alias_moves.c.alias)
     & (aliases.c.generation == alias_moves.c.generation)
 )
-_SAME_VERSION = (versions.c.adapter_id == alias_moves.c.adapter_id) & (
-    versions.c.number == alias_moves.c.version_number
-)
 
-SELECT_MOVES = (
-    select(alias_moves, adapters.c.namespace, adapters.c.name, versions.c.digest)
-    .join(adapters, adapters.c.id == alias_moves.c.adapter_id)
-    .join(versions, _SAME_VERSION)
+SELECT_MOVES = select(alias_moves, adapters.c.namespace, adapters.c.name).join(
+    adapters, adapters.c.id == alias_moves.c.adapter_id
 )
-"""Moves of aliases, with the adapter's name and the version's digest."""
+"""Moves of aliases, with the adapter's name."""
 
 SELECT_ALIASES = SELECT_MOVES.join(aliases, SAME_MOVE)
 """Of each alias the move that holds now."""
+
+SELECT_DELETED = select(deleted_versions, adapters.c.namespace, adapters.c.name).join(
+    adapters, adapters.c.id == deleted_versions.c.adapter_id
+)
+"""Versions that were removed, with the adapter's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +110,35 @@ def version_record(row: Any) -> VersionRecord:
     )
 
 
+def deleted_version(row: Row[Any]) -> DeletedVersion:
+    return DeletedVersion(
+        namespace=row.namespace,
+        name=row.name,
+        number=row.number,
+        digest=row.digest,
+        delete_time_us=row.delete_time_us,
+        actor=row.actor,
+        reason=row.reason,
+    )
+
+
 def _status(row: Any) -> VersionStatus:
     if row.status_generation is None:
         return NEVER_SET
     values = {name: getattr(row, _STATUS + name) for name in _STATUS_NAMES}
     return VersionStatus(state=VersionState(row.status_state), **values)
+
+
+def status_record(row: Row[Any]) -> VersionStatus:
+    """Of the history of a version's statuses."""
+    return VersionStatus(
+        state=VersionState(row.state),
+        reason=row.reason,
+        replacement=row.replacement,
+        generation=row.generation,
+        update_time_us=row.update_time_us,
+        actor=row.actor,
+    )
 
 
 def version_values(record: VersionRecord) -> dict[str, Any]:

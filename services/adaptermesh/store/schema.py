@@ -72,8 +72,11 @@ adapters = Table(
     Column("id", Integer, primary_key=True),
     Column("namespace", _KEY, nullable=False),
     Column("name", _KEY, nullable=False),
-    # Also the number of the newest version.
+    # Also the last number that was given: removed versions count, theirs are never given again.
     Column("version_count", Integer, nullable=False),
+    # 0 where every version was removed.
+    Column("newest_number", Integer, nullable=False, server_default="0"),
+    Column("deleted_count", Integer, nullable=False, server_default="0"),
     UniqueConstraint("namespace", "name"),
 )
 
@@ -115,6 +118,50 @@ version_statuses = Table(
     Column("generation", BigInteger, nullable=False),
     Column("update_time_us", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
+)
+
+status_changes = Table(
+    "status_changes",
+    metadata,
+    # Every status that a version ever had. By number, because it stays when the version is removed.
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("generation", BigInteger, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("replacement", String(512), nullable=False),
+    Column("update_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+
+deleted_versions = Table(
+    "deleted_versions",
+    metadata,
+    # A version that is removed has no row in `versions`, so nothing that reads those can find it.
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    # Not unique: the same content may have been there, and removed, more than once.
+    Column("digest", _DIGEST, nullable=False),
+    Column("delete_time_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Index(None, "digest"),
+)
+
+version_parents = Table(
+    "version_parents",
+    metadata,
+    # What a version was made from, as its manifest says.
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
+    Column("digest", _DIGEST, primary_key=True),
+    Index(None, "digest"),
+)
+
+unread_lineages = Table(
+    "unread_lineages",
+    metadata,
+    # Versions of before `version_parents`, whose manifests are still to be read.
+    Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
 )
 
 version_signatures = Table(
@@ -258,13 +305,15 @@ alias_moves = Table(
     Column("alias", _KEY, primary_key=True),
     Column("generation", BigInteger, primary_key=True, autoincrement=False),
     Column("version_number", Integer, nullable=False),
+    # Kept here, because the version may have been removed since.
+    Column("digest", _DIGEST, nullable=False),
     Column("update_time_us", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
     Column("comment", Text, nullable=False),
     Column("protected", Boolean, nullable=False, server_default=false()),
     # Rows of before this column are settings.
     Column("action", String(16), nullable=False, server_default="set"),
-    ForeignKeyConstraint(["adapter_id", "version_number"], ["versions.adapter_id", "versions.number"]),
+    ForeignKeyConstraint(["adapter_id"], ["adapters.id"]),
 )
 
 aliases = Table(

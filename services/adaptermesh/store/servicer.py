@@ -19,8 +19,8 @@ from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_tensors
+from adaptermesh.store.removal_servicer import RemovalServicer
 from adaptermesh.store.routes import ANY_TENANT
-from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.statuses import StatusRequest
 
 Context = Any
@@ -30,7 +30,7 @@ _PART_BYTES = 512 * 1024
 _PART_ITEMS = 500
 
 
-class StoreServicer(SigningServicer):
+class StoreServicer(RemovalServicer):
     """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
 
     async def UploadAdapter(self, request_iterator: Any, context: Context) -> store_pb2.UploadAdapterResponse:
@@ -59,7 +59,9 @@ class StoreServicer(SigningServicer):
     async def FetchAdapter(  # type: ignore[override]  # as above
         self, request: store_pb2.FetchAdapterRequest, context: Context
     ) -> AsyncIterator[store_pb2.FetchAdapterResponse | bytes]:
-        version = await self._stores.catalogue.unrevoked_digest(request.digest)
+        catalogue = self._stores.catalogue
+        find = catalogue.get_digest if request.include_unusable else catalogue.usable_digest
+        version = await find(request.digest)
         check_offset(request.offset, version.record.size_bytes)
         manifest = await self._stores.manifests.read(version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)

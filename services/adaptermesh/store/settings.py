@@ -1,7 +1,6 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
 import enum
-=======
 import ssl
 from typing import Self
 

@@ -9,14 +9,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.artifact.signing import is_signature
 from adaptermesh.core.clock import Clock
-from adaptermesh.core.digests import is_digest
-from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
+from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change, feed_head
 from adaptermesh.store.fields import MAX_ACTOR, check_text
 from adaptermesh.store.policies import unknown_key
 from adaptermesh.store.records import ChangeKind, PolicyRecord, Signature, VersionRecord
-from adaptermesh.store.resolution import find_digest
+from adaptermesh.store.resolution import get_digest
 from adaptermesh.store.schema import version_signatures, versions
 from adaptermesh.store.usability import find_policy
 
@@ -53,7 +52,7 @@ class Signatures:
         now_us = int(self._clock.wall() * 1e6)
 
         async def work(connection: AsyncConnection) -> Signed:
-            version = await _version(connection, digest)
+            version = (await get_digest(connection, digest)).record
             _check(version, await find_policy(connection, version.namespace), key_id, signature)
             if any(known.key_id == key_id for known in version.signatures):
                 return Signed(version, created=False, feed_position=(await feed_head(connection))[1])
@@ -80,20 +79,11 @@ class Signatures:
         return signed
 
     async def list(self, digest: str) -> list[tuple[Signature, bool]]:
-        """A version's signatures, and of each whether its key is trusted now; raises VERSION_NOT_FOUND."""
+        """A version's signatures, and of each whether its key is trusted now; raises as `get_digest`."""
         async with self._database.reading() as connection:
-            version = await _version(connection, digest)
+            version = (await get_digest(connection, digest)).record
             policy = await find_policy(connection, version.namespace)
         return [(one, policy.key(one.key_id) is not None) for one in version.signatures]
-
-
-async def _version(connection: AsyncConnection, digest: str) -> VersionRecord:
-    if not is_digest(digest):
-        raise invalid_field("digest", "must be sha256:<64 lower-case hex digits>")
-    found = await find_digest(connection, digest)
-    if found is None:
-        raise not_found(Reason.VERSION_NOT_FOUND, "version", digest)
-    return found.record
 
 
 async def _save(connection: AsyncConnection, version: VersionRecord, entries: tuple[Signature, ...]) -> None:

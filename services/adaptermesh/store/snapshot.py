@@ -16,9 +16,11 @@ from adaptermesh.store.feed import feed_head
 from adaptermesh.store.records import Record
 from adaptermesh.store.rows import (
     SELECT_ALIASES,
+    SELECT_DELETED,
     SELECT_VERSIONS,
     alias_record,
     base_model_record,
+    deleted_version,
     policy_record,
     route_record,
     version_record,
@@ -26,6 +28,7 @@ from adaptermesh.store.rows import (
 from adaptermesh.store.schema import (
     alias_moves,
     base_models,
+    deleted_versions,
     grants,
     namespace_policies,
     namespaces,
@@ -62,7 +65,7 @@ class Snapshots:
         self._places = asyncio.Semaphore(config.concurrent)
 
     async def read(self) -> AsyncGenerator[SnapshotItem]:
-        """Yields base models, versions, aliases, policies, namespaces, grants, routes: of one transaction.
+        """Yields what there is, what was removed and who may do what: from one transaction.
 
         Raises:
             MeshError: DEADLINE_EXCEEDED if the reader is too slow.
@@ -107,6 +110,9 @@ async def _records(connection: AsyncConnection) -> AsyncGenerator[Record]:
         yield base_model_record(row)
     async for row in await connection.stream(SELECT_VERSIONS.order_by(versions.c.id)):
         yield version_record(row)
+    removed = SELECT_DELETED.order_by(deleted_versions.c.adapter_id, deleted_versions.c.number)
+    async for row in await connection.stream(removed):
+        yield deleted_version(row)
     query = SELECT_ALIASES.order_by(alias_moves.c.adapter_id, alias_moves.c.alias)
     async for row in await connection.stream(query):
         yield alias_record(row)

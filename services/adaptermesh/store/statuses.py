@@ -20,9 +20,11 @@ from adaptermesh.store.fields import (
     check_text,
     check_version_number,
 )
-from adaptermesh.store.records import ChangeKind, VersionRecord, VersionStatus
-from adaptermesh.store.resolution import find_version
-from adaptermesh.store.schema import version_statuses, versions
+from adaptermesh.store.pages import Key, Page, Pager, PageRequest
+from adaptermesh.store.records import ChangeKind, DeletedVersion, VersionRecord, VersionStatus
+from adaptermesh.store.resolution import find_adapter, find_deleted, find_version
+from adaptermesh.store.rows import status_record
+from adaptermesh.store.schema import status_changes, version_statuses, versions
 from adaptermesh.store.usability import find_usable
 
 log = logging.getLogger(__name__)
@@ -95,15 +97,46 @@ class Statuses:
         )
         return changed, position
 
+    async def history(
+        self, adapter: AdapterName, version_number: int, request: PageRequest
+    ) -> tuple[Page[VersionStatus], DeletedVersion | None]:
+        """Every status that a version ever had, newest first, and what removed it, if something did.
+
+        Raises:
+            MeshError: ADAPTER_NOT_FOUND, VERSION_NOT_FOUND.
+        """
+        ref = Ref(adapter, version=check_version_number(version_number))
+
+        def key(status: VersionStatus) -> Key:
+            return (status.generation,)
+
+        pager = Pager(request, ["status_history", str(ref)], key, (int,))
+        async with self._database.reading() as connection:
+            adapter_id = await find_adapter(connection, adapter)
+            deleted = await find_deleted(connection, ref, adapter_id)
+            if deleted is None:
+                await find_version(connection, ref)
+            query = select(status_changes).where(
+                (status_changes.c.adapter_id == adapter_id) & (status_changes.c.number == version_number)
+            )
+            if pager.after is not None:
+                query = query.where(status_changes.c.generation < pager.after[0])
+            query = query.order_by(status_changes.c.generation.desc()).limit(pager.limit)
+            rows = (await connection.execute(query)).all()
+        return pager.page([status_record(row) for row in rows]), deleted
+
 
 async def _save(connection: AsyncConnection, version: VersionRecord, status: VersionStatus) -> None:
     row = {**dataclasses.asdict(status), "state": status.state.value}
-    version_id = select(versions.c.id).where(versions.c.digest == version.digest).scalar_subquery()
+    same = versions.c.digest == version.digest
+    found = (await connection.execute(select(versions.c.id, versions.c.adapter_id).where(same))).one()
     if version.status.generation:
-        same = version_statuses.c.version_id == version_id
-        await connection.execute(update(version_statuses).where(same).values(row))
+        known = version_statuses.c.version_id == found.id
+        await connection.execute(update(version_statuses).where(known).values(row))
     else:
-        await connection.execute(insert(version_statuses).values(version_id=version_id, **row))
+        await connection.execute(insert(version_statuses).values(version_id=found.id, **row))
+    change = {"adapter_id": found.adapter_id, "number": version.number, **row}
+    await connection.execute(insert(status_changes).values(change))
 
 
 def _check(request: StatusRequest) -> None:

@@ -24,9 +24,11 @@ from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.garbage import GarbageCollector
+from adaptermesh.store.lineage import Lineage
 from adaptermesh.store.listing import Listing
 from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.policies import Policies
+from adaptermesh.store.removal import Removals
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
 from adaptermesh.store.s3_connection import S3Config
@@ -78,6 +80,7 @@ class Stores:
         self.statuses = Statuses(self.database, clock)
         self.policies = Policies(self.database, clock)
         self.signatures = Signatures(self.database, clock)
+        self.removals = Removals(self.database, clock, self.blobs, Lineage(self.database, self.manifests))
         self.listing = Listing(self.database)
         self.search = Search(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)

@@ -66,6 +66,7 @@ class _Ingested:
     tensors: Path
     tensor_digest: str
     card: str
+    parents: tuple[str, ...]
 
 
 class Uploads:
@@ -151,7 +152,7 @@ class Uploads:
         return await self._work.finish(self._complete(header, base, sources, place))
 
     async def _check_parents(self, header: UploadHeader, base: BaseModelRecord) -> None:
-        """What an adapter was made from must be here and of the same base; versions never go away."""
+        """What an adapter was made from must be here and of the same base; publishing looks again."""
         for digest in header.parents:
             parent = (await self._catalogue.get_digest(digest)).record
             await self._authority.require_version(Permission.READ, parent.adapter, digest)
@@ -208,6 +209,7 @@ class Uploads:
     async def _publish(
         self, header: UploadHeader, sources: Mapping[str, Path], made: _Ingested, place: Place
     ) -> UploadOutcome:
+        _check_expected(header, made.version)
         known = await self._catalogue.find_digest(made.version.digest)
         if known is not None:
             return UploadOutcome(known.record, created=False, feed_position=known.feed_position)
@@ -230,7 +232,7 @@ class Uploads:
                 await self._blobs.put(digest, path)
             try:
                 return await self._catalogue.publish(
-                    made.version, made.tensor_digest, made.card, partial(self._confirm, blobs)
+                    made.version, made.tensor_digest, made.card, partial(self._confirm, blobs), made.parents
                 )
             except _Collected:
                 log.info("blobs are put again", extra={"digest": made.version.digest})
@@ -296,7 +298,23 @@ def _ingest(
         create_time_us=0,
         source_files=header.files,
     )
-    return _Ingested(version, manifest_path, tensors, file_digest(tensors), _card(sources))
+    return _Ingested(version, manifest_path, tensors, file_digest(tensors), _card(sources), header.parents)
+
+
+def _check_expected(header: UploadHeader, version: VersionRecord) -> None:
+    if header.expected_digest in ("", version.digest):
+        return
+    raise MeshError(
+        Code.FAILED_PRECONDITION,
+        Reason.DIGEST_MISMATCH,
+        f"'{header.adapter}' has digest {version.digest} here, not {header.expected_digest}: its files, or "
+        "what is said of it, are others, or this store makes another canonical form of them",
+        metadata={
+            "name": str(header.adapter),
+            "digest": version.digest,
+            "expected_digest": header.expected_digest,
+        },
+    )
 
 
 def _card(sources: Mapping[str, Path]) -> str:

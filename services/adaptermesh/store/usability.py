@@ -9,7 +9,7 @@ from adaptermesh.core.errors import MeshError, version_revoked, version_unsigned
 from adaptermesh.core.refs import Ref
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.store.records import PolicyRecord, VersionRecord
-from adaptermesh.store.resolution import find_version
+from adaptermesh.store.resolution import find_version, get_digest
 from adaptermesh.store.rows import StoredVersion, policy_record
 from adaptermesh.store.schema import namespace_policies
 
@@ -43,6 +43,19 @@ async def find_usable(connection: AsyncConnection, ref: Ref) -> StoredVersion:
     found = await find_version(connection, ref)
     policy = await find_policy(connection, ref.adapter.namespace)
     problem = why_not(str(ref), found.record, policy)
+    if problem is not None:
+        raise problem
+    return found
+
+
+async def get_usable(connection: AsyncConnection, digest: str) -> StoredVersion:
+    """The version with a digest, to use it.
+
+    Raises:
+        MeshError: as `get_digest`; FAILED_PRECONDITION (VERSION_REVOKED, VERSION_UNSIGNED).
+    """
+    found = await get_digest(connection, digest)
+    problem = why_not(digest, found.record, await find_policy(connection, found.record.namespace))
     if problem is not None:
         raise problem
     return found

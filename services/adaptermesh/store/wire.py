@@ -20,6 +20,7 @@ from adaptermesh.store.records import (
     AliasRecord,
     BaseModelRecord,
     Change,
+    DeletedVersion,
     PolicyRecord,
     Record,
     RouteRecord,
@@ -46,6 +47,7 @@ def header_from(message: store_pb2.UploadHeader) -> UploadHeader:
         validate_only=message.validate_only,
         parents=tuple(message.parents),
         merge_recipe_json=message.merge_recipe_json,
+        expected_digest=message.expected_digest,
     )
 
 
@@ -136,12 +138,12 @@ def version_to(record: VersionRecord) -> adapter_pb2.Version:
         warnings=record.warnings,
         create_time=_time(record.create_time_us) if record.number else None,
         source_files=files,
-        status=_status_to(record.status),
+        status=status_to(record.status),
         signing_key_ids=[signature.key_id for signature in record.signatures],
     )
 
 
-def _status_to(status: VersionStatus) -> adapter_pb2.VersionStatus:
+def status_to(status: VersionStatus) -> adapter_pb2.VersionStatus:
     return adapter_pb2.VersionStatus(
         state=state_message(status.state),
         reason=status.reason,
@@ -149,6 +151,18 @@ def _status_to(status: VersionStatus) -> adapter_pb2.VersionStatus:
         generation=status.generation,
         update_time=_time(status.update_time_us) if status.generation else None,
         actor=status.actor,
+    )
+
+
+def deleted_to(record: DeletedVersion) -> adapter_pb2.DeletedVersion:
+    return adapter_pb2.DeletedVersion(
+        namespace=record.namespace,
+        name=record.name,
+        number=record.number,
+        digest=record.digest,
+        delete_time=_time(record.delete_time_us),
+        actor=record.actor,
+        reason=record.reason,
     )
 
 
@@ -263,6 +277,9 @@ def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
     if isinstance(record, VersionRecord):
         part.versions.append(version_to(record))
         return part.versions[-1].ByteSize()
+    if isinstance(record, DeletedVersion):
+        part.deleted_versions.append(deleted_to(record))
+        return part.deleted_versions[-1].ByteSize()
     if isinstance(record, AliasRecord):
         part.aliases.append(alias_to(record))
         return part.aliases[-1].ByteSize()
@@ -293,6 +310,8 @@ def _record_to(record: Record) -> Message:
         return base_model_to(record)
     if isinstance(record, VersionRecord):
         return version_to(record)
+    if isinstance(record, DeletedVersion):
+        return deleted_to(record)
     if isinstance(record, AliasRecord):
         return alias_to(record)
     if isinstance(record, PolicyRecord):

@@ -61,6 +61,10 @@ class WordIndex(Protocol):
         """Adds the words of adapters that have none yet."""
         ...
 
+    async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
+        """Removes an adapter's words, likewise."""
+        ...
+
     def matching(self, words: Sequence[str]) -> FromClause:
         """The adapters that have a word beginning with each of these: columns `adapter_id` and `score`."""
         ...
@@ -77,12 +81,15 @@ class SqliteWords:
     _index = table("search_words", column("rowid", Integer), *(column(part) for part in PARTS))
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
-        await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
+        await self.remove(connection, adapter_id)
         await self.add(connection, {adapter_id: wording})
 
     async def add(self, connection: AsyncConnection, wordings: Mapping[int, Wording]) -> None:
         rows = [{"rowid": adapter_id, **_values(wording)} for adapter_id, wording in wordings.items()]
         await connection.execute(insert(self._index), rows)
+
+    async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
+        await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
 
     def matching(self, words: Sequence[str]) -> FromClause:
         index: ColumnElement[str] = literal_column("search_words")
@@ -98,12 +105,15 @@ class PostgresWords:
     _index = table("search_words", column("adapter_id", Integer), column("document"))
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
-        await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
+        await self.remove(connection, adapter_id)
         await self.add(connection, {adapter_id: wording})
 
     async def add(self, connection: AsyncConnection, wordings: Mapping[int, Wording]) -> None:
         rows = [{"adapter_id": adapter_id, **_values(wording)} for adapter_id, wording in wordings.items()]
         await connection.execute(insert(self._index).values(document=_document()), rows)
+
+    async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
+        await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
 
     def matching(self, words: Sequence[str]) -> FromClause:
         # Words are of letters and digits only: nothing in them means anything to the query.

@@ -10,7 +10,7 @@ from adaptermesh.core.composition import composition_digest
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
-from adaptermesh.router.catalogue import Event, Policy, RouteTarget
+from adaptermesh.router.catalogue import Event, Policy, RouteTarget, VersionRemoved
 from adaptermesh.router.resolution import ComposedVersion, Question, Resolution, choose_target, resolve
 from tests.unit.router.fakes import BASE, OTHER_BASE, alias, image, route, version
 
@@ -20,6 +20,7 @@ STORED_ONLY = version("acme/odd", servable=False, unservable_reason="its kind is
 OLD = version("acme/old", state=VersionState.DEPRECATED, state_reason="slow", replacement="acme/ner:v2")
 GONE = version("acme/gone", state=VersionState.REVOKED, state_reason="bad data")
 FUSION = version("acme/mix", servable=False, unservable_reason="ask for fuse", op_kinds=("fusion",))
+REMOVED = VersionRemoved(V2.adapter, 2, V2.digest, "2026-11-30T19:00:00+00:00", "ada", "wrong")
 KNOWN: tuple[Event, ...] = (
     BASE,
     OTHER_BASE,
@@ -135,6 +136,27 @@ def test_what_means_a_revoked_version_is_refused_with_the_reason(question: dict[
     assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.VERSION_REVOKED)
     assert "bad data" in error.message
     assert error.metadata["digest"] == GONE.digest
+
+
+@pytest.mark.parametrize("ref", ["acme/ner:v2", f"acme/ner@{V2.digest}", "average(acme/ner:v1, acme/ner:v2)"])
+def test_what_means_a_removed_version_hears_who_removed_it_when_and_why(ref: str) -> None:
+    entries = (*KNOWN, REMOVED)
+    with pytest.raises(MeshError) as caught:
+        ask(ref=ref, entries=entries)
+    assert (caught.value.code, caught.value.reason) == (Code.NOT_FOUND, Reason.VERSION_DELETED)
+    assert "means acme/ner:v2, which was removed at 2026-11-30T19:00:00+00:00 by ada: wrong" in str(
+        caught.value
+    )
+    assert ask(ref="acme/ner:v1", entries=entries).version == V1
+
+
+def test_content_that_was_removed_and_uploaded_again_is_found_by_its_digest() -> None:
+    again = replace(V2, number=3)
+    for entries in ((*KNOWN, REMOVED, again), (*KNOWN[:3], again, REMOVED)):
+        assert ask(ref=f"acme/ner@{V2.digest}", entries=entries).version == again
+    with pytest.raises(MeshError) as caught:
+        ask(ref="acme/ner:v2", entries=(*KNOWN, REMOVED, again))
+    assert caught.value.reason is Reason.VERSION_DELETED
 
 
 def test_a_deprecated_version_is_found_with_a_warning() -> None:

@@ -155,6 +155,26 @@ async def test_a_version_that_must_be_signed_and_is_not_is_refused_everywhere(
     assert (await resolve(store, "acme/ner:v1")).number == 1
 
 
+async def test_a_worker_can_not_fetch_what_must_be_signed_and_is_not(
+    store: Any, publish: Any, kit: Any
+) -> None:
+    (version,) = await publish()
+    await require(store)
+    await trust(store)
+
+    async def fetch(**fields: Any) -> int:
+        request = store_pb2.FetchAdapterRequest(digest=version.digest, **fields)
+        return len([message async for message in store.stub.FetchAdapter(request)])
+
+    async with kit.refused() as errors:
+        await fetch()
+    assert (errors[0].code, errors[0].reason) == (Code.FAILED_PRECONDITION, Reason.VERSION_UNSIGNED)
+    assert errors[0].metadata["version"] == "acme/ner:v1"
+    assert await fetch(include_unusable=True) > 1
+    await sign(store, version.digest)
+    assert await fetch() > 1
+
+
 async def test_a_namespace_that_asks_for_nothing_takes_any_version(store: Any, publish: Any) -> None:
     await publish()
     await publish(namespace="free")

@@ -25,17 +25,21 @@ from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.database import DatabaseConfig
+from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.records import (
     AliasRecord,
     BaseModelRecord,
     ChangeKind,
+    DeletedVersion,
     PolicyRecord,
     Record,
     RouteRecord,
     RouteTarget,
     VersionRecord,
 )
+from adaptermesh.store.removal import RemovalRequest
+from adaptermesh.store.search import SearchQuery
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import StoreConfig, Stores
 from tests.postgres import MIGRATED
@@ -53,6 +57,8 @@ def key_of(record: Record) -> tuple[str, ...]:
         return ("base", record.digest)
     if isinstance(record, VersionRecord):
         return ("version", record.digest)
+    if isinstance(record, DeletedVersion):
+        return ("deleted", record.ref)
     if isinstance(record, AliasRecord):
         return ("alias", record.namespace, record.name, record.alias)
     if isinstance(record, PolicyRecord):
@@ -88,6 +94,8 @@ class Follower:
             if change.kind in {ChangeKind.ROUTE_DELETED, ChangeKind.ALIAS_DELETED}:
                 del self.state[key_of(change.record)]
             else:
+                if isinstance(change.record, DeletedVersion):
+                    del self.state["version", change.record.digest]
                 self.state[key_of(change.record)] = change.record
             if self.position == message.head_position:
                 break
@@ -103,11 +111,22 @@ class Twin:
         self.routes: dict[str, int] = {}
         self.states: dict[tuple[str, int], list[VersionState]] = {}
         self.gone: set[tuple[str, str]] = set()
+        self.deleted: set[tuple[str, int]] = set()
         self.protected: set[tuple[str, str]] = set()
         self.position = 0
 
     def generation(self, name: str, alias: str) -> int:
         return 0 if (name, alias) in self.gone else len(self.moves.get((name, alias), []))
+
+    def there(self, name: str, number: int) -> bool:
+        return 0 < number <= len(self.versions.get(name, [])) and (name, number) not in self.deleted
+
+    def pointed(self, name: str, number: int) -> bool:
+        return any(
+            moves[-1] == number and self.generation(*key) > 0
+            for key, moves in self.moves.items()
+            if key[0] == name
+        )
 
     def revoked(self, name: str, number: int) -> bool:
         return self.states.get((name, number), [VersionState.ACTIVE])[-1] is VersionState.REVOKED
@@ -163,8 +182,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=NAMES, repeat=st.booleans())
     def publish(self, name: str, repeat: bool) -> None:
         versions = self.twin.versions.setdefault(name, [])
-        known = repeat and bool(versions)
-        digest = versions[0] if known else digest_bytes(f"{name}{self.made}".encode())
+        again = repeat and bool(versions)
+        digest = versions[0] if again else digest_bytes(f"{name}{self.made}".encode())
+        known = any(self.twin.there(name, number) for number, one in enumerate(versions, 1) if one == digest)
         self.made += 1
         wanted = VersionRecord(
             namespace="acme",
@@ -198,7 +218,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=NAMES, alias=ALIASES, number=st.integers(1, 4), expected=EXPECTED)
     def point(self, name: str, alias: str, number: int, expected: int | None) -> None:
         generation = self.twin.generation(name, alias)
-        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, generation)
+        legal = self.twin.there(name, number) and expected in (None, generation)
         legal = legal and not self.twin.revoked(name, number)
         legal = legal and (name, alias) not in self.twin.protected
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
@@ -213,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
         legal = legal and (name, alias) not in self.twin.protected
         request = MoveRequest(AliasName(AdapterName("acme", name), alias), expected)
         number = earlier[-1] if earlier else 0
-        legal = legal and not self.twin.revoked(name, number)
+        legal = legal and self.twin.there(name, number) and not self.twin.revoked(name, number)
         self._move(legal, name, alias, number, self.stores.aliases.roll_back(request))
 
     @rule(name=NAMES, alias=ALIASES, protected=st.booleans())
@@ -253,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=NAMES, number=st.integers(1, 3), state=st.sampled_from(VersionState), expected=EXPECTED)
     def set_status(self, name: str, number: int, state: VersionState, expected: int | None) -> None:
         states = self.twin.states.get((name, number), [])
-        legal = number <= len(self.twin.versions.get(name, [])) and expected in (None, len(states))
+        legal = self.twin.there(name, number) and expected in (None, len(states))
         request = StatusRequest(AdapterName("acme", name), number, state, "because", "", expected)
         if not legal:
             with pytest.raises(MeshError):
@@ -264,6 +284,20 @@ class StoreMachine(RuleBasedStateMachine):
         self.twin.position += 1
         assert (version.status.state, version.status.generation) == (state, len(states) + 1)
         assert position == self.twin.position
+
+    @rule(name=NAMES, number=st.integers(1, 4), right=st.booleans())
+    def delete_version(self, name: str, number: int, right: bool) -> None:
+        legal = self.twin.there(name, number) and not self.twin.pointed(name, number) and right
+        digest = self.twin.versions[name][number - 1] if legal else digest_bytes(b"another")
+        work = self.stores.removals.delete(RemovalRequest(AdapterName("acme", name), number, digest))
+        if not legal:
+            with pytest.raises(MeshError):
+                self.run(work)
+            return
+        deleted, position = self.run(work)
+        self.twin.deleted.add((name, number))
+        self.twin.position += 1
+        assert (deleted.number, deleted.digest, position) == (number, digest, self.twin.position)
 
     @rule(task=TASKS, weight=st.integers(1, 3))
     def set_route(self, task: str, weight: int) -> None:
@@ -310,6 +344,20 @@ class StoreMachine(RuleBasedStateMachine):
         late.position = self.follower.position
         self.run(late.catch_up(self.stores))
         assert late.state == fresh.state
+
+    @invariant()
+    def an_adapter_is_listed_and_found_by_the_newest_version_that_is_there(self) -> None:
+        if not hasattr(self, "follower"):
+            return
+        wanted = {}
+        for name, versions in self.twin.versions.items():
+            there = [number for number in range(1, len(versions) + 1) if self.twin.there(name, number)]
+            if there:
+                wanted[name] = (there[-1], len(there))
+        listed = self.run(self.stores.listing.list(AdapterQuery(), PageRequest())).items
+        found = self.run(self.stores.search.find(SearchQuery("acme", tags=("t",)), PageRequest())).items
+        for summaries in (listed, found):
+            assert {one.newest.name: (one.newest.number, one.version_count) for one in summaries} == wanted
 
     @invariant()
     def the_history_has_every_move(self) -> None:

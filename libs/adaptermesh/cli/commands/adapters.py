@@ -8,6 +8,7 @@ from rich.text import Text
 
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.removing import history, remove
 from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
@@ -144,6 +145,8 @@ app.command()(sign)
 app.command()(deprecate)
 app.command()(revoke)
 app.command()(restore)
+app.command("rm")(remove)
+app.command()(history)
 app.command()(verify)
 app.command("gc")(collect_garbage)
 

@@ -11,6 +11,7 @@ from adaptermesh.cli.execute import FAILED, CommandError, execute
 from adaptermesh.cli.options import JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import short_digest, size, table
+from adaptermesh.cli.version_report import state_note
 from adaptermesh.client import BlobCheck, GarbageReport, StoreClient
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -27,7 +28,7 @@ def verify(
     """Checks the bytes of a version end to end: its manifest, every chunk, every uploaded file.
 
     All of it is downloaded and compared with its digests, and the store reads its copies again. Nothing is
-    kept. Exit code 1 if anything is not what was put.
+    kept. One that is revoked or unsigned can be checked, too. Exit code 1 if anything is not what was put.
 
     Examples:
     adaptermesh adapters verify acme/ner@prod
@@ -47,7 +48,7 @@ def verify(
                 found = await client.verify(ref, progress=progress)
         rows = [("download", check) for check in found.downloaded]
         rows += [("store", check) for check in found.stored]
-        _print_checks(output, found, rows, found.version.ref)
+        _print_checks(output, found, rows, f"{found.version.ref}{state_note(found.version)}")
 
     execute(as_json, work)
 

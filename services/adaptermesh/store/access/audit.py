@@ -16,6 +16,7 @@ from adaptermesh.store.records import (
     AliasRecord,
     BaseModelRecord,
     ChangeKind,
+    DeletedVersion,
     PolicyRecord,
     Record,
     RouteRecord,
@@ -144,7 +145,7 @@ def _entry(row: Row[tuple[object, ...]]) -> AuditEntry:
 
 def _subject(record: Record) -> _Subject:
     match record:
-        case VersionRecord() | AliasRecord():
+        case VersionRecord() | DeletedVersion() | AliasRecord():
             return _Subject(record.ref, record.namespace)
         case PolicyRecord():
             return _Subject(record.namespace, record.namespace)

@@ -171,6 +171,8 @@ GUARDS: Mapping[str, Guard | None] = {
     "ResolveRef": _resolve,
     "ListVersions": _adapter(READ),
     "SetVersionStatus": _status,
+    "ListStatusHistory": _adapter(READ),
+    "DeleteVersion": _adapter(ADMINISTER),
     "AddSignature": _digest(PUBLISH),
     "ListSignatures": _digest(READ),
     "GetNamespacePolicy": _namespace(READ),

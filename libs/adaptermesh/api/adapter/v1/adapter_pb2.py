@@ -25,41 +25,43 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(adaptermesh/api/adapter/v1/adapter.proto\x12\x1a\x61\x64\x61ptermesh.api.adapter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x01\n\tBaseModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rconfig_digest\x18\x03 \x01(\t\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x12\n\nvocab_size\x18\x08 \x01(\x05\x12\x13\n\x0b\x63onfig_json\x18\t \x01(\t\"\xc1\x01\n\rVersionStatus\x12\x37\n\x05state\x18\x01 \x01(\x0e\x32(.adaptermesh.api.adapter.v1.VersionState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0breplacement\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"\x80\x04\n\x07Version\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x15\n\rbase_model_id\x18\x06 \x01(\t\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x0f\n\x07license\x18\n \x01(\t\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x10\n\x08op_kinds\x18\x0c \x03(\t\x12\x10\n\x08max_rank\x18\r \x01(\x05\x12\x12\n\nsize_bytes\x18\x0e \x01(\x03\x12\x10\n\x08servable\x18\x0f \x01(\x08\x12\x19\n\x11unservable_reason\x18\x10 \x01(\t\x12\x10\n\x08warnings\x18\x11 \x03(\t\x12/\n\x0b\x63reate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x0csource_files\x18\x13 \x03(\x0b\x32&.adaptermesh.api.adapter.v1.SourceFile\x12\x39\n\x06status\x18\x14 \x01(\x0b\x32).adaptermesh.api.adapter.v1.VersionStatus\x12\x17\n\x0fsigning_key_ids\x18\x15 \x03(\t\"\x81\x01\n\nSigningKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xef\x01\n\x0fNamespacePolicy\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12?\n\nsignatures\x18\x02 \x01(\x0e\x32+.adaptermesh.api.adapter.v1.SignaturePolicy\x12\x34\n\x04keys\x18\x03 \x03(\x0b\x32&.adaptermesh.api.adapter.v1.SigningKey\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"\x7f\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07trusted\x18\x05 \x01(\x08\">\n\nSourceFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\x90\x02\n\x05\x41lias\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12\x16\n\x0eversion_number\x18\x04 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x03\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x08 \x01(\t\x12\x0f\n\x07\x63omment\x18\t \x01(\t\x12\x11\n\tprotected\x18\n \x01(\x08\x12\x37\n\x06\x61\x63tion\x18\x0b \x01(\x0e\x32\'.adaptermesh.api.adapter.v1.AliasAction\"\xa4\x01\n\x05Route\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x38\n\x07targets\x18\x03 \x03(\x0b\x32\'.adaptermesh.api.adapter.v1.RouteTarget\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x0bRouteTarget\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t*[\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_STORE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04*k\n\nSwitchKind\x12\x1b\n\x17SWITCH_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SWITCH_KIND_WARM\x10\x01\x12\x14\n\x10SWITCH_KIND_COOL\x10\x02\x12\x14\n\x10SWITCH_KIND_COLD\x10\x03*\x80\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x01\x12\x1c\n\x18VERSION_STATE_DEPRECATED\x10\x02\x12\x19\n\x15VERSION_STATE_REVOKED\x10\x03*m\n\x0fSignaturePolicy\x12 \n\x1cSIGNATURE_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15SIGNATURE_POLICY_NONE\x10\x01\x12\x1d\n\x19SIGNATURE_POLICY_REQUIRED\x10\x02*\x95\x01\n\x0b\x41liasAction\x12\x1c\n\x18\x41LIAS_ACTION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41LIAS_ACTION_SET\x10\x01\x12\x1a\n\x16\x41LIAS_ACTION_PROTECTED\x10\x02\x12\x1c\n\x18\x41LIAS_ACTION_UNPROTECTED\x10\x03\x12\x18\n\x14\x41LIAS_ACTION_DELETED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(adaptermesh/api/adapter/v1/adapter.proto\x12\x1a\x61\x64\x61ptermesh.api.adapter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x01\n\tBaseModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rconfig_digest\x18\x03 \x01(\t\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x12\n\nvocab_size\x18\x08 \x01(\x05\x12\x13\n\x0b\x63onfig_json\x18\t \x01(\t\"\xc1\x01\n\rVersionStatus\x12\x37\n\x05state\x18\x01 \x01(\x0e\x32(.adaptermesh.api.adapter.v1.VersionState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0breplacement\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"\xa1\x01\n\x0e\x44\x65letedVersion\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12/\n\x0b\x64\x65lete_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\"\x80\x04\n\x07Version\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x15\n\rbase_model_id\x18\x06 \x01(\t\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x0f\n\x07license\x18\n \x01(\t\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x10\n\x08op_kinds\x18\x0c \x03(\t\x12\x10\n\x08max_rank\x18\r \x01(\x05\x12\x12\n\nsize_bytes\x18\x0e \x01(\x03\x12\x10\n\x08servable\x18\x0f \x01(\x08\x12\x19\n\x11unservable_reason\x18\x10 \x01(\t\x12\x10\n\x08warnings\x18\x11 \x03(\t\x12/\n\x0b\x63reate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x0csource_files\x18\x13 \x03(\x0b\x32&.adaptermesh.api.adapter.v1.SourceFile\x12\x39\n\x06status\x18\x14 \x01(\x0b\x32).adaptermesh.api.adapter.v1.VersionStatus\x12\x17\n\x0fsigning_key_ids\x18\x15 \x03(\t\"\x81\x01\n\nSigningKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xef\x01\n\x0fNamespacePolicy\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12?\n\nsignatures\x18\x02 \x01(\x0e\x32+.adaptermesh.api.adapter.v1.SignaturePolicy\x12\x34\n\x04keys\x18\x03 \x03(\x0b\x32&.adaptermesh.api.adapter.v1.SigningKey\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\"\x7f\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07trusted\x18\x05 \x01(\x08\">\n\nSourceFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\x90\x02\n\x05\x41lias\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12\x16\n\x0eversion_number\x18\x04 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x03\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x08 \x01(\t\x12\x0f\n\x07\x63omment\x18\t \x01(\t\x12\x11\n\tprotected\x18\n \x01(\x08\x12\x37\n\x06\x61\x63tion\x18\x0b \x01(\x0e\x32\'.adaptermesh.api.adapter.v1.AliasAction\"\xa4\x01\n\x05Route\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x38\n\x07targets\x18\x03 \x03(\x0b\x32\'.adaptermesh.api.adapter.v1.RouteTarget\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x0bRouteTarget\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ohort\x18\x03 \x01(\t*[\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_STORE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04*k\n\nSwitchKind\x12\x1b\n\x17SWITCH_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SWITCH_KIND_WARM\x10\x01\x12\x14\n\x10SWITCH_KIND_COOL\x10\x02\x12\x14\n\x10SWITCH_KIND_COLD\x10\x03*\x80\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x01\x12\x1c\n\x18VERSION_STATE_DEPRECATED\x10\x02\x12\x19\n\x15VERSION_STATE_REVOKED\x10\x03*m\n\x0fSignaturePolicy\x12 \n\x1cSIGNATURE_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15SIGNATURE_POLICY_NONE\x10\x01\x12\x1d\n\x19SIGNATURE_POLICY_REQUIRED\x10\x02*\x95\x01\n\x0b\x41liasAction\x12\x1c\n\x18\x41LIAS_ACTION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41LIAS_ACTION_SET\x10\x01\x12\x1a\n\x16\x41LIAS_ACTION_PROTECTED\x10\x02\x12\x1c\n\x18\x41LIAS_ACTION_UNPROTECTED\x10\x03\x12\x18\n\x14\x41LIAS_ACTION_DELETED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adaptermesh.api.adapter.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TIER']._serialized_start=2084
-  _globals['_TIER']._serialized_end=2175
-  _globals['_SWITCHKIND']._serialized_start=2177
-  _globals['_SWITCHKIND']._serialized_end=2284
-  _globals['_VERSIONSTATE']._serialized_start=2287
-  _globals['_VERSIONSTATE']._serialized_end=2415
-  _globals['_SIGNATUREPOLICY']._serialized_start=2417
-  _globals['_SIGNATUREPOLICY']._serialized_end=2526
-  _globals['_ALIASACTION']._serialized_start=2529
-  _globals['_ALIASACTION']._serialized_end=2678
+  _globals['_TIER']._serialized_start=2248
+  _globals['_TIER']._serialized_end=2339
+  _globals['_SWITCHKIND']._serialized_start=2341
+  _globals['_SWITCHKIND']._serialized_end=2448
+  _globals['_VERSIONSTATE']._serialized_start=2451
+  _globals['_VERSIONSTATE']._serialized_end=2579
+  _globals['_SIGNATUREPOLICY']._serialized_start=2581
+  _globals['_SIGNATUREPOLICY']._serialized_end=2690
+  _globals['_ALIASACTION']._serialized_start=2693
+  _globals['_ALIASACTION']._serialized_end=2842
   _globals['_BASEMODEL']._serialized_start=106
   _globals['_BASEMODEL']._serialized_end=302
   _globals['_VERSIONSTATUS']._serialized_start=305
   _globals['_VERSIONSTATUS']._serialized_end=498
-  _globals['_VERSION']._serialized_start=501
-  _globals['_VERSION']._serialized_end=1013
-  _globals['_SIGNINGKEY']._serialized_start=1016
-  _globals['_SIGNINGKEY']._serialized_end=1145
-  _globals['_NAMESPACEPOLICY']._serialized_start=1148
-  _globals['_NAMESPACEPOLICY']._serialized_end=1387
-  _globals['_SIGNATURE']._serialized_start=1389
-  _globals['_SIGNATURE']._serialized_end=1516
-  _globals['_SOURCEFILE']._serialized_start=1518
-  _globals['_SOURCEFILE']._serialized_end=1580
-  _globals['_ALIAS']._serialized_start=1583
-  _globals['_ALIAS']._serialized_end=1855
-  _globals['_ROUTE']._serialized_start=1858
-  _globals['_ROUTE']._serialized_end=2022
-  _globals['_ROUTETARGET']._serialized_start=2024
-  _globals['_ROUTETARGET']._serialized_end=2082
+  _globals['_DELETEDVERSION']._serialized_start=501
+  _globals['_DELETEDVERSION']._serialized_end=662
+  _globals['_VERSION']._serialized_start=665
+  _globals['_VERSION']._serialized_end=1177
+  _globals['_SIGNINGKEY']._serialized_start=1180
+  _globals['_SIGNINGKEY']._serialized_end=1309
+  _globals['_NAMESPACEPOLICY']._serialized_start=1312
+  _globals['_NAMESPACEPOLICY']._serialized_end=1551
+  _globals['_SIGNATURE']._serialized_start=1553
+  _globals['_SIGNATURE']._serialized_end=1680
+  _globals['_SOURCEFILE']._serialized_start=1682
+  _globals['_SOURCEFILE']._serialized_end=1744
+  _globals['_ALIAS']._serialized_start=1747
+  _globals['_ALIAS']._serialized_end=2019
+  _globals['_ROUTE']._serialized_start=2022
+  _globals['_ROUTE']._serialized_end=2186
+  _globals['_ROUTETARGET']._serialized_start=2188
+  _globals['_ROUTETARGET']._serialized_end=2246
 # @@protoc_insertion_point(module_scope)

@@ -263,6 +263,54 @@ class VersionStatus(_message.Message):
 Global___VersionStatus: _TypeAlias = VersionStatus  # noqa: Y015
 
 @_typing.final
+class DeletedVersion(_message.Message):
+    """A version that was removed: its number, which no other version ever gets, and who removed it, when and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    number: _builtins.int
+    """The number it had."""
+    digest: _builtins.str
+    """The digest it had. The same content can be uploaded again, under the next number."""
+    actor: _builtins.str
+    """Who removed it. Empty when the caller did not say."""
+    reason: _builtins.str
+    """Why, at most 1024 characters. Empty when the caller did not say."""
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was removed."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        number: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delete_time", b"delete_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "delete_time", b"delete_time", "digest", b"digest", "name", b"name", "namespace", b"namespace", "number", b"number", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeletedVersion: _TypeAlias = DeletedVersion  # noqa: Y015
+
+@_typing.final
 class Version(_message.Message):
     """One immutable upload of an adapter."""
 

@@ -101,6 +101,7 @@ class UploadHeader(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
     MERGE_RECIPE_JSON_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     name: _builtins.str
@@ -121,6 +122,10 @@ class UploadHeader(_message.Message):
     """How it was merged from its parents, as JSON of at most 16 KiB: {"method": "linear" | "average" | "svd" | "ties" |
     "dare", "members": [{"digest", "weight"}], "rank", "density", "seed"}; what a method does not take is null or
     absent. Every member is one of the parents. Empty for what was not merged.
+    """
+    expected_digest: _builtins.str
+    """The digest that the version must get, as where it came from. Anything else is FAILED_PRECONDITION
+    (DIGEST_MISMATCH) and publishes nothing. Empty for what has no digest yet.
     """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -151,10 +156,11 @@ class UploadHeader(_message.Message):
         validate_only: _builtins.bool = ...,
         parents: _abc.Iterable[_builtins.str] | None = ...,
         merge_recipe_json: _builtins.str = ...,
+        expected_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_model", b"base_model", "description", b"description", "files", b"files", "license", b"license", "merge_recipe_json", b"merge_recipe_json", "name", b"name", "namespace", b"namespace", "parents", b"parents", "tags", b"tags", "task", b"task", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_model", b"base_model", "description", b"description", "expected_digest", b"expected_digest", "files", b"files", "license", b"license", "merge_recipe_json", b"merge_recipe_json", "name", b"name", "namespace", b"namespace", "parents", b"parents", "tags", b"tags", "task", b"task", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,19 +258,23 @@ class FetchAdapterRequest(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    INCLUDE_UNUSABLE_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """The version's digest."""
     offset: _builtins.int
     """First byte of the tensor file, [0, size]. Zero is the beginning."""
+    include_unusable: _builtins.bool
+    """Also if it must not be used, revoked or unsigned: to look at it, never to serve it."""
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         offset: _builtins.int = ...,
+        include_unusable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_unusable", b"include_unusable", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,6 +513,148 @@ class SetVersionStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetVersionStatusResponse: _TypeAlias = SetVersionStatusResponse  # noqa: Y015
+
+@_typing.final
+class ListStatusHistoryRequest(_message.Message):
+    """Asks for the statuses of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_NUMBER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    version_number: _builtins.int
+    """The version."""
+    page_size: _builtins.int
+    """At most this many, [0, 1000]. Zero means 100."""
+    page_token: _builtins.str
+    """From the previous page. Empty for the first one."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version_number: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace", "page_size", b"page_size", "page_token", b"page_token", "version_number", b"version_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStatusHistoryRequest: _TypeAlias = ListStatusHistoryRequest  # noqa: Y015
+
+@_typing.final
+class ListStatusHistoryResponse(_message.Message):
+    """One page of statuses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUSES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DELETION_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.VersionStatus]:
+        """Newest first. Empty for a version of which nothing was ever said."""
+
+    @_builtins.property
+    def deletion(self) -> _adapter_pb2.DeletedVersion:
+        """Who removed the version, when and why. Absent unless it was removed."""
+
+    def __init__(
+        self,
+        *,
+        statuses: _abc.Iterable[_adapter_pb2.VersionStatus] | None = ...,
+        next_page_token: _builtins.str = ...,
+        deletion: _adapter_pb2.DeletedVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deletion", b"deletion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletion", b"deletion", "next_page_token", b"next_page_token", "statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStatusHistoryResponse: _TypeAlias = ListStatusHistoryResponse  # noqa: Y015
+
+@_typing.final
+class DeleteVersionRequest(_message.Message):
+    """Asks to remove a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_NUMBER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace."""
+    name: _builtins.str
+    """The adapter's name."""
+    version_number: _builtins.int
+    """The version."""
+    digest: _builtins.str
+    """The digest it has: what is removed is what the caller looked at. Empty is INVALID_ARGUMENT."""
+    actor: _builtins.str
+    """Who removes it. At most 256 characters."""
+    reason: _builtins.str
+    """Why, for whoever asks for it. At most 1024 characters."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version_number: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "digest", b"digest", "name", b"name", "namespace", b"namespace", "reason", b"reason", "version_number", b"version_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteVersionRequest: _TypeAlias = DeleteVersionRequest  # noqa: Y015
+
+@_typing.final
+class DeleteVersionResponse(_message.Message):
+    """The version is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_FIELD_NUMBER: _builtins.int
+    FEED_POSITION_FIELD_NUMBER: _builtins.int
+    feed_position: _builtins.int
+    """The feed position of the change."""
+    @_builtins.property
+    def deleted(self) -> _adapter_pb2.DeletedVersion:
+        """What is left of it."""
+
+    def __init__(
+        self,
+        *,
+        deleted: _adapter_pb2.DeletedVersion | None = ...,
+        feed_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "feed_position", b"feed_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteVersionResponse: _TypeAlias = DeleteVersionResponse  # noqa: Y015
 
 @_typing.final
 class AddSignatureRequest(_message.Message):
@@ -1097,7 +1249,7 @@ class AdapterSummary(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     UNUSABLE_NUMBERS_FIELD_NUMBER: _builtins.int
     version_count: _builtins.int
-    """How many versions it has."""
+    """How many versions it has, without those that were removed."""
     @_builtins.property
     def newest(self) -> _adapter_pb2.Version:
         """Its newest version."""
@@ -1802,6 +1954,7 @@ class GetSnapshotResponse(_message.Message):
     POLICIES_FIELD_NUMBER: _builtins.int
     NAMESPACES_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
+    DELETED_VERSIONS_FIELD_NUMBER: _builtins.int
     feed_id: _builtins.str
     """Which catalogue: the same for as long as the store's database lives."""
     feed_position: _builtins.int
@@ -1834,6 +1987,10 @@ class GetSnapshotResponse(_message.Message):
     def grants(self) -> _containers.RepeatedCompositeFieldContainer[_access_pb2.Grant]:
         """What tenants may use beside what is their own."""
 
+    @_builtins.property
+    def deleted_versions(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.DeletedVersion]:
+        """Versions that were removed, so that whoever asks for one hears why it is gone."""
+
     def __init__(
         self,
         *,
@@ -1846,10 +2003,11 @@ class GetSnapshotResponse(_message.Message):
         policies: _abc.Iterable[_adapter_pb2.NamespacePolicy] | None = ...,
         namespaces: _abc.Iterable[_access_pb2.Namespace] | None = ...,
         grants: _abc.Iterable[_access_pb2.Grant] | None = ...,
+        deleted_versions: _abc.Iterable[_adapter_pb2.DeletedVersion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_models", b"base_models", "feed_id", b"feed_id", "feed_position", b"feed_position", "grants", b"grants", "namespaces", b"namespaces", "policies", b"policies", "routes", b"routes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_models", b"base_models", "deleted_versions", b"deleted_versions", "feed_id", b"feed_id", "feed_position", b"feed_position", "grants", b"grants", "namespaces", b"namespaces", "policies", b"policies", "routes", b"routes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1931,6 +2089,7 @@ class Change(_message.Message):
     GRANT_SET_FIELD_NUMBER: _builtins.int
     GRANT_DELETED_FIELD_NUMBER: _builtins.int
     API_KEY_SET_FIELD_NUMBER: _builtins.int
+    VERSION_DELETED_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """1, 2, 3, ... without gaps."""
     @_builtins.property
@@ -1993,6 +2152,10 @@ class Change(_message.Message):
     def api_key_set(self) -> _access_pb2.ApiKey:
         """An API key was made or revoked."""
 
+    @_builtins.property
+    def version_deleted(self) -> _adapter_pb2.DeletedVersion:
+        """A version was removed."""
+
     def __init__(
         self,
         *,
@@ -2012,12 +2175,13 @@ class Change(_message.Message):
         grant_set: _access_pb2.Grant | None = ...,
         grant_deleted: _access_pb2.Grant | None = ...,
         api_key_set: _access_pb2.ApiKey | None = ...,
+        version_deleted: _adapter_pb2.DeletedVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "api_key_set", b"api_key_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "grant_deleted", b"grant_deleted", "grant_set", b"grant_set", "namespace_policy_set", b"namespace_policy_set", "namespace_set", b"namespace_set", "route_deleted", b"route_deleted", "route_set", b"route_set", "tenant_set", b"tenant_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "api_key_set", b"api_key_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "grant_deleted", b"grant_deleted", "grant_set", b"grant_set", "namespace_policy_set", b"namespace_policy_set", "namespace_set", b"namespace_set", "route_deleted", b"route_deleted", "route_set", b"route_set", "tenant_set", b"tenant_set", "version_deleted", b"version_deleted", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "api_key_set", b"api_key_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "grant_deleted", b"grant_deleted", "grant_set", b"grant_set", "namespace_policy_set", b"namespace_policy_set", "namespace_set", b"namespace_set", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "tenant_set", b"tenant_set", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_deleted", b"alias_deleted", "alias_set", b"alias_set", "api_key_set", b"api_key_set", "base_model_registered", b"base_model_registered", "commit_time", b"commit_time", "event", b"event", "grant_deleted", b"grant_deleted", "grant_set", b"grant_set", "namespace_policy_set", b"namespace_policy_set", "namespace_set", b"namespace_set", "position", b"position", "route_deleted", b"route_deleted", "route_set", b"route_set", "tenant_set", b"tenant_set", "version_deleted", b"version_deleted", "version_published", b"version_published", "version_signed", b"version_signed", "version_status_set", b"version_status_set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted", "version_signed", "namespace_policy_set", "tenant_set", "namespace_set", "grant_set", "grant_deleted", "api_key_set"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["base_model_registered", "version_published", "alias_set", "route_set", "route_deleted", "version_status_set", "alias_deleted", "version_signed", "namespace_policy_set", "tenant_set", "namespace_set", "grant_set", "grant_deleted", "api_key_set", "version_deleted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

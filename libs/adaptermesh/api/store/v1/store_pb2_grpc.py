@@ -65,6 +65,16 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
                 _registered_method=True)
+        self.ListStatusHistory = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/ListStatusHistory',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListStatusHistoryRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListStatusHistoryResponse.FromString,
+                _registered_method=True)
+        self.DeleteVersion = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/DeleteVersion',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteVersionRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteVersionResponse.FromString,
+                _registered_method=True)
         self.AddSignature = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/AddSignature',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AddSignatureRequest.SerializeToString,
@@ -202,15 +212,16 @@ class StoreServiceServicer:
 
     def FetchAdapter(self, request, context):
         """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
-        manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
-        FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
+        manifest's order. NOT_FOUND: unknown digest, or (VERSION_DELETED) a removed one. OUT_OF_RANGE: offset past the end.
+        FAILED_PRECONDITION: it is revoked (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResolveRef(self, request, context):
-        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. NOT_FOUND (VERSION_DELETED): it
+        was removed; ErrorInfo has delete_time (RFC 3339), actor and why. FAILED_PRECONDITION
         (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
         namespace asks for a signature that it trusts, and there is none.
         """
@@ -230,6 +241,24 @@ class StoreServiceServicer:
         has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
         replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
         deprecated, or of itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListStatusHistory(self, request, context):
+        """Every status that a version ever had, newest first, also of one that was removed. NOT_FOUND: the version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVersion(self, request, context):
+        """Removes a version for good: nothing means it any more, its number is never given again, and its bytes are garbage
+        unless another version needs them. NOT_FOUND: the version, or (VERSION_DELETED) it was removed before.
+        FAILED_PRECONDITION (DIGEST_MISMATCH): it has another digest. FAILED_PRECONDITION (VERSION_IN_USE): an alias points
+        at it, a route names it, or another version was made from it; ErrorInfo has aliases, routes and versions, of each at
+        most 10.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -437,6 +466,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.SetVersionStatus,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.SerializeToString,
+            ),
+            'ListStatusHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStatusHistory,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListStatusHistoryRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListStatusHistoryResponse.SerializeToString,
+            ),
+            'DeleteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVersion,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteVersionRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteVersionResponse.SerializeToString,
             ),
             'AddSignature': grpc.unary_unary_rpc_method_handler(
                     servicer.AddSignature,
@@ -712,6 +751,60 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/SetVersionStatus',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.SetVersionStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStatusHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/ListStatusHistory',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListStatusHistoryRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListStatusHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/DeleteVersion',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteVersionRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DeleteVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,11 +46,12 @@ class StoreServiceStub:
     """
     FetchAdapter: _grpc.UnaryStreamMultiCallable[_store_pb2.FetchAdapterRequest, _store_pb2.FetchAdapterResponse]
     """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
-    manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
-    FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
+    manifest's order. NOT_FOUND: unknown digest, or (VERSION_DELETED) a removed one. OUT_OF_RANGE: offset past the end.
+    FAILED_PRECONDITION: it is revoked (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED).
     """
     ResolveRef: _grpc.UnaryUnaryMultiCallable[_store_pb2.ResolveRefRequest, _store_pb2.ResolveRefResponse]
-    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. NOT_FOUND (VERSION_DELETED): it
+    was removed; ErrorInfo has delete_time (RFC 3339), actor and why. FAILED_PRECONDITION
     (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
     namespace asks for a signature that it trusts, and there is none.
     """
@@ -61,6 +62,15 @@ class StoreServiceStub:
     has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
     replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
     deprecated, or of itself.
+    """
+    ListStatusHistory: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListStatusHistoryRequest, _store_pb2.ListStatusHistoryResponse]
+    """Every status that a version ever had, newest first, also of one that was removed. NOT_FOUND: the version."""
+    DeleteVersion: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteVersionRequest, _store_pb2.DeleteVersionResponse]
+    """Removes a version for good: nothing means it any more, its number is never given again, and its bytes are garbage
+    unless another version needs them. NOT_FOUND: the version, or (VERSION_DELETED) it was removed before.
+    FAILED_PRECONDITION (DIGEST_MISMATCH): it has another digest. FAILED_PRECONDITION (VERSION_IN_USE): an alias points
+    at it, a route names it, or another version was made from it; ErrorInfo has aliases, routes and versions, of each at
+    most 10.
     """
     AddSignature: _grpc.UnaryUnaryMultiCallable[_store_pb2.AddSignatureRequest, _store_pb2.AddSignatureResponse]
     """Adds a signature to a version. The same key again changes nothing. NOT_FOUND: the version, or the key is none that
@@ -154,11 +164,12 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """
     FetchAdapter: _aio.UnaryStreamMultiCallable[_store_pb2.FetchAdapterRequest, _store_pb2.FetchAdapterResponse]  # type: ignore[assignment]
     """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
-    manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
-    FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
+    manifest's order. NOT_FOUND: unknown digest, or (VERSION_DELETED) a removed one. OUT_OF_RANGE: offset past the end.
+    FAILED_PRECONDITION: it is revoked (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED).
     """
     ResolveRef: _aio.UnaryUnaryMultiCallable[_store_pb2.ResolveRefRequest, _store_pb2.ResolveRefResponse]  # type: ignore[assignment]
-    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+    """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. NOT_FOUND (VERSION_DELETED): it
+    was removed; ErrorInfo has delete_time (RFC 3339), actor and why. FAILED_PRECONDITION
     (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
     namespace asks for a signature that it trusts, and there is none.
     """
@@ -169,6 +180,15 @@ class StoreServiceAsyncStub(StoreServiceStub):
     has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
     replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
     deprecated, or of itself.
+    """
+    ListStatusHistory: _aio.UnaryUnaryMultiCallable[_store_pb2.ListStatusHistoryRequest, _store_pb2.ListStatusHistoryResponse]  # type: ignore[assignment]
+    """Every status that a version ever had, newest first, also of one that was removed. NOT_FOUND: the version."""
+    DeleteVersion: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteVersionRequest, _store_pb2.DeleteVersionResponse]  # type: ignore[assignment]
+    """Removes a version for good: nothing means it any more, its number is never given again, and its bytes are garbage
+    unless another version needs them. NOT_FOUND: the version, or (VERSION_DELETED) it was removed before.
+    FAILED_PRECONDITION (DIGEST_MISMATCH): it has another digest. FAILED_PRECONDITION (VERSION_IN_USE): an alias points
+    at it, a route names it, or another version was made from it; ErrorInfo has aliases, routes and versions, of each at
+    most 10.
     """
     AddSignature: _aio.UnaryUnaryMultiCallable[_store_pb2.AddSignatureRequest, _store_pb2.AddSignatureResponse]  # type: ignore[assignment]
     """Adds a signature to a version. The same key again changes nothing. NOT_FOUND: the version, or the key is none that
@@ -277,8 +297,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.FetchAdapterResponse], _abc.AsyncIterator[_store_pb2.FetchAdapterResponse]]:
         """Streams the canonical form: first the manifest, whose sha256 is the digest, then the tensor file in the
-        manifest's order. NOT_FOUND: unknown digest. OUT_OF_RANGE: offset past the end.
-        FAILED_PRECONDITION (VERSION_REVOKED): it is revoked.
+        manifest's order. NOT_FOUND: unknown digest, or (VERSION_DELETED) a removed one. OUT_OF_RANGE: offset past the end.
+        FAILED_PRECONDITION: it is revoked (VERSION_REVOKED), or not signed as its namespace asks (VERSION_UNSIGNED).
         """
 
     @_abc_1.abstractmethod
@@ -287,7 +307,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.ResolveRefRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ResolveRefResponse, _abc.Awaitable[_store_pb2.ResolveRefResponse]]:
-        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. FAILED_PRECONDITION
+        """Finds the version that a ref means. NOT_FOUND: unknown adapter, version or alias. NOT_FOUND (VERSION_DELETED): it
+        was removed; ErrorInfo has delete_time (RFC 3339), actor and why. FAILED_PRECONDITION
         (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
         namespace asks for a signature that it trusts, and there is none.
         """
@@ -310,6 +331,27 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         has the generation). NOT_FOUND: the version, or the replacement. FAILED_PRECONDITION (VERSION_REVOKED): the
         replacement is revoked. INVALID_ARGUMENT: a revocation without a reason, a replacement of a version that isn't
         deprecated, or of itself.
+        """
+
+    @_abc_1.abstractmethod
+    def ListStatusHistory(
+        self,
+        request: _store_pb2.ListStatusHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.ListStatusHistoryResponse, _abc.Awaitable[_store_pb2.ListStatusHistoryResponse]]:
+        """Every status that a version ever had, newest first, also of one that was removed. NOT_FOUND: the version."""
+
+    @_abc_1.abstractmethod
+    def DeleteVersion(
+        self,
+        request: _store_pb2.DeleteVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.DeleteVersionResponse, _abc.Awaitable[_store_pb2.DeleteVersionResponse]]:
+        """Removes a version for good: nothing means it any more, its number is never given again, and its bytes are garbage
+        unless another version needs them. NOT_FOUND: the version, or (VERSION_DELETED) it was removed before.
+        FAILED_PRECONDITION (DIGEST_MISMATCH): it has another digest. FAILED_PRECONDITION (VERSION_IN_USE): an alias points
+        at it, a route names it, or another version was made from it; ErrorInfo has aliases, routes and versions, of each at
+        most 10.
         """
 
     @_abc_1.abstractmethod
