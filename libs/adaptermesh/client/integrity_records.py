@@ -43,6 +43,7 @@ class GarbageReport:
     young_blobs: int
     """No version needs them, but they are younger than the grace."""
     unfinished_uploads: int
+    expired_uploads: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,11 +212,15 @@ class Lineage:
 
 @dataclass(frozen=True, slots=True)
 class UploadResult:
-    """`created` is False if the same content was there before (or for a check without publishing)."""
+    """`created` is False if the same content was there before (or for a check without publishing).
+
+    `resumed_bytes` had been sent before, by a call that came to no end.
+    """
 
     version: Version
     created: bool
     feed_position: int
+    resumed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,8 @@
 import datetime
 import functools
 import json
-import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -23,7 +21,6 @@ from adaptermesh.client.records import (
     Adapter,
     BaseModel,
     Found,
-    Lineage,
     Merge,
     MergeResult,
     Publication,
@@ -31,12 +28,10 @@ from adaptermesh.client.records import (
     RouteChange,
     RouteTarget,
     Search,
-    UploadResult,
     Version,
     VersionDifference,
 )
 from adaptermesh.client.signatures import SignatureCalls
-from adaptermesh.client.source_folder import read_folder
 from adaptermesh.client.statuses import StatusCalls
 from adaptermesh.client.transfer import (
     FileStream,
@@ -45,9 +40,8 @@ from adaptermesh.client.transfer import (
     destination,
     fetch_file,
     is_there,
-    send_upload,
-    upload_header,
 )
+from adaptermesh.client.uploading import UploadingCalls
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName
@@ -56,7 +50,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
+class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -78,34 +72,6 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
             api_key: shown with every call; a store that asks for none ignores it.
         """
         super().__init__(target, deadlines or Deadlines(), api_key)
-
-    async def upload(
-        self,
-        folder: Path | str,
-        adapter: str,
-        publication: Publication,
-        *,
-        parents: Sequence[str] = (),
-        merge_recipe: Mapping[str, Any] | None = None,
-        validate_only: bool = False,
-        progress: ProgressCallback | None = None,
-    ) -> UploadResult:
-        """Uploads a folder that peft or the adapters library saved as the next version of `namespace/name`.
-
-        The same content again is the same version: then `created` is False. With `validate_only` the store
-        runs every check and publishes nothing. Weights that the adapters library has pickled are converted
-        to safetensors first, which needs torch. `parents` are the digests of the versions it was made from,
-        which the store must have on the same base; `merge_recipe` is how it was merged, which `merge` does.
-        Both become part of the manifest, and so of the digest.
-        """
-        name = AdapterName.parse(adapter)
-        with tempfile.TemporaryDirectory(prefix="adaptermesh-") as room:
-            files = await read_folder(Path(folder), Path(room))
-            header = upload_header(
-                name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
-            )
-            response = await send_upload(self._upload, header, files, progress)
-        return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
 
     async def download(
         self,
@@ -251,6 +217,7 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
             found.needed_blobs,
             found.young_blobs,
             found.unfinished_uploads,
+            found.expired_uploads,
         )
 
     async def list_versions(self, adapter: str) -> list[Version]:
@@ -374,11 +341,6 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
             return response.base_models, response.next_page_token
 
         return await all_pages(page)
-
-    async def _upload(
-        self, messages: AsyncIterator[store_pb2.UploadAdapterRequest]
-    ) -> store_pb2.UploadAdapterResponse:
-        return await self._call(self._stub.UploadAdapter, messages, self.deadlines.transfer_seconds)
 
     async def _file_bytes(self, digest: str, path: str, offset: int) -> AsyncIterator[bytes]:
         request = store_pb2.DownloadFileRequest(digest=digest, path=path, offset=offset)

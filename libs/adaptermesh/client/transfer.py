@@ -16,7 +16,8 @@ from adaptermesh.core.refs import AdapterName
 
 MESSAGE_BYTES = 512 * 2**10
 _NOT_A_FILE = "not a file"
-_STATUS_LOST = "Internal error from Core"
+STATUS_LOST = "Internal error from Core"
+"""gRPC's word for a refusal that crossed a message."""
 _UPLOAD_PAUSES = (0.0, 0.05, 0.5)
 
 
@@ -80,7 +81,7 @@ async def send_upload(
         try:
             return await upload(upload_messages(header, files, progress, pause_seconds))
         except MeshError as error:
-            if error.message != _STATUS_LOST:
+            if error.message != STATUS_LOST:
                 raise
     return await upload(upload_messages(header, files, progress, _UPLOAD_PAUSES[-1]))
 

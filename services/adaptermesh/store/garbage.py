@@ -7,7 +7,6 @@ that a version needs is never removed, whatever the clocks say; the grace only s
 sending blobs twice.
 """
 
-import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -18,14 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.store.blob_removal import remove_blob
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
+from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.schema import feed, versions
 
 log = logging.getLogger(__name__)
 
 DEFAULT_GRACE_SECONDS = 24 * 3600.0
-_ALIVE_SECONDS = 1.0
 MAX_GRACE_SECONDS = 10 * 365 * 24 * 3600.0
 # Writers wait while so many are removed.
 _AT_ONCE = 32
@@ -34,30 +34,33 @@ _COLUMNS = (versions.c.digest, versions.c.tensor_digest, versions.c.source_files
 
 @dataclass(frozen=True, slots=True)
 class GarbageReport:
-    """What a collection found; `dry_run`: and left where it was."""
+    """What a collection found; `dry_run`: and left where it was. Parts of uploads count as blobs."""
 
     dry_run: bool
     removed_blobs: int = 0
     removed_bytes: int = 0
     needed_blobs: int = 0
-    """A version needs them."""
+    """A version or an upload needs them."""
     young_blobs: int = 0
-    """No version needs them, but they came within the grace."""
+    """None needs them, but they came within the grace."""
     unfinished_uploads: int = 0
     """Blobs of which only a part had been sent, removed as well."""
+    expired_uploads: int = 0
+    """Uploads that had begun and to which nothing came for too long."""
 
 
 class GarbageCollector:
     """Collects one at a time."""
 
-    def __init__(self, database: Database, blobs: BlobStore, clock: Clock) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, parts: PartBlobs, clock: Clock) -> None:
         self._database = database
         self._blobs = blobs
+        self._parts = parts
         self._clock = clock
         self._running = False
 
     async def collect(self, grace_seconds: float, *, dry_run: bool = False) -> GarbageReport:
-        """Removes every blob that no version needs and that is older than the grace.
+        """Removes every blob that no version or upload needs and that is older than the grace.
 
         Raises:
             MeshError: RESOURCE_EXHAUSTED if a collection runs already.
@@ -93,13 +96,16 @@ class GarbageCollector:
                 unneeded[blob.digest] = blob.size_bytes
         removed = list(unneeded) if dry_run else await self._remove(list(unneeded), position)
         finish = self._blobs.unfinished if dry_run else self._blobs.discard_unfinished
+        unfinished = await finish(before)
+        parts = await self._parts.collect(before, dry_run=dry_run)
         return GarbageReport(
             dry_run=dry_run,
-            removed_blobs=len(removed),
-            removed_bytes=sum(unneeded[digest] for digest in removed),
-            needed_blobs=needed_blobs,
-            young_blobs=young_blobs,
-            unfinished_uploads=await finish(before),
+            removed_blobs=len(removed) + parts.removed,
+            removed_bytes=sum(unneeded[digest] for digest in removed) + parts.removed_bytes,
+            needed_blobs=needed_blobs + parts.needed,
+            young_blobs=young_blobs + parts.young,
+            unfinished_uploads=unfinished + parts.unfinished,
+            expired_uploads=parts.expired_uploads,
         )
 
     async def _mark(self) -> tuple[int, set[str]]:
@@ -120,21 +126,11 @@ class GarbageCollector:
                 unneeded = [digest for digest in batch if digest not in needed]
                 # One by one: if the backend is away, the first one says so and the lock is let go of.
                 for digest in unneeded:
-                    await self._delete(connection, digest)
+                    await remove_blob(connection, self._blobs, digest)
                 return unneeded
 
             removed += await self._database.write(work)
         return removed
-
-    async def _delete(self, connection: AsyncConnection, digest: str) -> None:
-        """Returns when nothing is being removed any more, also after an error."""
-        deletion = asyncio.ensure_future(self._blobs.delete(digest))
-        try:
-            while not (await asyncio.wait([deletion], timeout=_ALIVE_SECONDS))[0]:
-                # A database may end a transaction that says nothing, and let others publish meanwhile.
-                await connection.execute(select(feed.c.id))
-        finally:
-            await deletion
 
 
 async def needed_blobs(connection: AsyncConnection, after_position: int = 0) -> AsyncIterator[str]:

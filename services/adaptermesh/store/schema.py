@@ -298,6 +298,32 @@ version_tags = Table(
     Index(None, "tag"),
 )
 
+upload_sessions = Table(
+    "upload_sessions",
+    metadata,
+    # The digest of the key that the client has.
+    Column("id", _DIGEST, primary_key=True),
+    # As JSON.
+    Column("header", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("expire_time_us", BigInteger, nullable=False),
+    # What has become of it, as JSON. Empty until it is completed.
+    Column("outcome", Text, nullable=False),
+    Index(None, "expire_time_us"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("session_id", ForeignKey("upload_sessions.id"), primary_key=True),
+    # By the header's order.
+    Column("file_index", Integer, primary_key=True, autoincrement=False),
+    Column("offset_bytes", BigInteger, primary_key=True, autoincrement=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", _DIGEST, nullable=False),
+    Index(None, "digest"),
+)
+
 alias_moves = Table(
     "alias_moves",
     metadata,

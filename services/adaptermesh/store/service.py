@@ -15,6 +15,7 @@ from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.servicer import StoreServicer
+from adaptermesh.store.session_config import SessionConfig
 from adaptermesh.store.settings import Authentication, StoreSettings
 from adaptermesh.store.snapshot import SnapshotConfig
 from adaptermesh.store.stores import StoreConfig, Stores
@@ -71,6 +72,13 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             concurrent=settings.concurrent_uploads,
             idle_seconds=settings.upload_idle_seconds,
             ingest_threads=settings.ingest_threads,
+        ),
+        sessions=SessionConfig(
+            seconds=settings.upload_session_seconds,
+            most=settings.max_upload_sessions,
+            most_bytes=settings.max_upload_session_bytes,
+            parts_at_once=settings.concurrent_parts,
+            idle_seconds=settings.upload_idle_seconds,
         ),
         feed=FeedConfig(heartbeat_seconds=settings.heartbeat_seconds),
         authentication=AuthenticationConfig(

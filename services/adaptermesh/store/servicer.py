@@ -2,7 +2,7 @@
 # Names and signatures are those of the generated base class.
 # ruff: noqa: ARG002, N802
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -15,13 +15,13 @@ from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
 from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.aliases import AliasName, MoveRequest
-from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_tensors
 from adaptermesh.store.removal_servicer import RemovalServicer
 from adaptermesh.store.routes import ANY_TENANT
 from adaptermesh.store.statuses import StatusRequest
+from adaptermesh.store.upload_servicer import UploadServicer
 
 Context = Any
 
@@ -30,22 +30,8 @@ _PART_BYTES = 512 * 1024
 _PART_ITEMS = 500
 
 
-class StoreServicer(RemovalServicer):
+class StoreServicer(UploadServicer, RemovalServicer):
     """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
-
-    async def UploadAdapter(self, request_iterator: Any, context: Context) -> store_pb2.UploadAdapterResponse:
-        # Closed here, also after a refusal in the middle: it must not outlive the call.
-        async with aclosing(aiter(request_iterator)) as messages:
-            first = await self._stores.uploads.first(messages)
-            if first is None or first.WhichOneof("part") != "header":
-                raise invalid_upload("the first message must be the header")
-            async with aclosing(_data(messages)) as pieces:
-                outcome = await self._stores.uploads.receive(wire.header_from(first.header), pieces)
-        return store_pb2.UploadAdapterResponse(
-            version=wire.version_to(outcome.version),
-            created=outcome.created,
-            feed_position=outcome.feed_position,
-        )
 
     async def DownloadFile(  # type: ignore[override]  # large messages are encoded here already
         self, request: store_pb2.DownloadFileRequest, context: Context
@@ -240,13 +226,6 @@ class StoreServicer(RemovalServicer):
                 yield store_pb2.VerifyBlobsResponse(
                     blob_digest=check.digest, size_bytes=check.size_bytes, problem=check.problem
                 )
-
-
-async def _data(messages: AsyncIterator[store_pb2.UploadAdapterRequest]) -> AsyncGenerator[bytes]:
-    async for message in messages:
-        if message.WhichOneof("part") != "data":
-            raise invalid_upload("after the header there must be data only")
-        yield message.data
 
 
 def _adapter(namespace: str, name: str) -> AdapterName:

@@ -71,6 +71,23 @@ class StoreSettings(ServiceSettings):
     upload_idle_seconds: float = Field(
         default=60.0, gt=0, description="An upload that sends nothing for so long is given up, in seconds."
     )
+    upload_session_seconds: float = Field(
+        default=24 * 3600.0,
+        gt=0,
+        description="An upload in parts to which nothing comes for so long is given up, in seconds; one that "
+        "is completed is remembered for so long.",
+    )
+    max_upload_sessions: int = Field(
+        default=256,
+        gt=0,
+        description="Uploads in parts that have begun and not ended, in all stores together.",
+    )
+    max_upload_session_bytes: int = Field(
+        default=64 * 2**30, gt=0, description="Most bytes of those uploads together."
+    )
+    concurrent_parts: int = Field(
+        default=16, gt=0, description="Parts of uploads that are received at the same time; more wait."
+    )
     ingest_threads: int = Field(default=2, gt=0, description="Uploads that are checked at the same time.")
     database_connections: int = Field(
         default=16,

@@ -5,7 +5,7 @@ import fcntl
 import logging
 import os
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adaptermesh.core.clock import Clock
@@ -27,6 +27,7 @@ from adaptermesh.store.garbage import GarbageCollector
 from adaptermesh.store.lineage import Lineage
 from adaptermesh.store.listing import Listing
 from adaptermesh.store.manifests import Manifests
+from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.policies import Policies
 from adaptermesh.store.removal import Removals
 from adaptermesh.store.routes import Routes
@@ -34,10 +35,12 @@ from adaptermesh.store.s3_blobs import S3BlobStore
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.scrubbing import Scrubber
 from adaptermesh.store.search import Search
+from adaptermesh.store.session_config import SessionConfig
 from adaptermesh.store.signatures import Signatures
 from adaptermesh.store.snapshot import SnapshotConfig, Snapshots
 from adaptermesh.store.staging import Staging
 from adaptermesh.store.statuses import Statuses
+from adaptermesh.store.upload_sessions import UploadSessions
 from adaptermesh.store.uploads import UploadConfig, Uploads
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class StoreConfig:
     s3: S3Config | None = None
     """Where blobs are. None: in the folder."""
     uploads: UploadConfig = field(default_factory=UploadConfig)
+    sessions: SessionConfig = field(default_factory=SessionConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     authentication: AuthenticationConfig = field(default_factory=AuthenticationConfig)
@@ -94,7 +98,11 @@ class Stores:
             self.check_open, self.authentication, self.authority, self.catalogue, Rates(clock)
         )
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging, self.authority)
-        self.garbage = GarbageCollector(self.database, self.blobs, clock)
+        self.parts = PartBlobs(self.database, _part_store(config), clock)
+        self.sessions = UploadSessions(
+            config.sessions, self.database, self.catalogue, self.uploads, self.parts, self.staging, clock
+        )
+        self.garbage = GarbageCollector(self.database, self.blobs, self.parts, clock)
         self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
 
     async def open(self) -> None:
@@ -108,6 +116,7 @@ class Stores:
         await self._lock.take(self._config.lock_seconds)
         await self.database.open(str(uuid.uuid4()))
         await self.blobs.recover()
+        await self.parts.recover()
         removed = await self.garbage.remove_unneeded(await self.staging.left_blobs())
         if removed:
             log.warning("blobs of unfinished uploads removed", extra={"count": removed})
@@ -127,15 +136,23 @@ class Stores:
     async def close(self) -> None:
         """Finishes what was received and closes everything."""
         self.drain()
+        await self.sessions.close()
         await self.uploads.close()
         await self.authentication.close()
         await self.database.close()
+        await self.parts.close()
         await self.blobs.close()
         self._lock.release()
 
 
 def _blob_store(config: StoreConfig) -> BlobStore:
     return FolderBlobStore(config.folder / "blobs") if config.s3 is None else S3BlobStore(config.s3)
+
+
+def _part_store(config: StoreConfig) -> BlobStore:
+    if config.s3 is None:
+        return FolderBlobStore(config.folder / "parts")
+    return S3BlobStore(replace(config.s3, prefix=f"{config.s3.prefix.strip('/')}/parts"))
 
 
 class FolderLock:

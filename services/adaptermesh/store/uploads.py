@@ -139,17 +139,27 @@ class Uploads:
         self._admit()
         place = self._staging.place()
         try:
-            check_header(header, self._config.max_files, self._config.max_bytes)
-            await self._authority.require(Permission.PUBLISH, header.adapter)
-            await self._authority.check_quota(header.adapter.namespace, header.size_bytes)
-            base = await self._catalogue.find_base_model(header.base_model)
-            await self._check_parents(header, base)
+            base = await self.check(header)
             sources = await receive_files(place, header.files, pieces, self._config.idle_seconds)
         except BaseException as error:
             await self._work.finish(self._leave(place))
-            _raise_if_full(error)
+            raise_if_full(error)
             raise
         return await self._work.finish(self._complete(header, base, sources, place))
+
+    async def check(self, header: UploadHeader) -> BaseModelRecord:
+        """The base of an upload whose header is legal; raises MeshError for another one."""
+        check_header(header, self._config.max_files, self._config.max_bytes)
+        await self._authority.require(Permission.PUBLISH, header.adapter)
+        await self._authority.check_quota(header.adapter.namespace, header.size_bytes)
+        base = await self._catalogue.find_base_model(header.base_model)
+        await self._check_parents(header, base)
+        return base
+
+    def check_accepting(self) -> None:
+        """Raises MeshError UNAVAILABLE (DRAINING) when nothing new is taken."""
+        if self._draining:
+            raise unavailable(Reason.DRAINING, "the store is shutting down", retry_after=1.0)
 
     async def _check_parents(self, header: UploadHeader, base: BaseModelRecord) -> None:
         """What an adapter was made from must be here and of the same base; publishing looks again."""
@@ -160,8 +170,7 @@ class Uploads:
                 raise base_mismatch(parent.ref, parent.base_digest, base.digest)
 
     def _admit(self) -> None:
-        if self._draining:
-            raise unavailable(Reason.DRAINING, "the store is shutting down", retry_after=1.0)
+        self.check_accepting()
         if self._active >= self._config.concurrent:
             raise MeshError(
                 Code.RESOURCE_EXHAUSTED,
@@ -188,7 +197,7 @@ class Uploads:
             made = await loop.run_in_executor(self._ingesting, _ingest, header, base, sources, place.folder)
             outcome = await self._publish(header, sources, made, place)
         except OSError as error:
-            _raise_if_full(error)
+            raise_if_full(error)
             raise
         finally:
             await self._leave(place)
@@ -326,7 +335,7 @@ def _card(sources: Mapping[str, Path]) -> str:
         return file.read(MAX_CARD_CHARACTERS).decode(errors="replace")
 
 
-def _raise_if_full(error: BaseException) -> None:
+def raise_if_full(error: BaseException) -> None:
     """Turns the one fault of the disk that the caller can act on into an error that says so."""
     if isinstance(error, OSError) and error.errno in _FULL:
         raise MeshError(

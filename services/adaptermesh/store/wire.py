@@ -258,6 +258,7 @@ def garbage_to(report: GarbageReport) -> store_pb2.CollectGarbageResponse:
         needed_blobs=report.needed_blobs,
         young_blobs=report.young_blobs,
         unfinished_uploads=report.unfinished_uploads,
+        expired_uploads=report.expired_uploads,
     )
 
 

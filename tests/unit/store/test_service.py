@@ -42,6 +42,10 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
         "HEARTBEAT_SECONDS": "8",
         "CONCURRENT_SNAPSHOTS": "9",
         "SNAPSHOT_SECONDS": "10",
+        "UPLOAD_SESSION_SECONDS": "11",
+        "MAX_UPLOAD_SESSIONS": "12",
+        "MAX_UPLOAD_SESSION_BYTES": "13",
+        "CONCURRENT_PARTS": "14",
     }
     for name, value in values.items():
         monkeypatch.setenv(f"ADAPTERMESH_STORE_{name}", value)
@@ -53,6 +57,9 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert (config.database.connections, config.database.busy_seconds) == (6, 7)
     assert config.feed.heartbeat_seconds == 8
     assert (config.snapshots.concurrent, config.snapshots.seconds) == (9, 10)
+    sessions = config.sessions
+    assert (sessions.seconds, sessions.most, sessions.most_bytes) == (11, 12, 13)
+    assert (sessions.parts_at_once, sessions.idle_seconds) == (14, 4)
 
 
 @pytest.mark.parametrize(

@@ -13,50 +13,19 @@ from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.commands.stored_bytes import collect_garbage, verify
+from adaptermesh.cli.commands.uploading import upload
 from adaptermesh.cli.execute import execute
-from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
+from adaptermesh.cli.options import JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, size, table
-from adaptermesh.cli.uploads import upload_report
 from adaptermesh.cli.version_report import version_details, version_report
-from adaptermesh.client import Publication, StoreClient, Version
+from adaptermesh.client import StoreClient, Version
 from adaptermesh.core.refs import AdapterName
 
 app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
 
 
-@app.command()
-def upload(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that peft or adapters saved.")],
-    adapter: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="What to call it.")],
-    base: Annotated[str, typer.Option(help="Name or digest of the base model it was trained on.")],
-    task: Annotated[str, typer.Option(help="What it is for, e.g. financial-ner.")] = "",
-    description: Annotated[str, typer.Option(help="A sentence about it.")] = "",
-    tags: TagsOption = None,
-    spdx: Annotated[str, typer.Option("--license", help="SPDX identifier, e.g. apache-2.0.")] = "",
-    author: Annotated[str, typer.Option(help="Who made it.")] = "",
-    check: Annotated[bool, typer.Option("--check", help="Check everything, publish nothing.")] = False,
-    store: StoreOption = "",
-    as_json: JsonOption = False,
-) -> None:
-    """Uploads a folder that peft or the adapters library saved as the next version of an adapter.
-
-    The same content under the same name is the same version: uploading it again changes nothing.
-
-    Example: adaptermesh adapters upload ./out acme/ner --base smollm2-135m-instruct --task financial-ner
-    --license apache-2.0
-    """
-    publication = Publication(base, task, description, tuple(tags or ()), spdx, author)
-
-    async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
-            with output.transfer("uploading") as progress:
-                result = await client.upload(
-                    folder, adapter, publication, validate_only=check, progress=progress
-                )
-        output.result(result, *upload_report(result, adapter, check=check))
-
-    execute(as_json, work)
+app.command()(upload)
 
 
 @app.command()

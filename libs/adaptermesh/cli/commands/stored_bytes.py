@@ -97,6 +97,8 @@ def _garbage_line(report: GarbageReport) -> str:
     parts = [f"{_count(report.removed_blobs, 'blob')} ({size(report.removed_bytes)}) {done}"]
     if report.unfinished_uploads:
         parts.append(f"{_count(report.unfinished_uploads, 'unfinished upload')} {done}")
+    if report.expired_uploads:
+        parts.append(f"{_count(report.expired_uploads, 'expired upload')} {done}")
     if report.young_blobs:
         parts.append(f"left alone for the grace: {report.young_blobs}")
     parts.append(f"needed: {report.needed_blobs}")

@@ -166,6 +166,12 @@ def _refs(text: str) -> list[str]:
 GUARDS: Mapping[str, Guard | None] = {
     # None: decided where the answer is made.
     "UploadAdapter": None,
+    "BeginUpload": None,
+    # Who has the upload's id has begun it, and completing it asks again.
+    "UploadPart": _anywhere(PUBLISH),
+    "GetUpload": _anywhere(PUBLISH),
+    "CompleteUpload": _anywhere(PUBLISH),
+    "AbandonUpload": _anywhere(PUBLISH),
     "DownloadFile": _digest(READ),
     "FetchAdapter": _digest(READ),
     "ResolveRef": _resolve,

@@ -40,6 +40,31 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadAdapterRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadAdapterResponse.FromString,
                 _registered_method=True)
+        self.BeginUpload = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/BeginUpload',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.BeginUploadRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.BeginUploadResponse.FromString,
+                _registered_method=True)
+        self.UploadPart = channel.stream_unary(
+                '/adaptermesh.api.store.v1.StoreService/UploadPart',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadPartRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadPartResponse.FromString,
+                _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/GetUpload',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
+        self.CompleteUpload = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/CompleteUpload',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CompleteUploadRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CompleteUploadResponse.FromString,
+                _registered_method=True)
+        self.AbandonUpload = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/AbandonUpload',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AbandonUploadRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AbandonUploadResponse.FromString,
+                _registered_method=True)
         self.DownloadFile = channel.unary_stream(
                 '/adaptermesh.api.store.v1.StoreService/DownloadFile',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.DownloadFileRequest.SerializeToString,
@@ -197,6 +222,49 @@ class StoreServiceServicer:
         a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
         base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
         another (both digests).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginUpload(self, request, context):
+        """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
+        what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
+        not ended, or their bytes are too many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadPart(self, request_iterator, context):
+        """Sends a part of a file, in any order. The first message says which, then come its bytes. A part that was answered
+        survives a crash; the same part again changes nothing. INVALID_ARGUMENT: it goes beyond its file, or its bytes
+        have another digest (DIGEST_MISMATCH). FAILED_PRECONDITION (UPLOAD_CONFLICT): it overlaps another part that is
+        there, or the upload is completed. NOT_FOUND (UPLOAD_NOT_FOUND): there is no such upload (any more).
+        RESOURCE_EXHAUSTED: too many parts at the same time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """What has been received of an upload. NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteUpload(self, request, context):
+        """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
+        same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+        NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbandonUpload(self, request, context):
+        """Forgets an upload and removes its bytes; a version that it has become stays. Does nothing if there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -419,8 +487,8 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CollectGarbage(self, request, context):
-        """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
-        Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+        """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
+        that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -441,6 +509,31 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.UploadAdapter,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadAdapterRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'BeginUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginUpload,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.BeginUploadRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.BeginUploadResponse.SerializeToString,
+            ),
+            'UploadPart': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadPart,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadPartRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadPartResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetUploadRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetUploadResponse.SerializeToString,
+            ),
+            'CompleteUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteUpload,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CompleteUploadRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CompleteUploadResponse.SerializeToString,
+            ),
+            'AbandonUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbandonUpload,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AbandonUploadRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AbandonUploadResponse.SerializeToString,
             ),
             'DownloadFile': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadFile,
@@ -616,6 +709,141 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/UploadAdapter',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadAdapterRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/BeginUpload',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.BeginUploadRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.BeginUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadPart(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/UploadPart',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadPartRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.UploadPartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/GetUpload',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetUploadRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/CompleteUpload',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CompleteUploadRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CompleteUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbandonUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/AbandonUpload',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AbandonUploadRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.AbandonUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

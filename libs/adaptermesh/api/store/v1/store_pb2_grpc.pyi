@@ -40,6 +40,27 @@ class StoreServiceStub:
     base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
     another (both digests).
     """
+    BeginUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.BeginUploadRequest, _store_pb2.BeginUploadResponse]
+    """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
+    what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
+    not ended, or their bytes are too many.
+    """
+    UploadPart: _grpc.StreamUnaryMultiCallable[_store_pb2.UploadPartRequest, _store_pb2.UploadPartResponse]
+    """Sends a part of a file, in any order. The first message says which, then come its bytes. A part that was answered
+    survives a crash; the same part again changes nothing. INVALID_ARGUMENT: it goes beyond its file, or its bytes
+    have another digest (DIGEST_MISMATCH). FAILED_PRECONDITION (UPLOAD_CONFLICT): it overlaps another part that is
+    there, or the upload is completed. NOT_FOUND (UPLOAD_NOT_FOUND): there is no such upload (any more).
+    RESOURCE_EXHAUSTED: too many parts at the same time.
+    """
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.GetUploadRequest, _store_pb2.GetUploadResponse]
+    """What has been received of an upload. NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more)."""
+    CompleteUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.CompleteUploadRequest, _store_pb2.CompleteUploadResponse]
+    """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
+    same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+    NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
+    """
+    AbandonUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.AbandonUploadRequest, _store_pb2.AbandonUploadResponse]
+    """Forgets an upload and removes its bytes; a version that it has become stays. Does nothing if there is none."""
     DownloadFile: _grpc.UnaryStreamMultiCallable[_store_pb2.DownloadFileRequest, _store_pb2.DownloadFileResponse]
     """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
     What is revoked can still be looked at in this way.
@@ -138,8 +159,8 @@ class StoreServiceStub:
     OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
     """
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_store_pb2.CollectGarbageRequest, _store_pb2.CollectGarbageResponse]
-    """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
-    Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+    """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
+    that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
     """
     VerifyBlobs: _grpc.UnaryStreamMultiCallable[_store_pb2.VerifyBlobsRequest, _store_pb2.VerifyBlobsResponse]
     """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
@@ -158,6 +179,27 @@ class StoreServiceAsyncStub(StoreServiceStub):
     base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
     another (both digests).
     """
+    BeginUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.BeginUploadRequest, _store_pb2.BeginUploadResponse]  # type: ignore[assignment]
+    """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
+    what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
+    not ended, or their bytes are too many.
+    """
+    UploadPart: _aio.StreamUnaryMultiCallable[_store_pb2.UploadPartRequest, _store_pb2.UploadPartResponse]  # type: ignore[assignment]
+    """Sends a part of a file, in any order. The first message says which, then come its bytes. A part that was answered
+    survives a crash; the same part again changes nothing. INVALID_ARGUMENT: it goes beyond its file, or its bytes
+    have another digest (DIGEST_MISMATCH). FAILED_PRECONDITION (UPLOAD_CONFLICT): it overlaps another part that is
+    there, or the upload is completed. NOT_FOUND (UPLOAD_NOT_FOUND): there is no such upload (any more).
+    RESOURCE_EXHAUSTED: too many parts at the same time.
+    """
+    GetUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.GetUploadRequest, _store_pb2.GetUploadResponse]  # type: ignore[assignment]
+    """What has been received of an upload. NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more)."""
+    CompleteUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.CompleteUploadRequest, _store_pb2.CompleteUploadResponse]  # type: ignore[assignment]
+    """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
+    same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+    NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
+    """
+    AbandonUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.AbandonUploadRequest, _store_pb2.AbandonUploadResponse]  # type: ignore[assignment]
+    """Forgets an upload and removes its bytes; a version that it has become stays. Does nothing if there is none."""
     DownloadFile: _aio.UnaryStreamMultiCallable[_store_pb2.DownloadFileRequest, _store_pb2.DownloadFileResponse]  # type: ignore[assignment]
     """Streams one uploaded file, byte for byte. NOT_FOUND: unknown version or file. OUT_OF_RANGE: offset past the end.
     What is revoked can still be looked at in this way.
@@ -256,8 +298,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
     """
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_store_pb2.CollectGarbageRequest, _store_pb2.CollectGarbageResponse]  # type: ignore[assignment]
-    """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
-    Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+    """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
+    that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
     """
     VerifyBlobs: _aio.UnaryStreamMultiCallable[_store_pb2.VerifyBlobsRequest, _store_pb2.VerifyBlobsResponse]  # type: ignore[assignment]
     """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
@@ -279,6 +321,57 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
         another (both digests).
         """
+
+    @_abc_1.abstractmethod
+    def BeginUpload(
+        self,
+        request: _store_pb2.BeginUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.BeginUploadResponse, _abc.Awaitable[_store_pb2.BeginUploadResponse]]:
+        """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
+        what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
+        not ended, or their bytes are too many.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadPart(
+        self,
+        request_iterator: _MaybeAsyncIterator[_store_pb2.UploadPartRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.UploadPartResponse, _abc.Awaitable[_store_pb2.UploadPartResponse]]:
+        """Sends a part of a file, in any order. The first message says which, then come its bytes. A part that was answered
+        survives a crash; the same part again changes nothing. INVALID_ARGUMENT: it goes beyond its file, or its bytes
+        have another digest (DIGEST_MISMATCH). FAILED_PRECONDITION (UPLOAD_CONFLICT): it overlaps another part that is
+        there, or the upload is completed. NOT_FOUND (UPLOAD_NOT_FOUND): there is no such upload (any more).
+        RESOURCE_EXHAUSTED: too many parts at the same time.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _store_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.GetUploadResponse, _abc.Awaitable[_store_pb2.GetUploadResponse]]:
+        """What has been received of an upload. NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more)."""
+
+    @_abc_1.abstractmethod
+    def CompleteUpload(
+        self,
+        request: _store_pb2.CompleteUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.CompleteUploadResponse, _abc.Awaitable[_store_pb2.CompleteUploadResponse]]:
+        """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
+        same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+        NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
+        """
+
+    @_abc_1.abstractmethod
+    def AbandonUpload(
+        self,
+        request: _store_pb2.AbandonUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.AbandonUploadResponse, _abc.Awaitable[_store_pb2.AbandonUploadResponse]]:
+        """Forgets an upload and removes its bytes; a version that it has become stays. Does nothing if there is none."""
 
     @_abc_1.abstractmethod
     def DownloadFile(
@@ -545,8 +638,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.CollectGarbageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.CollectGarbageResponse, _abc.Awaitable[_store_pb2.CollectGarbageResponse]]:
-        """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off.
-        Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
+        """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
+        that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
         """
 
     @_abc_1.abstractmethod

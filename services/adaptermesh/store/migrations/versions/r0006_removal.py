@@ -1,7 +1,7 @@
 """Versions that are removed, what versions were made from, and every status that a version ever had.
 
 Revision ID: r0006
-Revises: r0004
+Revises: r0005
 """
 
 import json
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "r0006"
-down_revision = "r0004"
+down_revision = "r0005"
 branch_labels = None
 depends_on = None
 
