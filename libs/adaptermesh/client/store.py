@@ -17,6 +17,7 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.client import wire
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
+from adaptermesh.client.feed import FeedCalls
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
 from adaptermesh.client.records import (
     Adapter,
@@ -55,7 +56,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(AliasCalls, StatusCalls, SignatureCalls):
+class StoreClient(AliasCalls, StatusCalls, SignatureCalls, FeedCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python

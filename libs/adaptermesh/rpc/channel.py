@@ -24,6 +24,7 @@ _RETRIED_READS = {
         "ListRoutes",
         "ListBaseModels",
         "RegisterBaseModel",
+        "GetFeedStatus",
     ),
     # Dispatch is not among them: "no worker" is an answer, and the gateway knows when to ask again.
     "adaptermesh.api.router.v1.RouterService": ("ListWorkers", "GetRouterStatus"),

@@ -9,6 +9,7 @@ from adaptermesh.rpc.server import MeshServer
 from adaptermesh.rpc.service import ServiceContext
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
+from adaptermesh.store.retention import RetentionConfig
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.servicer import StoreServicer
 from adaptermesh.store.settings import StoreSettings
@@ -66,6 +67,11 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             ingest_threads=settings.ingest_threads,
         ),
         feed=FeedConfig(heartbeat_seconds=settings.heartbeat_seconds),
+        retention=RetentionConfig(
+            max_age_seconds=settings.feed_max_age_seconds,
+            max_changes=settings.feed_max_changes,
+            min_changes=settings.feed_min_changes,
+        ),
         snapshots=SnapshotConfig(concurrent=settings.concurrent_snapshots, seconds=settings.snapshot_seconds),
     )
 

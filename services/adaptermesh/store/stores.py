@@ -17,7 +17,9 @@ from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.garbage import GarbageCollector
 from adaptermesh.store.listing import Listing
+from adaptermesh.store.periodic import PeriodicWork
 from adaptermesh.store.policies import Policies
+from adaptermesh.store.retention import FeedTrimmer, RetentionConfig
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
 from adaptermesh.store.s3_connection import S3Config
@@ -32,6 +34,7 @@ from adaptermesh.store.uploads import UploadConfig, Uploads
 log = logging.getLogger(__name__)
 
 _LOCK_POLL_SECONDS = 0.1
+_TRIM_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class StoreConfig:
     """Where blobs are. None: in the folder."""
     uploads: UploadConfig = field(default_factory=UploadConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     lock_seconds: float = 10.0
     """How long to wait for another process to let go of the folder."""
@@ -60,6 +64,7 @@ class Stores:
         self.staging = Staging(config.folder / "staging")
         self.feed = Feed(config.feed)
         self.database = Database(config.database, self.feed.announce)
+        self.trimmer = FeedTrimmer(config.retention, self.database, clock)
         self.blobs = _blob_store(config)
         self.catalogue = Catalogue(self.database, clock)
         self.aliases = Aliases(self.database, clock)
@@ -73,6 +78,7 @@ class Stores:
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
         self.garbage = GarbageCollector(self.database, self.blobs, clock)
         self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
+        self._periodic = (PeriodicWork("trimming of the change feed", self.trimmer.trim, _TRIM_SECONDS),)
 
     async def open(self) -> None:
         """Takes the folder, brings the database up to date, and removes what a crash has left.
@@ -89,6 +95,8 @@ class Stores:
         if removed:
             log.warning("blobs of unfinished uploads removed", extra={"count": removed})
         await self.staging.recover()
+        for work in self._periodic:
+            work.start()
         self._open = True
 
     def check_open(self) -> None:
@@ -105,6 +113,8 @@ class Stores:
         """Finishes what was received and closes everything."""
         self.drain()
         await self.uploads.close()
+        for work in self._periodic:
+            await work.stop()
         await self.database.close()
         await self.blobs.close()
         self._lock.release()

@@ -42,6 +42,9 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
         "HEARTBEAT_SECONDS": "8",
         "CONCURRENT_SNAPSHOTS": "9",
         "SNAPSHOT_SECONDS": "10",
+        "FEED_MAX_AGE_SECONDS": "11",
+        "FEED_MAX_CHANGES": "13",
+        "FEED_MIN_CHANGES": "12",
     }
     for name, value in values.items():
         monkeypatch.setenv(f"ADAPTERMESH_STORE_{name}", value)
@@ -53,6 +56,13 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert (config.database.connections, config.database.busy_seconds) == (6, 7)
     assert config.feed.heartbeat_seconds == 8
     assert (config.snapshots.concurrent, config.snapshots.seconds) == (9, 10)
+    kept = config.retention
+    assert (kept.max_age_seconds, kept.max_changes, kept.min_changes) == (11, 13, 12)
+
+
+def test_no_more_changes_can_be_kept_for_certain_than_are_kept_at_all() -> None:
+    with pytest.raises(ValidationError, match="feed_min_changes"):
+        StoreSettings(feed_min_changes=3, feed_max_changes=2)
 
 
 @pytest.mark.parametrize(
