@@ -59,7 +59,7 @@ from adaptermesh.client.integrity_records import (
     Verification,
 )
 from adaptermesh.client.mesh import GenerationStream, MeshClient
-from adaptermesh.client.mesh_records import Budgets, Load, Model, Residency, RouterStatus, Worker
+from adaptermesh.client.mesh_records import Budgets, FeedStatus, Load, Model, Residency, RouterStatus, Worker
 from adaptermesh.client.operations import (
     GATEWAY_SERVICE,
     ROUTER_SERVICE,
@@ -133,6 +133,7 @@ __all__ = [
     "DeletedVersion",
     "Delta",
     "Event",
+    "FeedStatus",
     "Finished",
     "Found",
     "GarbageReport",

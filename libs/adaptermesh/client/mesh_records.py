@@ -1,5 +1,6 @@
 """What workers, routers and the gateway say of themselves, as the SDK shows it: plain frozen records."""
 
+import datetime
 from dataclasses import dataclass, field
 
 
@@ -91,3 +92,18 @@ class Model:
     base_model_id: str
     task: str
     aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedStatus:
+    """How far the store's change feed is, and how far back it goes.
+
+    Changes up to `trimmed_position` are gone. `oldest_commit_time` is that of the oldest one that is there,
+    None if there is none. `watchers` are those of the store that answered.
+    """
+
+    feed_id: str
+    head_position: int
+    trimmed_position: int
+    oldest_commit_time: datetime.datetime | None
+    watchers: int

@@ -16,6 +16,7 @@ from adaptermesh.client import wire
 from adaptermesh.client.access import AccessCalls
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
+from adaptermesh.client.feed import FeedCalls
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
 from adaptermesh.client.records import (
     Adapter,
@@ -50,7 +51,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls):
+class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls, FeedCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python

@@ -26,6 +26,7 @@ _RETRIED_READS = {
         "ListRoutes",
         "ListBaseModels",
         "RegisterBaseModel",
+        "GetFeedStatus",
         "GetUpload",
     ),
     "adaptermesh.api.access.v1.AccessService": (

@@ -31,10 +31,12 @@ class StoreClient:
 
     async def watch(self, feed_id: str, after: int) -> AsyncGenerator[FeedMessage, None]:
         # No deadline: the call lasts as long as messages come, which the follower times.
-        call = self._stub.WatchChanges(store_pb2.WatchChangesRequest(feed_id=feed_id, after_position=after))
+        request = store_pb2.WatchChangesRequest(feed_id=feed_id, after_position=after, batched=True)
+        call = self._stub.WatchChanges(request)
         try:
             async for message in call:
-                yield wire.feed_message(message)
+                for part in wire.feed_messages(message):
+                    yield part
         except grpc.aio.AioRpcError as error:
             raise mesh_error_from(error, Reason.STORE_UNREACHABLE) from error
         finally:

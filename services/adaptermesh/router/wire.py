@@ -1,6 +1,7 @@
 """The protos' messages as the router's own types, and back; for the servicer and the store's client."""
 
 import datetime
+from collections.abc import Iterator
 
 from adaptermesh.api.access.v1 import access_pb2
 from adaptermesh.api.adapter.v1 import adapter_pb2
@@ -62,11 +63,14 @@ def snapshot_part(message: store_pb2.GetSnapshotResponse) -> SnapshotPart:
     )
 
 
-def feed_message(message: store_pb2.WatchChangesResponse) -> FeedMessage:
-    if not message.HasField("change"):
-        return FeedMessage(message.head_position)
-    position = message.change.position
-    return FeedMessage(max(message.head_position, position), Change(position, _event(message.change)))
+def feed_messages(message: store_pb2.WatchChangesResponse) -> Iterator[FeedMessage]:
+    """A message for each change, also from a store that does not know of batches; or a heartbeat."""
+    changes = [message.change] if message.HasField("change") else message.changes
+    for change in changes:
+        head = max(message.head_position, change.position)
+        yield FeedMessage(head, Change(change.position, _event(change)))
+    if not changes:
+        yield FeedMessage(message.head_position)
 
 
 def _event(message: store_pb2.Change) -> Event:

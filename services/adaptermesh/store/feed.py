@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,22 @@ class FeedMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Page:
+class FeedPage:
+    """The next changes, none in a heartbeat."""
+
     head_position: int
     changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedStatus:
+    """How far the feed is and how far back it goes; without changes, `oldest_commit_time_us` is None."""
+
+    feed_id: str
+    head_position: int
+    trimmed_position: int
+    oldest_commit_time_us: int | None
+    watchers: int
 
 
 class Feed:
@@ -113,15 +126,34 @@ class Feed:
         self._closed = True
         self.announce()
 
+    async def status(self, database: Database) -> FeedStatus:
+        """How far the feed is now."""
+        async with database.reading() as connection:
+            state = (await connection.execute(select(feed))).one()
+            oldest = select(changes.c.commit_time_us).where(changes.c.position == state.trimmed_position + 1)
+            time_us = (await connection.execute(oldest)).scalar()
+        return FeedStatus(state.feed_id, state.head_position, state.trimmed_position, time_us, self.watchers)
+
     async def watch(
         self, database: Database, feed_id: str, after_position: int
     ) -> AsyncGenerator[FeedMessage]:
+        """The changes of `pages`, one by one."""
+        async with aclosing(self.pages(database, feed_id, after_position)) as pages:
+            async for page in pages:
+                for change in page.changes:
+                    yield FeedMessage(page.head_position, change)
+                if not page.changes:
+                    yield FeedMessage(page.head_position, None)
+
+    async def pages(self, database: Database, feed_id: str, after_position: int) -> AsyncGenerator[FeedPage]:
         """Yields every change after a position, in order, exactly once, then live, and heartbeats between.
 
-        The first heartbeat comes as soon as the watcher has caught up.
+        The first heartbeat comes as soon as the watcher has caught up. A watcher so slow that its next
+        changes are trimmed meanwhile is told so, as one that comes too late: it never gets over a gap.
 
         Raises:
-            MeshError: FEED_POSITION_EXPIRED if the position isn't one of this feed; DRAINING after close().
+            MeshError: FEED_POSITION_EXPIRED if the position isn't one of this feed, or is not any more;
+                DRAINING after close().
         """
         wake = asyncio.Event()
         self._watchers.add(wake)
@@ -133,13 +165,13 @@ class Feed:
                     raise unavailable(Reason.DRAINING, "the store is shutting down", retry_after=1.0)
                 wake.clear()
                 page = await self._read(database, feed_id, position)
-                for change in page.changes:
-                    position = change.position
-                    yield FeedMessage(page.head_position, change)
+                if page.changes:
+                    yield page
+                    position = page.changes[-1].position
                 if position < page.head_position:
                     continue
                 if beat and not page.changes:
-                    yield FeedMessage(page.head_position, None)
+                    yield page
                 beat = not await self._woken(wake)
         finally:
             self._watchers.discard(wake)
@@ -151,13 +183,14 @@ class Feed:
                 await wake.wait()
         return wake.is_set()
 
-    async def _read(self, database: Database, feed_id: str, after: int) -> _Page:
+    async def _read(self, database: Database, feed_id: str, after: int) -> FeedPage:
+        # One transaction sees both what is trimmed and what is there: what follows `after` is all there.
         async with database.reading() as connection:
             state = (await connection.execute(select(feed))).one()
             _check_position(state, feed_id, after)
             page = select(changes).where(changes.c.position > after).order_by(changes.c.position)
             rows = (await connection.execute(page.limit(self._config.page_size))).all()
-        return _Page(state.head_position, tuple(_change(row) for row in rows))
+        return FeedPage(state.head_position, tuple(_change(row) for row in rows))
 
 
 def _check_position(state: Row[Any], feed_id: str, after: int) -> None:
@@ -172,6 +205,7 @@ def _check_position(state: Row[Any], feed_id: str, after: int) -> None:
         metadata={
             "feed_id": state.feed_id,
             "head_position": str(state.head_position),
+            "trimmed_position": str(state.trimmed_position),
             "after_position": str(after),
         },
     )

@@ -13,6 +13,7 @@ from adaptermesh.store.access.servicer import GRPC_NAME as ACCESS_GRPC_NAME
 from adaptermesh.store.access.servicer import AccessServicer
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.feed import FeedConfig
+from adaptermesh.store.retention import RetentionConfig
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.servicer import StoreServicer
 from adaptermesh.store.session_config import SessionConfig
@@ -81,6 +82,11 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             idle_seconds=settings.upload_idle_seconds,
         ),
         feed=FeedConfig(heartbeat_seconds=settings.heartbeat_seconds),
+        retention=RetentionConfig(
+            max_age_seconds=settings.feed_max_age_seconds,
+            max_changes=settings.feed_max_changes,
+            min_changes=settings.feed_min_changes,
+        ),
         authentication=AuthenticationConfig(
             required=settings.authentication is Authentication.KEYS,
             root_key=settings.root_key.get_secret_value(),

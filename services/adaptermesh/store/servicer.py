@@ -15,6 +15,7 @@ from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
 from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.aliases import AliasName, MoveRequest
+from adaptermesh.store.feed_servicer import FeedServicer
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file, read_file, read_tensors
@@ -30,7 +31,7 @@ _PART_BYTES = 512 * 1024
 _PART_ITEMS = 500
 
 
-class StoreServicer(UploadServicer, RemovalServicer):
+class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
     """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
 
     async def DownloadFile(  # type: ignore[override]  # large messages are encoded here already
@@ -203,14 +204,6 @@ class StoreServicer(UploadServicer, RemovalServicer):
                 size += wire.add_to_part(part, item)
                 count += 1
         yield part
-
-    async def WatchChanges(
-        self, request: store_pb2.WatchChangesRequest, context: Context
-    ) -> AsyncIterator[store_pb2.WatchChangesResponse]:
-        watch = self._stores.feed.watch(self._stores.database, request.feed_id, request.after_position)
-        async with aclosing(watch) as messages:
-            async for message in messages:
-                yield wire.watch_response(message)
 
     async def CollectGarbage(
         self, request: store_pb2.CollectGarbageRequest, context: Context

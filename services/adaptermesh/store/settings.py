@@ -101,6 +101,20 @@ class StoreSettings(ServiceSettings):
     heartbeat_seconds: float = Field(
         default=5.0, gt=0, description="A watcher of the change feed hears at least this often, in seconds."
     )
+    feed_max_age_seconds: float = Field(
+        default=30 * 24 * 3600.0,
+        gt=0,
+        description="Changes older than so many seconds leave the change feed. Who has not read them yet "
+        "takes a snapshot.",
+    )
+    feed_max_changes: int = Field(
+        default=1_000_000, gt=0, description="Most changes in the change feed; older ones leave it."
+    )
+    feed_min_changes: int = Field(
+        default=10_000,
+        ge=0,
+        description="So many of the last changes stay in the change feed however old they are.",
+    )
     concurrent_snapshots: int = Field(default=4, gt=0, description="Snapshots at the same time; more wait.")
     snapshot_seconds: float = Field(
         default=60.0, gt=0, description="How long one snapshot may take, the wait included, in seconds."
@@ -135,6 +149,12 @@ class StoreSettings(ServiceSettings):
     def _both_keys_or_none(self) -> Self:
         if bool(self.s3_access_key) != bool(self.s3_secret_key.get_secret_value()):
             raise ValueError("an S3 access key needs its secret key, and the other way round")
+        return self
+
+    @model_validator(mode="after")
+    def _fewest_and_most_changes(self) -> Self:
+        if self.feed_min_changes > self.feed_max_changes:
+            raise ValueError("feed_min_changes must not be more than feed_max_changes")
         return self
 
     @field_validator("database_url")

@@ -28,8 +28,10 @@ from adaptermesh.store.lineage import Lineage
 from adaptermesh.store.listing import Listing
 from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.part_blobs import PartBlobs
+from adaptermesh.store.periodic import PeriodicWork
 from adaptermesh.store.policies import Policies
 from adaptermesh.store.removal import Removals
+from adaptermesh.store.retention import FeedTrimmer, RetentionConfig
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
 from adaptermesh.store.s3_connection import S3Config
@@ -46,6 +48,7 @@ from adaptermesh.store.uploads import UploadConfig, Uploads
 log = logging.getLogger(__name__)
 
 _LOCK_POLL_SECONDS = 0.1
+_TRIM_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class StoreConfig:
     uploads: UploadConfig = field(default_factory=UploadConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     authentication: AuthenticationConfig = field(default_factory=AuthenticationConfig)
     lock_seconds: float = 10.0
@@ -76,6 +80,7 @@ class Stores:
         self.staging = Staging(config.folder / "staging")
         self.feed = Feed(config.feed)
         self.database = Database(config.database, self.feed.announce)
+        self.trimmer = FeedTrimmer(config.retention, self.database, clock)
         self.blobs = _blob_store(config)
         self.manifests = Manifests(self.blobs)
         self.catalogue = Catalogue(self.database, clock)
@@ -104,6 +109,7 @@ class Stores:
         )
         self.garbage = GarbageCollector(self.database, self.blobs, self.parts, clock)
         self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
+        self._periodic = (PeriodicWork("trimming of the change feed", self.trimmer.trim, _TRIM_SECONDS),)
 
     async def open(self) -> None:
         """Takes the folder, brings the database up to date, and removes what a crash has left.
@@ -121,6 +127,8 @@ class Stores:
         if removed:
             log.warning("blobs of unfinished uploads removed", extra={"count": removed})
         await self.staging.recover()
+        for work in self._periodic:
+            work.start()
         self._open = True
 
     def check_open(self) -> None:
@@ -139,6 +147,8 @@ class Stores:
         await self.sessions.close()
         await self.uploads.close()
         await self.authentication.close()
+        for work in self._periodic:
+            await work.stop()
         await self.database.close()
         await self.parts.close()
         await self.blobs.close()

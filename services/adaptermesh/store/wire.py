@@ -12,7 +12,7 @@ from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.access.records import GrantRecord, NamespaceRecord
 from adaptermesh.store.access.wire import access_record_to, grant_to, namespace_to
-from adaptermesh.store.feed import FeedMessage
+from adaptermesh.store.feed import FeedStatus
 from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
 from adaptermesh.store.records import (
@@ -262,9 +262,15 @@ def garbage_to(report: GarbageReport) -> store_pb2.CollectGarbageResponse:
     )
 
 
-def watch_response(message: FeedMessage) -> store_pb2.WatchChangesResponse:
-    change = None if message.change is None else _change_to(message.change)
-    return store_pb2.WatchChangesResponse(head_position=message.head_position, change=change)
+def feed_status_to(status: FeedStatus) -> store_pb2.GetFeedStatusResponse:
+    oldest_us = status.oldest_commit_time_us
+    return store_pb2.GetFeedStatusResponse(
+        feed_id=status.feed_id,
+        head_position=status.head_position,
+        trimmed_position=status.trimmed_position,
+        oldest_commit_time=None if oldest_us is None else _time(oldest_us),
+        watchers=status.watchers,
+    )
 
 
 def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
@@ -299,7 +305,7 @@ def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
     return 0
 
 
-def _change_to(change: Change) -> store_pb2.Change:
+def change_to(change: Change) -> store_pb2.Change:
     message = store_pb2.Change(position=change.position, commit_time=_time(change.commit_time_us))
     # The kinds are named as the fields of the oneof.
     getattr(message, change.kind.value).CopyFrom(_record_to(change.record))

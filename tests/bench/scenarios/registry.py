@@ -171,8 +171,9 @@ _SEARCHES: dict[str, Fields] = {
 
 async def _replay(stub: Any, size: Size) -> None:
     start = size.adapters * VERSIONS
-    watch = stub.WatchChanges(store_pb2.WatchChangesRequest(feed_id=FEED_ID, after_position=start))
+    request = store_pb2.WatchChangesRequest(feed_id=FEED_ID, after_position=start, batched=True)
+    watch = stub.WatchChanges(request)
     async for message in watch:
-        if message.head_position == message.change.position:
+        if message.changes and message.head_position == message.changes[-1].position:
             watch.cancel()
             return

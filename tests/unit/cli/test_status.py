@@ -6,6 +6,7 @@ def test_status_shows_every_service_and_what_the_workers_hold(fakes: FakeMesh, i
     assert result.exit_code == 0, result.output
     for name in ("gateway", "router", "store", "worker"):
         assert fakes.addresses[name] in result.stdout
+    assert "store: change feed at 30, kept from 11 on (2025-06-15" in result.stdout
     assert "4 versions, 3 routes, up to date" in result.stdout
     assert "1/0/0 of 4 slots, 100 B, 1 pinned" in " ".join(result.stdout.split())
 
@@ -39,6 +40,7 @@ def test_status_as_json_is_one_document(fakes: FakeMesh, invoke: Invoke) -> None
     assert [service["serving"] for service in printed["services"]] == [True] * 4
     assert printed["workers"][0]["load"]["running_requests"] == 2
     assert printed["router"]["feed_connected"] is True
+    assert (printed["feed"]["head_position"], printed["feed"]["trimmed_position"]) == (30, 10)
 
 
 def test_a_service_that_does_not_answer_fails_the_status(fakes: FakeMesh, invoke: Invoke) -> None:

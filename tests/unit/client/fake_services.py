@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from adaptermesh.api.router.v1 import router_pb2, router_pb2_grpc
@@ -153,6 +155,12 @@ class FakeStore(store_pb2_grpc.StoreServiceServicer):
 
     async def ListSignatures(self, request: Any, context: Any) -> store_pb2.ListSignaturesResponse:
         return store_pb2.ListSignaturesResponse()
+
+    async def GetFeedStatus(self, request: Any, context: Any) -> store_pb2.GetFeedStatusResponse:
+        oldest = Timestamp(seconds=1_750_000_000)
+        return store_pb2.GetFeedStatusResponse(
+            feed_id="feed", head_position=30, trimmed_position=10, oldest_commit_time=oldest, watchers=2
+        )
 
     async def ListVersions(self, request: Any, context: Any) -> store_pb2.ListVersionsResponse:
         versions = self.versions.get(f"{request.namespace}/{request.name}")

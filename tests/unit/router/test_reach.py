@@ -106,7 +106,8 @@ def test_snapshot_and_feed_bring_who_may_use_what() -> None:
         store_pb2.Change(position=5, api_key_set=access_pb2.ApiKey()).SerializeToString(): NothingHere,
     }.items():
         message = store_pb2.WatchChangesResponse(change=store_pb2.Change.FromString(change))
-        found = wire.feed_message(message).change
+        (parsed,) = wire.feed_messages(message)
+        found = parsed.change
         assert found is not None
         assert isinstance(found.event, expected)
         built.add(found.event)

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,6 +7,9 @@ import pytest
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import Code, Reason
+from adaptermesh.store import feed_servicer
+from adaptermesh.store.feed import FeedPage
+from adaptermesh.store.records import BaseModelRecord
 
 
 def base_route(task: str) -> store_pb2.SetRouteRequest:
@@ -70,6 +74,48 @@ async def test_every_kind_of_mutation_is_one_change_with_its_record(store: Any, 
     assert watcher.changes[3].route_set == route.route
     assert (watcher.changes[4].route_deleted.tenant, watcher.changes[4].route_deleted.task) == ("*", "ner")
     assert all(change.commit_time.ToMicroseconds() > 0 for change in watcher.changes)
+
+
+async def test_a_batched_watch_has_the_same_changes_in_fewer_messages(store: Any) -> None:
+    for number in range(10):
+        await store.stub.SetRoute(base_route(f"task-{number % 3}"))
+    watcher = Watcher(store, await feed_of(store))
+    await watcher.follow(11)
+    request = store_pb2.WatchChangesRequest(feed_id=await feed_of(store), batched=True)
+    call = store.stub.WatchChanges(request)
+    messages = [await call.read() for _ in range(4)]
+    assert [len(message.changes) for message in messages] == [4, 4, 3, 0]
+    assert not any(message.HasField("change") for message in messages)
+    assert [change for message in messages for change in message.changes] == watcher.changes
+    assert [message.head_position for message in messages] == [11] * 4
+    done = await store.stub.SetRoute(base_route("ner"))
+    message = await call.read()
+    while not message.changes:
+        message = await call.read()
+    assert [change.route_set for change in message.changes] == [done.route]
+    call.cancel()
+
+
+async def test_a_batch_of_large_changes_is_cut_into_messages_that_fit(store: Any, kit: Any) -> None:
+    stub = store.stub
+    for number in range(4):
+        base = kit.base_model(f"large-{number}", f"w{number}")
+        await stub.RegisterBaseModel(store_pb2.RegisterBaseModelRequest(base_model=base))
+    page = FeedPage(5, tuple([one async for one in changes_of(store, 5)]))
+    record = page.changes[1].record
+    assert isinstance(record, BaseModelRecord)
+    fat = replace(record, config_json="x" * 300_000)
+    page = replace(page, changes=tuple(replace(one, record=fat) for one in page.changes[1:]))
+    answers = list(feed_servicer._batches(page))
+    assert [len(answer.changes) for answer in answers] == [2, 2]
+    assert [change.position for answer in answers for change in answer.changes] == [2, 3, 4, 5]
+
+
+async def changes_of(store: Any, count: int) -> Any:
+    watch = store.stores.feed.watch(store.stores.database, await feed_of(store), 0)
+    for _ in range(count):
+        yield (await anext(watch)).change
+    await watch.aclose()
 
 
 async def test_a_live_watcher_hears_of_a_change_after_its_commit(store: Any) -> None:

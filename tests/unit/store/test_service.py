@@ -46,6 +46,9 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
         "MAX_UPLOAD_SESSIONS": "12",
         "MAX_UPLOAD_SESSION_BYTES": "13",
         "CONCURRENT_PARTS": "14",
+        "FEED_MAX_AGE_SECONDS": "15",
+        "FEED_MAX_CHANGES": "17",
+        "FEED_MIN_CHANGES": "16",
     }
     for name, value in values.items():
         monkeypatch.setenv(f"ADAPTERMESH_STORE_{name}", value)
@@ -60,6 +63,13 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
     sessions = config.sessions
     assert (sessions.seconds, sessions.most, sessions.most_bytes) == (11, 12, 13)
     assert (sessions.parts_at_once, sessions.idle_seconds) == (14, 4)
+    kept = config.retention
+    assert (kept.max_age_seconds, kept.max_changes, kept.min_changes) == (15, 17, 16)
+
+
+def test_no_more_changes_can_be_kept_for_certain_than_are_kept_at_all() -> None:
+    with pytest.raises(ValidationError, match="feed_min_changes"):
+        StoreSettings(feed_min_changes=3, feed_max_changes=2)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from rich.text import Text
 from adaptermesh.cli.execute import FAILED, execute
 from adaptermesh.cli.options import GatewayOption, JsonOption, RouterOption, StoreOption
 from adaptermesh.cli.output import Output
-from adaptermesh.cli.tables import short_digest, size, table
+from adaptermesh.cli.tables import moment, short_digest, size, table
 from adaptermesh.client import (
     GATEWAY_SERVICE,
     ROUTER_SERVICE,
     STORE_SERVICE,
     WORKER_SERVICE,
+    FeedStatus,
     HealthClient,
     MeshError,
     RouterClient,
@@ -63,12 +64,13 @@ def status(
                 health_of("store", store or settings.store, STORE_SERVICE),
             )
         )
+        feed = await _feed_status(store or settings.store)
         router_status, workers = await _router_view(router_address)
         healths += await asyncio.gather(
             *(health_of("worker", worker.address, WORKER_SERVICE) for worker in workers)
         )
-        document = {"services": healths, "router": router_status, "workers": workers}
-        parts = _report(healths, router_status, workers)
+        document = {"services": healths, "feed": feed, "router": router_status, "workers": workers}
+        parts = _report(healths, feed, router_status, workers)
         if adapters and workers:
             parts += [Text(""), _adapters(workers, await _names(store or settings.store))]
         output.result(document, *parts)
@@ -98,6 +100,15 @@ async def _names(address: str) -> dict[str, str]:
     return {version.digest: version.ref for versions in found for version in versions}
 
 
+async def _feed_status(address: str) -> FeedStatus | None:
+    try:
+        async with StoreClient(address) as client:
+            return await client.feed_status()
+    except MeshError:
+        # Its health check says so already, unless it is a store of before there was such a call.
+        return None
+
+
 async def _router_view(address: str) -> tuple[RouterStatus | None, list[Worker]]:
     try:
         async with RouterClient(address) as client:
@@ -108,7 +119,10 @@ async def _router_view(address: str) -> tuple[RouterStatus | None, list[Worker]]
 
 
 def _report(
-    healths: list[ServiceHealth], router: RouterStatus | None, workers: list[Worker]
+    healths: list[ServiceHealth],
+    feed: FeedStatus | None,
+    router: RouterStatus | None,
+    workers: list[Worker],
 ) -> list[RenderableType]:
     services = table("service", "address", "state")
     for health in healths:
@@ -118,17 +132,26 @@ def _report(
     if not any(health.serving for health in healths):
         parts.append(Text("\nno mesh here; start one with `adaptermesh up`"))
         return parts
+    if feed is not None:
+        parts.append(Text(f"\nstore: change feed at {feed.head_position}, {_kept(feed)}"))
     if router is not None:
         behind = router.feed_head - router.feed_position
-        feed = f"{behind} behind" if behind else "up to date"
-        connected = feed if router.feed_connected else "not connected to the store"
-        parts.append(Text(f"\nrouter: {router.versions} versions, {router.routes} routes, {connected}"))
+        lag = f"{behind} behind" if behind else "up to date"
+        connected = lag if router.feed_connected else "not connected to the store"
+        parts.append(Text(f"router: {router.versions} versions, {router.routes} routes, {connected}"))
     if not workers:
         return [*parts, Text("no workers report to the router", "red")]
     parts.append(_workers(workers))
     if any(worker.load.budgets for worker in workers):
         parts += [Text(""), _budgets(workers)]
     return parts
+
+
+def _kept(feed: FeedStatus) -> str:
+    """Which of the feed's changes are there."""
+    if feed.oldest_commit_time is None:
+        return "no changes kept"
+    return f"kept from {feed.trimmed_position + 1} on ({moment(feed.oldest_commit_time)})"
 
 
 def _workers(workers: list[Worker]) -> RenderableType:

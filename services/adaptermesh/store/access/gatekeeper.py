@@ -199,6 +199,7 @@ GUARDS: Mapping[str, Guard | None] = {
     "ListBaseModels": _anywhere(READ),
     "GetSnapshot": _operator(READ),
     "WatchChanges": _operator(READ),
+    "GetFeedStatus": _operator(READ),
     "CollectGarbage": _operator(ADMINISTER),
     "VerifyBlobs": _verify,
     "GetCaller": None,

@@ -2382,19 +2382,23 @@ class WatchChangesRequest(_message.Message):
 
     FEED_ID_FIELD_NUMBER: _builtins.int
     AFTER_POSITION_FIELD_NUMBER: _builtins.int
+    BATCHED_FIELD_NUMBER: _builtins.int
     feed_id: _builtins.str
     """The catalogue that the position belongs to, from the snapshot. Another one is OUT_OF_RANGE."""
     after_position: _builtins.int
     """Changes after this position. Zero means from the first one."""
+    batched: _builtins.bool
+    """Send changes in `changes`, as many as there are and fit into a message, instead of each in a message of its own."""
     def __init__(
         self,
         *,
         feed_id: _builtins.str = ...,
         after_position: _builtins.int = ...,
+        batched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "feed_id", b"feed_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "batched", b"batched", "feed_id", b"feed_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2408,25 +2412,88 @@ class WatchChangesResponse(_message.Message):
 
     HEAD_POSITION_FIELD_NUMBER: _builtins.int
     CHANGE_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     head_position: _builtins.int
     """The feed's last position now."""
     @_builtins.property
     def change(self) -> Global___Change:
-        """The change. Absent in a heartbeat."""
+        """The change. Absent in a heartbeat, and where the request is batched."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Change]:
+        """The next changes, in order, where the request is batched. Empty in a heartbeat."""
 
     def __init__(
         self,
         *,
         head_position: _builtins.int = ...,
         change: Global___Change | None = ...,
+        changes: _abc.Iterable[Global___Change] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "head_position", b"head_position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "changes", b"changes", "head_position", b"head_position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchChangesResponse: _TypeAlias = WatchChangesResponse  # noqa: Y015
+
+@_typing.final
+class GetFeedStatusRequest(_message.Message):
+    """Asks how far the feed is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFeedStatusRequest: _TypeAlias = GetFeedStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetFeedStatusResponse(_message.Message):
+    """How far the feed is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEED_ID_FIELD_NUMBER: _builtins.int
+    HEAD_POSITION_FIELD_NUMBER: _builtins.int
+    TRIMMED_POSITION_FIELD_NUMBER: _builtins.int
+    OLDEST_COMMIT_TIME_FIELD_NUMBER: _builtins.int
+    WATCHERS_FIELD_NUMBER: _builtins.int
+    feed_id: _builtins.str
+    """Which catalogue: the same for as long as the store's database lives."""
+    head_position: _builtins.int
+    """The last position. Zero: nothing was ever changed."""
+    trimmed_position: _builtins.int
+    """Changes up to this position are gone: who was before it takes a snapshot. Zero: all are there."""
+    watchers: _builtins.int
+    """How many watch at the store that answers."""
+    @_builtins.property
+    def oldest_commit_time(self) -> _timestamp_pb2.Timestamp:
+        """When the oldest change that is there was committed. Absent if there is none."""
+
+    def __init__(
+        self,
+        *,
+        feed_id: _builtins.str = ...,
+        head_position: _builtins.int = ...,
+        trimmed_position: _builtins.int = ...,
+        oldest_commit_time: _timestamp_pb2.Timestamp | None = ...,
+        watchers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_commit_time", b"oldest_commit_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_id", b"feed_id", "head_position", b"head_position", "oldest_commit_time", b"oldest_commit_time", "trimmed_position", b"trimmed_position", "watchers", b"watchers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFeedStatusResponse: _TypeAlias = GetFeedStatusResponse  # noqa: Y015
 
 @_typing.final
 class Change(_message.Message):

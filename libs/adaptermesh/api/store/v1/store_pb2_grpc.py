@@ -200,6 +200,11 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesResponse.FromString,
                 _registered_method=True)
+        self.GetFeedStatus = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/GetFeedStatus',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetFeedStatusRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetFeedStatusResponse.FromString,
+                _registered_method=True)
         self.CollectGarbage = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/CollectGarbage',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.CollectGarbageRequest.SerializeToString,
@@ -486,6 +491,13 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetFeedStatus(self, request, context):
+        """How far the feed is, and how far back it goes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CollectGarbage(self, request, context):
         """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
         that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
@@ -669,6 +681,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.WatchChanges,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesResponse.SerializeToString,
+            ),
+            'GetFeedStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFeedStatus,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetFeedStatusRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetFeedStatusResponse.SerializeToString,
             ),
             'CollectGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.CollectGarbage,
@@ -1573,6 +1590,33 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/WatchChanges',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.WatchChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFeedStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/GetFeedStatus',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetFeedStatusRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetFeedStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -158,6 +158,8 @@ class StoreServiceStub:
     the first one comes as soon as the watcher has caught up.
     OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
     """
+    GetFeedStatus: _grpc.UnaryUnaryMultiCallable[_store_pb2.GetFeedStatusRequest, _store_pb2.GetFeedStatusResponse]
+    """How far the feed is, and how far back it goes."""
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_store_pb2.CollectGarbageRequest, _store_pb2.CollectGarbageResponse]
     """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
     that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
@@ -297,6 +299,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     the first one comes as soon as the watcher has caught up.
     OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
     """
+    GetFeedStatus: _aio.UnaryUnaryMultiCallable[_store_pb2.GetFeedStatusRequest, _store_pb2.GetFeedStatusResponse]  # type: ignore[assignment]
+    """How far the feed is, and how far back it goes."""
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_store_pb2.CollectGarbageRequest, _store_pb2.CollectGarbageResponse]  # type: ignore[assignment]
     """For administrators: removes stored bytes that no version needs, such as those of uploads that a crash cut off or
     that have expired. Safe beside uploads. RESOURCE_EXHAUSTED: this store is collecting already.
@@ -631,6 +635,14 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         the first one comes as soon as the watcher has caught up.
         OUT_OF_RANGE (FEED_POSITION_EXPIRED): take a snapshot.
         """
+
+    @_abc_1.abstractmethod
+    def GetFeedStatus(
+        self,
+        request: _store_pb2.GetFeedStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.GetFeedStatusResponse, _abc.Awaitable[_store_pb2.GetFeedStatusResponse]]:
+        """How far the feed is, and how far back it goes."""
 
     @_abc_1.abstractmethod
     def CollectGarbage(

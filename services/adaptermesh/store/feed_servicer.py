@@ -1,0 +1,58 @@
+"""The part of the store's gRPC face that is about the change feed."""
+# Names and signatures are those of the generated base class.
+# ruff: noqa: ARG002, N802
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.store import wire
+from adaptermesh.store.feed import FeedPage
+from adaptermesh.store.signing_servicer import SigningServicer
+
+Context = Any
+
+# Well below the largest message that clients take, of which one change has far less.
+_BATCH_BYTES = 512 * 1024
+
+
+class FeedServicer(SigningServicer):
+    """Watches and the feed's status. Errors are raised as `MeshError`."""
+
+    async def WatchChanges(
+        self, request: store_pb2.WatchChangesRequest, context: Context
+    ) -> AsyncIterator[store_pb2.WatchChangesResponse]:
+        answers = _batches if request.batched else _singles
+        feed, database = self._stores.feed, self._stores.database
+        async with aclosing(feed.pages(database, request.feed_id, request.after_position)) as pages:
+            async for page in pages:
+                for answer in answers(page):
+                    yield answer
+
+    async def GetFeedStatus(
+        self, request: store_pb2.GetFeedStatusRequest, context: Context
+    ) -> store_pb2.GetFeedStatusResponse:
+        return wire.feed_status_to(await self._stores.feed.status(self._stores.database))
+
+
+def _singles(page: FeedPage) -> Iterator[store_pb2.WatchChangesResponse]:
+    """A message for each change, or a heartbeat."""
+    for change in page.changes:
+        message = wire.change_to(change)
+        yield store_pb2.WatchChangesResponse(head_position=page.head_position, change=message)
+    if not page.changes:
+        yield store_pb2.WatchChangesResponse(head_position=page.head_position)
+
+
+def _batches(page: FeedPage) -> Iterator[store_pb2.WatchChangesResponse]:
+    """The changes in as few messages as they fit into, or a heartbeat."""
+    answer, size = store_pb2.WatchChangesResponse(head_position=page.head_position), 0
+    for change in page.changes:
+        if size >= _BATCH_BYTES:
+            yield answer
+            answer, size = store_pb2.WatchChangesResponse(head_position=page.head_position), 0
+        message = wire.change_to(change)
+        answer.changes.append(message)
+        size += message.ByteSize()
+    yield answer
