@@ -46,14 +46,17 @@ class Rig:
 
 
 @asynccontextmanager
-async def run_rig(config: LocalMeshConfig, demo: Path) -> AsyncIterator[Rig]:
-    """Starts a mesh, publishes the adapters of the plan `demo` (a demo.json), and stops it again."""
+async def run_rig(config: LocalMeshConfig, demo: Path, api_key: str = "") -> AsyncIterator[Rig]:
+    """Starts a mesh, publishes the adapters of the plan `demo` (a demo.json), and stops it again.
+
+    With an API key the clients show it; that the services ask for it is up to `config`.
+    """
     plan = load_plan(demo)
     async with LocalMesh(config) as mesh:
         ends = mesh.endpoints
         async with (
-            StoreClient(ends.store) as store,
-            MeshClient(ends.gateway) as client,
+            StoreClient(ends.store, api_key=api_key) as store,
+            MeshClient(ends.gateway, api_key=api_key) as client,
             RouterClient(ends.router) as router,
         ):
             published = await publish(store, plan, demo.parent)
