@@ -19,6 +19,7 @@ from adaptermesh.store.garbage import GarbageCollector
 from adaptermesh.store.listing import Listing
 from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.policies import Policies
+from adaptermesh.store.reading import Downloads
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
 from adaptermesh.store.s3_connection import S3Config
@@ -63,6 +64,7 @@ class Stores:
         self.database = Database(config.database, self.feed.announce)
         self.blobs = _blob_store(config)
         self.manifests = Manifests(self.blobs)
+        self.downloads = Downloads(self.blobs)
         self.catalogue = Catalogue(self.database, clock)
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)
