@@ -45,6 +45,10 @@ class Scale:
     events: int = 10_000
     downloads: int = 6
     """Downloads of each client in one round."""
+    transfers: int = 25
+    """Uploads, and downloads, that run together."""
+    transfer_bytes: int = 100_000_000
+    """Of each of them."""
     checked: int = 8
     """Answers of a round that are compared where no peer runs the whole workload."""
     checked_tokens: int = 8
@@ -79,6 +83,8 @@ TINY = Scale(
     searches=4,
     events=50,
     downloads=1,
+    transfers=2,
+    transfer_bytes=4_000_000,
     checked=2,
     checked_tokens=2,
 )

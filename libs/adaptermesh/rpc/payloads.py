@@ -14,15 +14,19 @@ _MOST_DIGITS = 5
 _MessageT = TypeVar("_MessageT")
 
 
-def encode_payload(number: int, data: bytes | memoryview) -> bytes:
-    """A message that has field `number`, 1 to 15, of type bytes and no other."""
-    length = len(data)
+def payload_head(number: int, length: int) -> bytes:
+    """What is in front of `length` bytes in a message that has just field `number`, 1 to 15."""
     head = bytearray((number << 3 | _LENGTH_DELIMITED,))
     while length > 0x7F:
         head.append(length & 0x7F | 0x80)
         length >>= 7
     head.append(length)
-    return b"".join((head, data))
+    return bytes(head)
+
+
+def encode_payload(number: int, data: bytes | memoryview) -> bytes:
+    """A message that has field `number`, 1 to 15, of type bytes and no other."""
+    return b"".join((payload_head(number, len(data)), data))
 
 
 def decode_payload(number: int, message: bytes) -> memoryview | None:

@@ -4,17 +4,22 @@ import asyncio
 import hashlib
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from adaptermesh.core.digests import is_digest
-from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.store.blob_reading import BlobReader, corrupt_blob
+from adaptermesh.store.file_reading import FileReader, read_file
+
+T = TypeVar("T")
 
 _PIECE = 1024 * 1024
+_READ_THREADS = 4
 _PREFIX = "sha256:"
 _PAGE = 1000
 
@@ -27,19 +32,6 @@ class StoredBlob:
     size_bytes: int
     modify_time: float
     """When it was put, by the backend's clock: seconds since 1970."""
-
-
-class BlobReader(Protocol):
-    """An open blob."""
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        ...
-
-    async def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset`; raises MeshError DATA_CORRUPT if they aren't there."""
-        ...
 
 
 class BlobStore(Protocol):
@@ -108,27 +100,30 @@ class FolderBlobStore:
         self._temporary = folder / "tmp"
         # What is being written is not left over, however young the garbage is that is asked for.
         self._writing: set[Path] = set()
+        # Of their own: a read never waits behind what is written, which waits for the disk.
+        self._reading = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="blob-read")
 
     async def recover(self) -> None:
         """Makes the folders and removes what a crash left under temporary names."""
         await asyncio.to_thread(self._recover)
 
     async def close(self) -> None:
-        """Nothing is kept open."""
+        """A read that runs ends by itself."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
 
     async def put(self, digest: str, source: Path) -> None:
         await asyncio.to_thread(self._put, digest, source)
 
     @asynccontextmanager
     async def open(self, digest: str) -> AsyncIterator[BlobReader]:
-        reader = await asyncio.to_thread(_FileReader, self._path(digest), digest)
+        reader = await self._read(FileReader, self._path(digest), digest, self._reading)
         try:
             yield reader
         finally:
             reader.close()
 
     async def get(self, digest: str, most_bytes: int) -> bytes:
-        return await asyncio.to_thread(_read_all, self._path(digest), digest, most_bytes)
+        return await self._read(read_file, self._path(digest), digest, most_bytes)
 
     async def stat(self, digest: str) -> StoredBlob | None:
         return await asyncio.to_thread(_stat, self._path(digest), digest)
@@ -150,6 +145,9 @@ class FolderBlobStore:
         for path in left:
             await asyncio.to_thread(path.unlink, missing_ok=True)
         return len(left)
+
+    async def _read(self, job: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reading, job, *arguments)
 
     def _path(self, digest: str) -> Path:
         if not is_digest(digest):
@@ -191,62 +189,6 @@ class FolderBlobStore:
         # Also if somebody else has put it: that call may not have come this far yet.
         _sync_folder(target.parent)
         _sync_folder(self._blobs)
-
-
-class _FileReader:
-    """A file that is read by position, each piece in a thread."""
-
-    def __init__(self, path: Path, digest: str) -> None:
-        self._digest = digest
-        try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise corrupt_blob(digest, "it is missing") from error
-        self._size = os.fstat(self._file).st_size
-        self._pending: set[asyncio.Future[bytes]] = set()
-        self._closed = False
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    async def read(self, offset: int, size: int) -> bytes:
-        reading = asyncio.ensure_future(asyncio.to_thread(self._read, offset, size))
-        self._pending.add(reading)
-        reading.add_done_callback(self._read_done)
-        # A thread can't be interrupted; the file must stay open until it is done.
-        return await asyncio.shield(reading)
-
-    def close(self) -> None:
-        self._closed = True
-        if not self._pending:
-            os.close(self._file)
-
-    def _read_done(self, reading: asyncio.Future[bytes]) -> None:
-        self._pending.discard(reading)
-        if not reading.cancelled():
-            reading.exception()
-        if self._closed and not self._pending:
-            os.close(self._file)
-
-    def _read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._file, size, offset)
-        while len(data) < size:
-            more = os.pread(self._file, size - len(data), offset + len(data))
-            if not more:
-                raise corrupt_blob(self._digest, f"it ends before byte {offset + size}")
-            data += more
-        return data
-
-
-def _read_all(path: Path, digest: str, most_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > most_bytes:
-                raise corrupt_blob(digest, f"it has more than {most_bytes} bytes")
-            return file.read()
-    except FileNotFoundError as error:
-        raise corrupt_blob(digest, "it is missing") from error
 
 
 def file_digest(path: Path) -> str:
@@ -294,10 +236,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def corrupt_blob(digest: str, message: str) -> MeshError:
-    """DATA_LOSS (DATA_CORRUPT)."""
-    return MeshError(
-        Code.DATA_LOSS, Reason.DATA_CORRUPT, f"blob {digest}: {message}", metadata={"digest": digest}
-    )

@@ -4,7 +4,8 @@ from collections import OrderedDict
 
 from adaptermesh.artifact.manifest import MAX_MANIFEST_BYTES
 from adaptermesh.core.digests import digest_bytes
-from adaptermesh.store.blobs import BlobStore, corrupt_blob
+from adaptermesh.store.blob_reading import corrupt_blob
+from adaptermesh.store.blobs import BlobStore
 
 MOST_BYTES = 16 * 2**20
 

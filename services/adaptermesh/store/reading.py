@@ -2,51 +2,111 @@
 
 import asyncio
 import json
-from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
 
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
-from adaptermesh.store.blobs import BlobReader, BlobStore
+from adaptermesh.rpc.payloads import payload_head
+from adaptermesh.store.blob_reading import BlobReader, HeadedRange
+from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.records import SourceFile, VersionRecord
 from adaptermesh.store.rows import StoredVersion
 
 FILE_PIECE_BYTES = 512 * 1024
 MAX_PIECE_BYTES = 1024 * 1024
-_BLOCK_BYTES = 2 * 1024 * 1024
+_BLOCK_BYTES = 1024 * 1024
 
 _Range = tuple[int, int]
 """An offset and a size."""
-_Block = list[_Range]
+_Block = list[HeadedRange]
 """Ranges without a gap between them."""
 
 
-async def read_tensors(
-    blobs: BlobStore, version: StoredVersion, manifest: bytes, offset: int
-) -> AsyncGenerator[memoryview]:
-    """The tensor file from an offset, cut where the manifest's chunks end.
+class ReadAhead:
+    """How many blocks may be in memory before they are asked for, of all streams together.
 
-    Raises:
-        MeshError: OUT_OF_RANGE for an offset past the end; DATA_CORRUPT if sizes don't agree.
+    A stream for which there is no room reads what it sends, and then the next; so it takes nothing from the
+    others if nobody reads it.
     """
-    check_offset(offset, version.record.size_bytes)
-    chunks = _chunks(manifest)
-    async with blobs.open(version.tensor_digest) as reader:
-        end = sum(chunks[-1]) if chunks else 0
-        if not reader.size == version.record.size_bytes == end:
-            message = f"the tensor file has {reader.size} bytes, the manifest says {end}"
-            raise _corrupt(version.record.digest, message)
-        async for piece in _pieces(reader, _chunk_ranges(chunks, offset)):
-            yield piece
+
+    def __init__(self, blocks: int = 16) -> None:
+        self._left = blocks
+
+    def take(self) -> bool:
+        """Makes room for a block if there is any."""
+        if self._left == 0:
+            return False
+        self._left -= 1
+        return True
+
+    def give_back(self) -> None:
+        """The block was asked for, or is not wanted any more."""
+        self._left += 1
 
 
-async def read_file(blobs: BlobStore, file: SourceFile, offset: int) -> AsyncGenerator[memoryview]:
-    """An uploaded file from an offset; raises MeshError OUT_OF_RANGE or DATA_CORRUPT."""
-    check_offset(offset, file.size_bytes)
-    async with blobs.open(file.digest) as reader:
-        if reader.size != file.size_bytes:
-            raise _corrupt(file.digest, f"the file has {reader.size} bytes, not {file.size_bytes}")
-        async for piece in _pieces(reader, _even_ranges(offset, file.size_bytes)):
-            yield piece
+class Downloads:
+    """Kept bytes as a stream of messages, each of which is one field of them and ready to be sent."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._ahead = ReadAhead()
+
+    async def tensors(
+        self, version: StoredVersion, manifest: bytes, offset: int, field: int
+    ) -> AsyncGenerator[bytes]:
+        """The tensor file from an offset, cut where the manifest's chunks end.
+
+        Raises:
+            MeshError: OUT_OF_RANGE for an offset past the end; DATA_CORRUPT if sizes don't agree.
+        """
+        check_offset(offset, version.record.size_bytes)
+        chunks = _chunks(manifest)
+        async with self._blobs.open(version.tensor_digest) as reader:
+            end = sum(chunks[-1]) if chunks else 0
+            if not reader.size == version.record.size_bytes == end:
+                problem = f"the tensor file has {reader.size} bytes, the manifest says {end}"
+                raise _corrupt(version.record.digest, problem)
+            async with aclosing(self._messages(reader, _chunk_ranges(chunks, offset), field)) as messages:
+                async for message in messages:
+                    yield message
+
+    async def file(self, file: SourceFile, offset: int, field: int) -> AsyncGenerator[bytes]:
+        """An uploaded file from an offset; raises MeshError OUT_OF_RANGE or DATA_CORRUPT."""
+        check_offset(offset, file.size_bytes)
+        async with self._blobs.open(file.digest) as reader:
+            if reader.size != file.size_bytes:
+                raise _corrupt(file.digest, f"the file has {reader.size} bytes, not {file.size_bytes}")
+            ranges = _even_ranges(offset, file.size_bytes)
+            async with aclosing(self._messages(reader, ranges, field)) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _messages(
+        self, reader: BlobReader, ranges: Iterable[_Range], field: int
+    ) -> AsyncGenerator[bytes]:
+        """Reads the next block while one is handed out, if there is room."""
+        blocks = _blocks(ranges, field)
+        block = next(blocks, None)
+        ahead: asyncio.Task[list[bytes]] | None = None
+        try:
+            while block is not None:
+                if ahead is None:
+                    messages = await reader.read_behind(block)
+                else:
+                    messages = await ahead
+                    ahead = None
+                    self._ahead.give_back()
+                block = next(blocks, None)
+                if block is not None and self._ahead.take():
+                    ahead = asyncio.create_task(reader.read_behind(block))
+                messages.reverse()
+                while messages:
+                    yield messages.pop()
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+                self._ahead.give_back()
 
 
 def find_file(version: VersionRecord, path: str) -> SourceFile:
@@ -70,45 +130,16 @@ def check_offset(offset: int, size: int) -> None:
         )
 
 
-async def _pieces(reader: BlobReader, ranges: Iterable[_Range]) -> AsyncGenerator[memoryview]:
-    """Reads one block ahead of the one that is handed out, never more."""
-    ahead: deque[tuple[_Block, asyncio.Task[bytes]]] = deque()
-    try:
-        for block in _blocks(ranges):
-            ahead.append((block, asyncio.create_task(_read(reader, block))))
-            if len(ahead) > 1:
-                for piece in await _cut(*ahead.popleft()):
-                    yield piece
-        while ahead:
-            for piece in await _cut(*ahead.popleft()):
-                yield piece
-    finally:
-        for _, task in ahead:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
-
-
-def _blocks(ranges: Iterable[_Range]) -> Iterator[_Block]:
+def _blocks(ranges: Iterable[_Range], field: int) -> Iterator[_Block]:
     """Puts ranges together that are read at once, and sent one by one."""
     block: _Block = []
     for offset, size in ranges:
-        if block and offset + size - block[0][0] > _BLOCK_BYTES:
+        if block and offset + size - block[0].offset > _BLOCK_BYTES:
             yield block
             block = []
-        block.append((offset, size))
+        block.append(HeadedRange(offset, size, payload_head(field, size)))
     if block:
         yield block
-
-
-async def _read(reader: BlobReader, block: _Block) -> bytes:
-    start, (offset, size) = block[0][0], block[-1]
-    return await reader.read(start, offset + size - start)
-
-
-async def _cut(block: _Block, reading: asyncio.Task[bytes]) -> list[memoryview]:
-    data = memoryview(await reading)
-    start = block[0][0]
-    return [data[offset - start : offset - start + size] for offset, size in block]
 
 
 def _chunks(manifest: bytes) -> list[_Range]:

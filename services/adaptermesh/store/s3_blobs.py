@@ -17,7 +17,8 @@ from minio.error import S3Error
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
-from adaptermesh.store.blobs import StoredBlob, corrupt_blob
+from adaptermesh.store.blob_reading import corrupt_blob
+from adaptermesh.store.blobs import StoredBlob
 from adaptermesh.store.s3_connection import S3Config, S3Connection, is_absent
 from adaptermesh.store.s3_reading import ObjectReader, read_whole
 

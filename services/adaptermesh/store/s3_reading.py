@@ -1,11 +1,12 @@
 """Bytes of objects: ranges of them, or a small one as a whole, each by one request."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from minio.error import S3Error
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-from adaptermesh.store.blobs import StoredBlob, corrupt_blob
+from adaptermesh.store.blob_reading import HeadedRange, corrupt_blob
+from adaptermesh.store.blobs import StoredBlob
 from adaptermesh.store.s3_connection import S3Connection, is_absent
 
 _ATTEMPTS = 3
@@ -32,6 +33,11 @@ class ObjectReader:
         if size == 0:
             return b""
         return await self._connection.read(lambda: self._object.range(offset, size))
+
+    async def read_behind(self, ranges: Sequence[HeadedRange]) -> list[bytes]:
+        start = ranges[0].offset
+        data = memoryview(await self.read(start, ranges[-1].end - start))
+        return [b"".join((one.head, data[one.offset - start : one.end - start])) for one in ranges]
 
 
 async def read_whole(connection: S3Connection, key: str, digest: str, most_bytes: int) -> bytes:

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from adaptermesh.core.errors import MeshError, Reason
-from adaptermesh.store.blobs import BlobReader, BlobStore
+from adaptermesh.store.blob_reading import BlobReader
+from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database
 from adaptermesh.store.garbage import needed_blobs

@@ -10,7 +10,6 @@ from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.core.refs import AdapterName, Ref, check_name, parse_ref
 from adaptermesh.core.roles import Permission
-from adaptermesh.rpc.payloads import encode_payload
 from adaptermesh.rpc.version_state import state_message, state_of
 from adaptermesh.store import wire
 from adaptermesh.store.access.caller import current_caller
@@ -18,7 +17,7 @@ from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.feed_servicer import FeedServicer
 from adaptermesh.store.listing import AdapterQuery
 from adaptermesh.store.pages import PageRequest
-from adaptermesh.store.reading import check_offset, find_file, read_file, read_tensors
+from adaptermesh.store.reading import check_offset, find_file
 from adaptermesh.store.removal_servicer import RemovalServicer
 from adaptermesh.store.routes import ANY_TENANT
 from adaptermesh.store.statuses import StatusRequest
@@ -39,9 +38,10 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
     ) -> AsyncIterator[store_pb2.DownloadFileResponse | bytes]:
         version = await self._stores.catalogue.get_digest(request.digest)
         file = find_file(version.record, request.path)
-        async with aclosing(read_file(self._stores.blobs, file, request.offset)) as pieces:
-            async for piece in pieces:
-                yield encode_payload(store_pb2.DownloadFileResponse.DATA_FIELD_NUMBER, piece)
+        field = store_pb2.DownloadFileResponse.DATA_FIELD_NUMBER
+        async with aclosing(self._stores.downloads.file(file, request.offset, field)) as messages:
+            async for message in messages:
+                yield message
 
     async def FetchAdapter(  # type: ignore[override]  # as above
         self, request: store_pb2.FetchAdapterRequest, context: Context
@@ -52,9 +52,11 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
         check_offset(request.offset, version.record.size_bytes)
         manifest = await self._stores.manifests.read(version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
-        async with aclosing(read_tensors(self._stores.blobs, version, manifest, request.offset)) as pieces:
-            async for piece in pieces:
-                yield encode_payload(store_pb2.FetchAdapterResponse.DATA_FIELD_NUMBER, piece)
+        field = store_pb2.FetchAdapterResponse.DATA_FIELD_NUMBER
+        tensors = self._stores.downloads.tensors(version, manifest, request.offset, field)
+        async with aclosing(tensors) as messages:
+            async for message in messages:
+                yield message
 
     async def ResolveRef(
         self, request: store_pb2.ResolveRefRequest, context: Context

@@ -30,6 +30,7 @@ from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.periodic import PeriodicWork
 from adaptermesh.store.policies import Policies
+from adaptermesh.store.reading import Downloads
 from adaptermesh.store.removal import Removals
 from adaptermesh.store.retention import FeedTrimmer, RetentionConfig
 from adaptermesh.store.routes import Routes
@@ -83,6 +84,7 @@ class Stores:
         self.trimmer = FeedTrimmer(config.retention, self.database, clock)
         self.blobs = _blob_store(config)
         self.manifests = Manifests(self.blobs)
+        self.downloads = Downloads(self.blobs)
         self.catalogue = Catalogue(self.database, clock)
         self.aliases = Aliases(self.database, clock)
         self.routes = Routes(self.database, clock)

@@ -14,6 +14,7 @@ from tests.bench.scenarios import (
     many_rows,
     quantized,
     registry,
+    registry_memory,
     slots_exceeded,
     throughput,
     warm_switch,
@@ -126,5 +127,13 @@ SCENARIOS = {
         "store over a folder 0.8 s (reading, and one copy into each message), the store over S3 1.2 s and "
         "SeaweedFS 0.9 s more, the clients 0.5 s. Tried: messages of 1 MiB and ranges of 1 MiB (no better; "
         "small ranges cost SeaweedFS half as much again).",
+    ),
+    "registry-memory": Scenario(
+        "The memory of a store while 25 uploads and 25 downloads of 100 MB run together",
+        "A store process over a folder and one over a real S3 server on this machine (SeaweedFS), one after "
+        "the other, and the SDK in ten processes, which share the cores with them. What the process had "
+        "before each round is subtracted from its peak in it. The store takes eight uploads at a time and "
+        "tells the others when to come back.",
+        registry_memory.run,
     ),
 }
