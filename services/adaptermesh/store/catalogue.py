@@ -128,7 +128,7 @@ class Catalogue:
         version: VersionRecord,
         tensor_digest: str,
         card: str = "",
-        confirm: Callable[[], Awaitable[None]] | None = None,
+        confirm: Callable[[AsyncConnection], Awaitable[None]] | None = None,
     ) -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
 
@@ -136,8 +136,8 @@ class Catalogue:
             version: its number and time are set here.
             tensor_digest: the blob of the canonical tensor file.
             card: the text by which it can be found, beside its own fields.
-            confirm: called when no other writer can come in between any more; what it raises prevents the
-                publication.
+            confirm: called in the transaction, when no other writer can come in between any more; what it
+                raises prevents the publication.
         """
         stamped = dataclasses.replace(version, create_time_us=int(self._clock.wall() * 1e6))
 
@@ -152,7 +152,7 @@ class Catalogue:
             await self._words.put(connection, adapter_id, wording)
             if confirm is not None:
                 # Here, because from its first change on the transaction has the writers' lock.
-                await confirm()
+                await confirm(connection)
             return Published(stored, created=True)
 
         return await self._database.write(work)

@@ -1,10 +1,11 @@
 """Mark and sweep: blobs that no version needs are removed, beside the uploads of any number of stores.
 
-That is safe because both sides meet in the database, where one writer goes at a time: an upload looks in its
-own transaction whether its blobs are (still) there before its version becomes visible, and puts them again if
-they aren't; a blob is removed in a transaction that first looks whether a version needs it by now. So a blob
-that a version needs is never removed, whatever the clocks say; the grace only spares uploads in progress from
-sending blobs twice.
+That is safe because both sides meet in the database, where one writer goes at a time. A blob is removed after
+a transaction that looked whether a version needs it by now and noted its removal (`removals.py`). An upload
+looks in its own transaction, before its version becomes visible, whether its blobs are there and no removal
+of them is noted, and puts them again otherwise. So a blob that a version needs is never removed, whatever the
+clocks say and whatever hangs or is restarted; the grace only spares uploads in progress from sending blobs
+twice.
 """
 
 import asyncio
@@ -12,22 +13,24 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.store import removals
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
+from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.schema import feed, versions
 
 log = logging.getLogger(__name__)
 
 DEFAULT_GRACE_SECONDS = 24 * 3600.0
-_ALIVE_SECONDS = 1.0
 MAX_GRACE_SECONDS = 10 * 365 * 24 * 3600.0
-# Writers wait while so many are removed.
+# Noted in one transaction.
 _AT_ONCE = 32
 _COLUMNS = (versions.c.digest, versions.c.tensor_digest, versions.c.source_files)
 
@@ -54,7 +57,12 @@ class GarbageCollector:
         self._database = database
         self._blobs = blobs
         self._clock = clock
+        self._work = OwnedWork()
         self._running = False
+
+    async def close(self) -> None:
+        """Waits for the removals that have begun."""
+        await self._work.wait()
 
     async def collect(self, grace_seconds: float, *, dry_run: bool = False) -> GarbageReport:
         """Removes every blob that no version needs and that is older than the grace.
@@ -108,33 +116,43 @@ class GarbageCollector:
             position = (await connection.execute(select(feed.c.head_position))).scalar_one()
             return position, {digest async for digest in needed_blobs(connection)}
 
+    async def forget_removals(self) -> None:
+        """For a backend that is this process's alone: whoever noted a removal there has ended."""
+        await self._database.write(removals.forget_all)
+
     async def _remove(self, digests: Sequence[str], position: int) -> list[str]:
         removed: list[str] = []
         for start in range(0, len(digests), _AT_ONCE):
-            batch = digests[start : start + _AT_ONCE]
-
-            async def work(connection: AsyncConnection, batch: Sequence[str] = batch) -> list[str]:
-                # Nobody publishes until this transaction ends.
-                await connection.execute(select(feed.c.id).with_for_update())
-                needed = {digest async for digest in needed_blobs(connection, position)}
-                unneeded = [digest for digest in batch if digest not in needed]
-                # One by one: if the backend is away, the first one says so and the lock is let go of.
-                for digest in unneeded:
-                    await self._delete(connection, digest)
-                return unneeded
-
-            removed += await self._database.write(work)
+            batch = self._remove_batch(digests[start : start + _AT_ONCE], position)
+            # To its end, also if nobody waits for it any more: what was sent is being removed.
+            removed += await self._work.finish(batch)
         return removed
 
-    async def _delete(self, connection: AsyncConnection, digest: str) -> None:
-        """Returns when nothing is being removed any more, also after an error."""
-        deletion = asyncio.ensure_future(self._blobs.delete(digest))
+    async def _remove_batch(self, digests: Sequence[str], position: int) -> list[str]:
+        latest = asyncio.get_running_loop().time() + removals.SEND_SECONDS
+
+        async def note(connection: AsyncConnection) -> list[str]:
+            # Nobody publishes until this transaction ends.
+            await connection.execute(select(feed.c.id).with_for_update())
+            needed = {digest async for digest in needed_blobs(connection, position)}
+            return await removals.note(connection, [digest for digest in digests if digest not in needed])
+
+        noted = await self._database.write(note)
+        removed: list[str] = []
+        sent: set[str] = set()
         try:
-            while not (await asyncio.wait([deletion], timeout=_ALIVE_SECONDS))[0]:
-                # A database may end a transaction that says nothing, and let others publish meanwhile.
-                await connection.execute(select(feed.c.id))
+            # One by one: if the backend is away, the first one says so.
+            for digest in noted:
+                if asyncio.get_running_loop().time() >= latest:
+                    break
+                sent.add(digest)
+                await self._blobs.delete(digest)
+                removed.append(digest)
         finally:
-            await deletion
+            # What was sent and not answered may still be carried out: that note stays until it expires.
+            over = [digest for digest in noted if digest in removed or digest not in sent]
+            await self._database.write(partial(removals.forget, digests=over))
+        return removed
 
 
 async def needed_blobs(connection: AsyncConnection, after_position: int = 0) -> AsyncIterator[str]:

@@ -85,6 +85,8 @@ class Stores:
         await self._lock.take(self._config.lock_seconds)
         await self.database.open(str(uuid.uuid4()))
         await self.blobs.recover()
+        if self._config.s3 is None:
+            await self.garbage.forget_removals()
         removed = await self.garbage.remove_unneeded(await self.staging.left_blobs())
         if removed:
             log.warning("blobs of unfinished uploads removed", extra={"count": removed})
@@ -105,6 +107,7 @@ class Stores:
         """Finishes what was received and closes everything."""
         self.drain()
         await self.uploads.close()
+        await self.garbage.close()
         await self.database.close()
         await self.blobs.close()
         self._lock.release()
