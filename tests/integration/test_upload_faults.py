@@ -100,6 +100,8 @@ def assert_only_what_may_be_visible(storm: Storm, versions: list[adapter_pb2.Ver
             assert version == upload.answer.version, upload
         else:
             assert version is None or upload.told is Told.LOST, upload
+    repeated = [upload for upload in storm.uploads if upload.answer and not upload.answer.created]
+    print(f"{len(repeated)} were acknowledged when they were repeated: the first answer was lost")
     lost = [upload for upload in storm.uploads if upload.told is Told.LOST]
     print(f"{sum(upload.seed in visible for upload in lost)} of {len(lost)} without an answer are visible")
 

@@ -137,7 +137,7 @@ class Catalogue:
         version: VersionRecord,
         tensor_digest: str,
         card: str = "",
-        confirm: Callable[[], Awaitable[None]] | None = None,
+        confirm: Callable[[AsyncConnection], Awaitable[None]] | None = None,
         parents: Sequence[str] = (),
     ) -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
@@ -146,8 +146,8 @@ class Catalogue:
             version: its number and time are set here.
             tensor_digest: the blob of the canonical tensor file.
             card: the text by which it can be found, beside its own fields.
-            confirm: called when no other writer can come in between any more; what it raises prevents the
-                publication.
+            confirm: called in the transaction, when no other writer can come in between any more; what it
+                raises prevents the publication.
             parents: the digests of the versions it was made from, which must be there.
 
         Raises:
@@ -168,7 +168,7 @@ class Catalogue:
             await write_document(connection, self._words, stored, adapter_id, version_id, card)
             if confirm is not None:
                 # Here, because from its first change on the transaction has the writers' lock.
-                await confirm()
+                await confirm(connection)
             return Published(stored, created=True)
 
         return await self._database.write(work)

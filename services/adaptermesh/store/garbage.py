@@ -1,25 +1,29 @@
 """Mark and sweep: blobs that no version needs are removed, beside the uploads of any number of stores.
 
-That is safe because both sides meet in the database, where one writer goes at a time: an upload looks in its
-own transaction whether its blobs are (still) there before its version becomes visible, and puts them again if
-they aren't; a blob is removed in a transaction that first looks whether a version needs it by now. So a blob
-that a version needs is never removed, whatever the clocks say; the grace only spares uploads in progress from
-sending blobs twice.
+That is safe because both sides meet in the database, where one writer goes at a time. A blob is removed after
+a transaction that looked whether a version needs it by now and noted its removal (`removals.py`). An upload
+looks in its own transaction, before its version becomes visible, whether its blobs are there and no removal
+of them is noted, and puts them again otherwise. So a blob that a version needs is never removed, whatever the
+clocks say and whatever hangs or is restarted; the grace only spares uploads in progress from sending blobs
+twice.
 """
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.store.blob_removal import remove_blob
+from adaptermesh.store import removals
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
+from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.schema import feed, versions
 
@@ -27,7 +31,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_GRACE_SECONDS = 24 * 3600.0
 MAX_GRACE_SECONDS = 10 * 365 * 24 * 3600.0
-# Writers wait while so many are removed.
+# Noted in one transaction.
 _AT_ONCE = 32
 _COLUMNS = (versions.c.digest, versions.c.tensor_digest, versions.c.source_files)
 
@@ -57,7 +61,12 @@ class GarbageCollector:
         self._blobs = blobs
         self._parts = parts
         self._clock = clock
+        self._work = OwnedWork()
         self._running = False
+
+    async def close(self) -> None:
+        """Waits for the removals that have begun."""
+        await self._work.wait()
 
     async def collect(self, grace_seconds: float, *, dry_run: bool = False) -> GarbageReport:
         """Removes every blob that no version or upload needs and that is older than the grace.
@@ -114,22 +123,42 @@ class GarbageCollector:
             position = (await connection.execute(select(feed.c.head_position))).scalar_one()
             return position, {digest async for digest in needed_blobs(connection)}
 
+    async def forget_removals(self) -> None:
+        """For a backend that is this process's alone: whoever noted a removal there has ended."""
+        await self._database.write(removals.forget_all)
+
     async def _remove(self, digests: Sequence[str], position: int) -> list[str]:
         removed: list[str] = []
         for start in range(0, len(digests), _AT_ONCE):
-            batch = digests[start : start + _AT_ONCE]
+            batch = self._remove_batch(digests[start : start + _AT_ONCE], position)
+            # To its end, also if nobody waits for it any more: what was sent is being removed.
+            removed += await self._work.finish(batch)
+        return removed
 
-            async def work(connection: AsyncConnection, batch: Sequence[str] = batch) -> list[str]:
-                # Nobody publishes until this transaction ends.
-                await connection.execute(select(feed.c.id).with_for_update())
-                needed = {digest async for digest in needed_blobs(connection, position)}
-                unneeded = [digest for digest in batch if digest not in needed]
-                # One by one: if the backend is away, the first one says so and the lock is let go of.
-                for digest in unneeded:
-                    await remove_blob(connection, self._blobs, digest)
-                return unneeded
+    async def _remove_batch(self, digests: Sequence[str], position: int) -> list[str]:
+        latest = asyncio.get_running_loop().time() + removals.SEND_SECONDS
 
-            removed += await self._database.write(work)
+        async def note(connection: AsyncConnection) -> list[str]:
+            # Nobody publishes until this transaction ends.
+            await connection.execute(select(feed.c.id).with_for_update())
+            needed = {digest async for digest in needed_blobs(connection, position)}
+            return await removals.note(connection, [digest for digest in digests if digest not in needed])
+
+        noted = await self._database.write(note)
+        removed: list[str] = []
+        sent: set[str] = set()
+        try:
+            # One by one: if the backend is away, the first one says so.
+            for digest in noted:
+                if asyncio.get_running_loop().time() >= latest:
+                    break
+                sent.add(digest)
+                await self._blobs.delete(digest)
+                removed.append(digest)
+        finally:
+            # What was sent and not answered may still be carried out: that note stays until it expires.
+            over = [digest for digest in noted if digest in removed or digest not in sent]
+            await self._database.write(partial(removals.forget, digests=over))
         return removed
 
 

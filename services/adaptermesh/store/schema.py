@@ -107,6 +107,14 @@ versions = Table(
     UniqueConstraint("adapter_id", "number"),
 )
 
+blob_removals = Table(
+    "blob_removals",
+    metadata,
+    # Of blobs that no version needed when the row was written, and that may vanish until it is gone.
+    Column("digest", _DIGEST, primary_key=True),
+    Column("expire_time_us", BigInteger, nullable=False),
+)
+
 version_statuses = Table(
     "version_statuses",
     metadata,

@@ -125,6 +125,8 @@ class Stores:
         await self.database.open(str(uuid.uuid4()))
         await self.blobs.recover()
         await self.parts.recover()
+        if self._config.s3 is None:
+            await self.garbage.forget_removals()
         removed = await self.garbage.remove_unneeded(await self.staging.left_blobs())
         if removed:
             log.warning("blobs of unfinished uploads removed", extra={"count": removed})
@@ -151,6 +153,7 @@ class Stores:
         await self.authentication.close()
         for work in self._periodic:
             await work.stop()
+        await self.garbage.close()
         await self.database.close()
         await self.parts.close()
         await self.blobs.close()

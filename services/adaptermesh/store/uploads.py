@@ -4,10 +4,9 @@ import asyncio
 import errno
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,8 +19,9 @@ from adaptermesh.core.roles import Permission
 from adaptermesh.store.access.authority import Authority
 from adaptermesh.store.access.quotas import bytes_of
 from adaptermesh.store.blobs import BlobStore, file_digest
-from adaptermesh.store.catalogue import Catalogue, Published
+from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.headers import UploadHeader, check_header
+from adaptermesh.store.keeping import Keeper
 from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.records import BaseModelRecord, VersionRecord
 from adaptermesh.store.staging import Place, Staging, next_message, receive_files
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_KEEP_ATTEMPTS = 3
-_CONFIRM_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,8 @@ class UploadConfig:
     idle_seconds: float = 60.0
     """A client that sends nothing for so long is given up."""
     ingest_threads: int = 2
+    removal_seconds: float = 10.0
+    """How long an upload waits for the removal of a blob that it needs, which then is put again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ class Uploads:
         self._catalogue = catalogue
         self._blobs = blobs
         self._staging = staging
+        self._keeper = Keeper(catalogue, blobs, config.removal_seconds)
         self._work = OwnedWork()
         self._ingesting = ThreadPoolExecutor(config.ingest_threads, thread_name_prefix="ingest")
         self._active = 0
@@ -229,39 +230,12 @@ class Uploads:
         blobs = {file.digest: sources[file.path] for file in header.files}
         blobs |= {made.version.digest: made.manifest, made.tensor_digest: made.tensors}
         await place.intend(blobs)
-        published = await self._keep_and_publish(blobs, made)
+        published = await self._keeper.publish(
+            blobs, made.version, made.tensor_digest, made.card, made.parents
+        )
         place.settle()
         stored = published.version
         return UploadOutcome(stored.record, published.created, stored.feed_position)
-
-    async def _keep_and_publish(self, blobs: Mapping[str, Path], made: _Ingested) -> Published:
-        """Again if a blob was collected as garbage before its version could be seen to need it."""
-        for _ in range(_KEEP_ATTEMPTS):
-            for digest, path in blobs.items():
-                await self._blobs.put(digest, path)
-            try:
-                return await self._catalogue.publish(
-                    made.version, made.tensor_digest, made.card, partial(self._confirm, blobs), made.parents
-                )
-            except _Collected:
-                log.info("blobs are put again", extra={"digest": made.version.digest})
-        message = "garbage collection removed the upload's blobs again and again"
-        raise unavailable(Reason.OVERLOADED, message, retry_after=1.0)
-
-    async def _confirm(self, digests: Iterable[str]) -> None:
-        """Raises unless all blobs are there. Writers wait meanwhile, so not for long."""
-        try:
-            async with asyncio.timeout(_CONFIRM_SECONDS):
-                found = await asyncio.gather(*(self._blobs.stat(digest) for digest in digests))
-        except TimeoutError as error:
-            message = "the blobs could not be seen in time"
-            raise unavailable(Reason.STORE_UNREACHABLE, message, retry_after=1.0) from error
-        if None in found:
-            raise _Collected
-
-
-class _Collected(Exception):
-    """A blob that was put is gone."""
 
 
 def _ingest(
