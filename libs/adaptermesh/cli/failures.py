@@ -23,6 +23,7 @@ _HINTS = {
     Reason.VERSION_REVOKED: "use another version; `adaptermesh adapters show NAMESPACE/NAME` lists them",
     Reason.VERSION_UNSIGNED: "`adaptermesh adapters sign REF --key FILE` signs it",
     Reason.SIGNING_KEY_NOT_FOUND: "`adaptermesh signing-keys ls NAMESPACE` lists the keys, `add` adds one",
+    Reason.FEED_POSITION_EXPIRED: "`adapters watch --from-snapshot` begins with all that is there",
     Reason.NO_WORKER: "`adaptermesh status` lists the workers",
     Reason.STORE_UNREACHABLE: _START,
     Reason.ROUTER_UNREACHABLE: _START,

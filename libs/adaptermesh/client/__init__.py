@@ -18,6 +18,7 @@ retry makes sense, a delay. Nothing here needs torch.
 """
 
 from adaptermesh.client.calls import DEFAULT_GATEWAY, DEFAULT_ROUTER, DEFAULT_STORE, Deadlines
+from adaptermesh.client.changes import CHANGE_KINDS, Change, FeedPlace
 from adaptermesh.client.generation import (
     Ask,
     Choice,
@@ -59,8 +60,11 @@ from adaptermesh.client.records import (
     Alias,
     AliasMove,
     BaseModel,
+    Copied,
     DeletedVersion,
+    Exported,
     Found,
+    Imported,
     Merge,
     MergedMember,
     MergeResult,
@@ -90,6 +94,7 @@ from adaptermesh.core.tiers import Tier
 from adaptermesh.core.version_state import VersionState
 
 __all__ = [
+    "CHANGE_KINDS",
     "DEFAULT_GATEWAY",
     "DEFAULT_ROUTER",
     "DEFAULT_STORE",
@@ -105,19 +110,24 @@ __all__ = [
     "BaseModel",
     "BlobCheck",
     "Budgets",
+    "Change",
     "Choice",
     "ChoiceFinished",
     "Code",
+    "Copied",
     "Deadlines",
     "DeletedVersion",
     "Delta",
     "Event",
+    "Exported",
+    "FeedPlace",
     "Finished",
     "Found",
     "GarbageReport",
     "Generation",
     "GenerationStream",
     "HealthClient",
+    "Imported",
     "Load",
     "Merge",
     "MergeResult",

@@ -8,11 +8,13 @@ from rich.text import Text
 
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.moving import copy, export, import_version
 from adaptermesh.cli.commands.removing import history, remove
 from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.commands.stored_bytes import collect_garbage, verify
+from adaptermesh.cli.commands.watching import watch
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
@@ -147,6 +149,10 @@ app.command()(revoke)
 app.command()(restore)
 app.command("rm")(remove)
 app.command()(history)
+app.command()(copy)
+app.command()(export)
+app.command("import")(import_version)
+app.command()(watch)
 app.command()(verify)
 app.command("gc")(collect_garbage)
 
