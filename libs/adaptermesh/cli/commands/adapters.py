@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.commands import aliases
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.commands.moving import copy, export, import_version
@@ -135,8 +136,8 @@ def show(
             versions = await client.list_versions(ref)
             summaries = await client.list_adapters(ref, namespace=name.namespace)
         adapter = next((summary for summary in summaries if summary.name == ref), None)
-        aliases = adapter.aliases if adapter is not None else ()
-        _print_versions(output, versions, {alias.alias: alias.version_number for alias in aliases})
+        pointers = adapter.aliases if adapter is not None else ()
+        _print_versions(output, versions, {alias.alias: alias.version_number for alias in pointers})
 
     execute(as_json, work)
 
@@ -153,11 +154,14 @@ app.command()(copy)
 app.command()(export)
 app.command("import")(import_version)
 app.command()(watch)
+# Also by themselves: an alias is what is asked for most.
+app.add_typer(aliases.app, name="alias")
+app.command("rollback")(aliases.roll_back)
 app.command()(verify)
 app.command("gc")(collect_garbage)
 
 
-def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:
+def _print_versions(output: Output, versions: list[Version], pointers: dict[str, int]) -> None:
     rows = table(
         "version",
         "status",
@@ -179,7 +183,8 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
             version.kind,
             str(version.max_rank or ""),
             size(version.size_bytes),
-            ", ".join(alias for alias, number in aliases.items() if number == version.number),
+            ", ".join(alias for alias, number in pointers.items() if number == version.number),
             version.description,
         )
-    output.result({"versions": versions, "aliases": aliases}, rows)
+    nothing = Text("no versions: all of them were removed")
+    output.result({"versions": versions, "aliases": pointers}, rows if versions else nothing)
