@@ -10,6 +10,11 @@ def store_client(output: Output, address: str = "") -> StoreClient:
     return StoreClient(address or settings.store, api_key=settings.api_key.get_secret_value())
 
 
+def other_store_client(output: Output, address: str) -> StoreClient:
+    """A client of a store that a version is copied from or to, which is not shown the key of one's own."""
+    return StoreClient(address, api_key=output.settings.other_api_key.get_secret_value())
+
+
 def mesh_client(output: Output, address: str = "") -> MeshClient:
     """A client of a gateway; its address from the environment if none is given."""
     settings = output.settings

@@ -23,6 +23,7 @@ _HINTS = {
     Reason.VERSION_REVOKED: "use another version; `adaptermesh adapters show NAMESPACE/NAME` lists them",
     Reason.VERSION_UNSIGNED: "`adaptermesh adapters sign REF --key FILE` signs it",
     Reason.SIGNING_KEY_NOT_FOUND: "`adaptermesh signing-keys ls NAMESPACE` lists the keys, `add` adds one",
+    Reason.FEED_POSITION_EXPIRED: "`adapters watch --from-snapshot` begins with all that is there",
     Reason.KEY_INVALID: "put a key into ADAPTERMESH_API_KEY; `adaptermesh keys create` makes one",
     Reason.PERMISSION_DENIED: "`adaptermesh whoami` shows what your key allows",
     Reason.QUOTA_EXCEEDED: "`adaptermesh tenants ls` shows what is used; operators change quotas",

@@ -20,6 +20,10 @@ class CliSettings(BaseSettings):
         default=SecretStr(""),
         description="API key for store and gateway, where they ask for one. Empty: none is shown.",
     )
+    other_api_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="API key for the other store of `adapters copy` and `import`. Empty: none is shown.",
+    )
     tenant: str = Field(
         default="",
         description="The tenant to act for, where no authentication is configured. Empty: the default.",

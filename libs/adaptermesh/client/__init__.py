@@ -33,6 +33,7 @@ from adaptermesh.client.access_records import (
     Usage,
 )
 from adaptermesh.client.calls import DEFAULT_GATEWAY, DEFAULT_ROUTER, DEFAULT_STORE, Deadlines
+from adaptermesh.client.changes import CHANGE_KINDS, Change, FeedPlace
 from adaptermesh.client.generation import (
     Ask,
     Choice,
@@ -74,8 +75,11 @@ from adaptermesh.client.records import (
     Alias,
     AliasMove,
     BaseModel,
+    Copied,
     DeletedVersion,
+    Exported,
     Found,
+    Imported,
     Merge,
     MergedMember,
     MergeResult,
@@ -106,6 +110,7 @@ from adaptermesh.core.tiers import Tier
 from adaptermesh.core.version_state import VersionState
 
 __all__ = [
+    "CHANGE_KINDS",
     "DEFAULT_GATEWAY",
     "DEFAULT_ROUTER",
     "DEFAULT_STORE",
@@ -126,13 +131,17 @@ __all__ = [
     "BlobCheck",
     "Budgets",
     "Caller",
+    "Change",
     "Choice",
     "ChoiceFinished",
     "Code",
+    "Copied",
     "Deadlines",
     "DeletedVersion",
     "Delta",
     "Event",
+    "Exported",
+    "FeedPlace",
     "FeedStatus",
     "Finished",
     "Found",
@@ -142,6 +151,7 @@ __all__ = [
     "Grant",
     "GrantChange",
     "HealthClient",
+    "Imported",
     "Load",
     "Merge",
     "MergeResult",

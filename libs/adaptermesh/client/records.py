@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from adaptermesh.artifact.differences import (
@@ -221,6 +222,45 @@ class UploadResult:
     created: bool
     feed_position: int
     resumed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A version that came from elsewhere, where it was `source` with the digest `source_digest`.
+
+    `created` is False if it was there before. Signatures hold where the digest is the same: `signed_by` are
+    the keys that the namespace trusts here, too, `signatures_left` those whose signatures were left behind.
+    """
+
+    version: Version
+    created: bool
+    feed_position: int
+    source: str
+    source_digest: str
+    signed_by: tuple[str, ...] = ()
+    signatures_left: tuple[str, ...] = ()
+
+    @property
+    def same_digest(self) -> bool:
+        """Whether it is the very same version as there."""
+        return self.version.digest == self.source_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A version that was copied, and what was copied before it because it was made from that."""
+
+    copy: Imported
+    parents: tuple[Imported, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A version in a tar file."""
+
+    version: Version
+    path: Path
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,15 @@ class SignatureCalls(StoreConnection):
 
         key = await asyncio.to_thread(PrivateKey.load, Path(key_file))
         version = (await self.resolve(ref, include_unusable=True)).version
-        response = await self._call(
-            self._stub.AddSignature,
-            store_pb2.AddSignatureRequest(
-                digest=version.digest, key_id=key.key_id, signature=key.sign(version.digest), actor=actor
-            ),
+        return await self.add_signature(version.digest, key.key_id, key.sign(version.digest), actor=actor)
+
+    async def add_signature(self, digest: str, key_id: str, signature: bytes, *, actor: str = "") -> Signed:
+        """Adds a signature of a version that somebody made before, by a key that its namespace trusts."""
+        request = store_pb2.AddSignatureRequest(
+            digest=digest, key_id=key_id, signature=signature, actor=actor
         )
-        return Signed(wire.version_of(response.version), key.key_id, response.created, response.feed_position)
+        response = await self._call(self._stub.AddSignature, request)
+        return Signed(wire.version_of(response.version), key_id, response.created, response.feed_position)
 
     async def list_signatures(self, digest: str) -> list[Signature]:
         """The signatures of a version, and of each whether its key is trusted now."""

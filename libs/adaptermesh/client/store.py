@@ -16,7 +16,7 @@ from adaptermesh.client import wire
 from adaptermesh.client.access import AccessCalls
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
-from adaptermesh.client.feed import FeedCalls
+from adaptermesh.client.changes import ChangeCalls
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
 from adaptermesh.client.records import (
     Adapter,
@@ -51,7 +51,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls, FeedCalls):
+class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls, ChangeCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -101,8 +101,7 @@ class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, Acces
             if await is_there(file, place, force=force):
                 on_bytes(file.size_bytes)
             else:
-                stream = functools.partial(self._file_bytes, version.digest, file.path)
-                await fetch_file(file, place, stream, on_bytes)
+                await fetch_file(file, place, self.file_stream(version.digest, file.path), on_bytes)
             done += file.size_bytes
         return version
 
@@ -189,10 +188,11 @@ class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, Acces
         """
         from adaptermesh.client.verifying import Verifier
 
-        def files(digest: str, path: str) -> FileStream:
-            return functools.partial(self._file_bytes, digest, path)
+        return await Verifier(self, self.file_stream, progress).verify(ref)
 
-        return await Verifier(self, files, progress).verify(ref)
+    def file_stream(self, digest: str, path: str) -> FileStream:
+        """The bytes of one uploaded file, from any offset."""
+        return functools.partial(self._file_bytes, digest, path)
 
     async def verify_stored(self, digest: str = "") -> list[BlobCheck]:
         """Has the store read the blobs of a version again, or, without a digest, those of all versions."""
@@ -333,6 +333,14 @@ class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, Acces
         for base in await self._base_models():
             if base.digest == digest:
                 return BaseFacts.from_config(base.model_id, json.loads(base.config_json), base.weights_digest)
+        raise not_found(Reason.BASE_NOT_FOUND, "base model", digest)
+
+    async def copy_base_model(self, source: "StoreClient", digest: str) -> bool:
+        """Makes a base model known that another store knows; False if it was known before."""
+        for base in await source._base_models():
+            if base.digest == digest:
+                request = store_pb2.RegisterBaseModelRequest(base_model=base)
+                return (await self._call(self._stub.RegisterBaseModel, request)).created
         raise not_found(Reason.BASE_NOT_FOUND, "base model", digest)
 
     async def _base_models(self) -> list[adapter_pb2.BaseModel]:

@@ -42,6 +42,7 @@ def upload_header(
     lineage: Lineage,
     *,
     validate_only: bool,
+    expected_digest: str = "",
 ) -> store_pb2.UploadHeader:
     """What is sent before the bytes."""
     return store_pb2.UploadHeader(
@@ -60,6 +61,7 @@ def upload_header(
         validate_only=validate_only,
         parents=lineage.parents,
         merge_recipe_json="" if lineage.merge_recipe is None else json.dumps(lineage.merge_recipe),
+        expected_digest=expected_digest,
     )
 
 

@@ -61,20 +61,50 @@ class UploadingCalls(StoreConnection):
         name = AdapterName.parse(adapter)
         with tempfile.TemporaryDirectory(prefix="adaptermesh-") as room:
             files = await read_folder(Path(folder), Path(room))
-            header = upload_header(
-                name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
+            return await self.publish(
+                name,
+                publication,
+                files,
+                lineage=Lineage(tuple(parents), merge_recipe),
+                validate_only=validate_only,
+                in_parts=in_parts,
+                remember_in=remember_in,
+                progress=progress,
             )
-            if in_parts is None:
-                in_parts = header_size(header) >= IN_PARTS_FROM_BYTES
-            if in_parts and not validate_only:
-                memory_folder = default_folder() if remember_in is None else Path(remember_in)
-                try:
-                    return await self._upload_in_parts(header, files, memory_folder, progress)
-                except MeshError as error:
-                    # An older store.
-                    if error.code is not Code.UNIMPLEMENTED:
-                        raise
-            response = await send_upload(self._upload, header, files, progress)
+
+    async def publish(
+        self,
+        adapter: AdapterName,
+        publication: Publication,
+        files: Sequence[FolderFile],
+        *,
+        lineage: Lineage,
+        expected_digest: str = "",
+        validate_only: bool = False,
+        in_parts: bool | None = None,
+        remember_in: Path | str | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> UploadResult:
+        """Uploads these very files, as `upload` does; with `expected_digest`: to that version or none."""
+        header = upload_header(
+            adapter,
+            publication,
+            files,
+            lineage,
+            validate_only=validate_only,
+            expected_digest=expected_digest,
+        )
+        if in_parts is None:
+            in_parts = header_size(header) >= IN_PARTS_FROM_BYTES
+        if in_parts and not validate_only:
+            memory_folder = default_folder() if remember_in is None else Path(remember_in)
+            try:
+                return await self._upload_in_parts(header, files, memory_folder, progress)
+            except MeshError as error:
+                # An older store.
+                if error.code is not Code.UNIMPLEMENTED:
+                    raise
+        response = await send_upload(self._upload, header, files, progress)
         return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
 
     async def begin_upload(self, header: store_pb2.UploadHeader) -> store_pb2.BeginUploadResponse:

@@ -26,6 +26,7 @@ from adaptermesh.store.records import (
     SourceFile,
     VersionRecord,
 )
+from adaptermesh.store.removal import RemovalRequest
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import Stores
 
@@ -134,6 +135,35 @@ async def test_a_status_comes_back_as_it_was_written_and_so_does_the_next_one(wi
     with pytest.raises(MeshError) as caught:
         await with_base.statuses.set(replace(wanted, expected_generation=1))
     assert caught.value.reason is Reason.STATUS_CONFLICT
+
+
+async def test_a_removed_version_leaves_who_when_and_why_and_its_statuses(with_base: Stores) -> None:
+    await with_base.catalogue.publish(VERSION, TENSORS)
+    await with_base.catalogue.publish(version(1), TENSORS)
+    ner = AdapterName("acme", "ner")
+    changed, _ = await with_base.statuses.set(StatusRequest(ner, 1, VersionState.REVOKED, "no", "", 0, "eve"))
+    wanted = RemovalRequest(ner, 1, VERSION.digest, "ada", "öld")
+    deleted, position = await with_base.removals.delete(wanted)
+    assert (deleted.ref, deleted.digest, deleted.actor) == ("acme/ner:v1", VERSION.digest, "ada")
+    feed_id, head, records = await snapshot(with_base)
+    assert (head, records[-1]) == (position, deleted)
+    assert (await changes(with_base, feed_id))[-1].record == deleted
+    page, found = await with_base.statuses.history(ner, 1, PageRequest())
+    assert (page.items, found) == ((changed.status,), deleted)
+    with pytest.raises(MeshError) as caught:
+        await with_base.removals.delete(wanted)
+    assert caught.value.reason is Reason.VERSION_DELETED
+
+
+async def test_exactly_one_of_many_removals_of_a_version_happens(with_base: Stores) -> None:
+    await with_base.catalogue.publish(VERSION, TENSORS)
+    wanted = RemovalRequest(AdapterName("acme", "ner"), 1, VERSION.digest)
+    outcomes = await asyncio.gather(
+        *(with_base.removals.delete(wanted) for _ in range(8)), return_exceptions=True
+    )
+    assert sum(not isinstance(outcome, BaseException) for outcome in outcomes) == 1
+    feed_id, head, _ = await snapshot(with_base)
+    assert (head, len(await changes(with_base, feed_id))) == (3, 3)
 
 
 async def test_a_removed_alias_leaves_its_history_and_counts_on(with_base: Stores) -> None:

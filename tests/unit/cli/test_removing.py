@@ -28,6 +28,13 @@ def test_a_version_is_removed_and_whoever_asks_for_it_hears_why(
     assert "acme/ner:v1" not in invoke("adapters", "show", "acme/ner").stdout
 
 
+def test_an_adapter_of_which_nothing_is_left_says_so(publish: Publish, invoke: Invoke) -> None:
+    invoke("adapters", "rm", publish(), "--yes")
+    assert invoke("adapters", "show", "acme/ner").stdout == "no versions: all of them were removed\n"
+    assert document(invoke("adapters", "show", "acme/ner", "--json"))["versions"] == []
+    assert invoke("adapters", "ls").stdout == "no adapters\n"
+
+
 def test_a_program_has_to_say_that_it_means_it(publish: Publish, invoke: Invoke) -> None:
     ref = publish()
     for options in ((), ("--json",)):

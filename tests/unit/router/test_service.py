@@ -315,6 +315,25 @@ async def test_a_revocation_is_followed_and_so_is_its_end(mesh: Mesh) -> None:
     assert response.version.status == old
 
 
+async def test_a_removal_is_followed_and_so_is_the_same_content_under_its_next_number(mesh: Mesh) -> None:
+    await mesh.worker().join()
+    second = version(2)
+    mesh.store.commit(version_published=second)
+    gone = adapter_pb2.DeletedVersion(
+        namespace="acme", name="ner", number=2, digest=second.digest, actor="ada", reason="wrong"
+    )
+    gone.delete_time.FromSeconds(1_796_065_200)
+    position = mesh.store.commit(version_deleted=gone)
+    for ref in ("acme/ner:v2", f"acme/ner@{second.digest}"):
+        error = await mesh.refusal(ref=ref, min_feed_position=position)
+        assert (error.code, error.reason) == (Code.NOT_FOUND, Reason.VERSION_DELETED)
+        assert "was removed at 2026-11-30T19:00:00+00:00 by ada: wrong" in error.message
+    second.number = 3
+    position = mesh.store.commit(version_published=second)
+    response = await mesh.dispatch(ref=f"acme/ner@{second.digest}", min_feed_position=position)
+    assert response.version.number == 3
+
+
 async def test_policies_and_signatures_are_followed(mesh: Mesh) -> None:
     await mesh.worker().join()
     key = adapter_pb2.SigningKey(key_id="ed25519:1")

@@ -6,20 +6,24 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.commands import aliases
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
+from adaptermesh.cli.commands.moving import copy, export, import_version
 from adaptermesh.cli.commands.removing import history, remove
 from adaptermesh.cli.commands.searching import adapters_table, search
 from adaptermesh.cli.commands.signing_keys import sign
 from adaptermesh.cli.commands.statuses import deprecate, restore, revoke
 from adaptermesh.cli.commands.stored_bytes import collect_garbage, verify
 from adaptermesh.cli.commands.uploading import upload
+from adaptermesh.cli.commands.watching import watch
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, size, table
 from adaptermesh.cli.version_report import version_details, version_report
-from adaptermesh.client import StoreClient, Version
+from adaptermesh.client import Version
 from adaptermesh.core.refs import AdapterName
 
 app = typer.Typer(no_args_is_help=True, help="Upload, find, fetch and merge adapters.")
@@ -44,7 +48,7 @@ def download(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             with output.transfer("fetching") as progress:
                 version = await client.download(ref, folder, force=force, progress=progress)
         total = sum(file.size_bytes for file in version.source_files)
@@ -69,7 +73,7 @@ def list_adapters(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             adapters = await client.list_adapters(namespace=namespace)
         output.result({"adapters": adapters}, adapters_table(adapters))
 
@@ -93,7 +97,7 @@ def show(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             if "@" in ref or ":" in ref:
                 details = await version_details(client, ref)
                 output.result(details, *version_report(details, pretty=output.console.is_terminal))
@@ -102,8 +106,8 @@ def show(
             versions = await client.list_versions(ref)
             summaries = await client.list_adapters(ref, namespace=name.namespace)
         adapter = next((summary for summary in summaries if summary.name == ref), None)
-        aliases = adapter.aliases if adapter is not None else ()
-        _print_versions(output, versions, {alias.alias: alias.version_number for alias in aliases})
+        pointers = adapter.aliases if adapter is not None else ()
+        _print_versions(output, versions, {alias.alias: alias.version_number for alias in pointers})
 
     execute(as_json, work)
 
@@ -116,11 +120,18 @@ app.command()(revoke)
 app.command()(restore)
 app.command("rm")(remove)
 app.command()(history)
+app.command()(copy)
+app.command()(export)
+app.command("import")(import_version)
+app.command()(watch)
+# Also by themselves: an alias is what is asked for most.
+app.add_typer(aliases.app, name="alias")
+app.command("rollback")(aliases.roll_back)
 app.command()(verify)
 app.command("gc")(collect_garbage)
 
 
-def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:
+def _print_versions(output: Output, versions: list[Version], pointers: dict[str, int]) -> None:
     rows = table(
         "version",
         "status",
@@ -142,7 +153,8 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
             version.kind,
             str(version.max_rank or ""),
             size(version.size_bytes),
-            ", ".join(alias for alias, number in aliases.items() if number == version.number),
+            ", ".join(alias for alias, number in pointers.items() if number == version.number),
             version.description,
         )
-    output.result({"versions": versions, "aliases": aliases}, rows)
+    nothing = Text("no versions: all of them were removed")
+    output.result({"versions": versions, "aliases": pointers}, rows if versions else nothing)

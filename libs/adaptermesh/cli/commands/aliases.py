@@ -5,11 +5,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import ActorOption, JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, table
-from adaptermesh.client import AliasMove, StoreClient
+from adaptermesh.client import AliasMove
 
 app = typer.Typer(no_args_is_help=True, help="Point aliases at versions, and see where they pointed.")
 
@@ -46,7 +47,7 @@ def set_alias(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             move = await client.set_alias(
                 alias,
                 version,
@@ -108,7 +109,7 @@ def remove(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             gone = await client.delete_alias(
                 alias,
                 expected_generation=expect,
@@ -129,7 +130,7 @@ def history(alias: AliasArgument, store: StoreOption = "", as_json: JsonOption =
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             moves = await client.alias_history(alias)
         rows = table("move", "what", "version", "digest", "when", "who", "why", right=("move",))
         for move in moves:
@@ -162,7 +163,7 @@ def roll_back(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             move = await client.roll_back(
                 alias,
                 expected_generation=expect,
@@ -192,7 +193,7 @@ def _set_protection(
     as_json: bool,
 ) -> None:
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             change = await client.protect_alias(
                 alias, protected=protected, expected_generation=expect, actor=actor, comment=comment
             )

@@ -7,11 +7,12 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import table
-from adaptermesh.client import StoreClient, VersionDifference
+from adaptermesh.client import VersionDifference
 
 _Row = tuple[str, ...]
 _ROWS = 20
@@ -32,7 +33,7 @@ def diff(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             with output.transfer("fetching") as progress:
                 found = await client.diff(a, b, progress=progress)
         output.result(found, *difference_report(found))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from adaptermesh.cli.connections import mesh_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import GatewayOption, JsonOption
 from adaptermesh.cli.output import Output
@@ -17,7 +18,6 @@ from adaptermesh.client import (
     Event,
     Finished,
     Generation,
-    MeshClient,
     Prompt,
     PromptLogprobs,
     SamplingParams,
@@ -120,7 +120,7 @@ def generate(
 
     async def work(output: Output) -> None:
         asked = Ask(tenant or output.settings.tenant, cohort_key, base, priority=priority)
-        async with MeshClient(gateway or output.settings.gateway) as client:
+        async with mesh_client(output, gateway) as client:
             stream = client.generate(
                 prompt, task=task, adapter=adapter, sampling=sampling, n=n, ask=asked, timeout=timeout
             )

@@ -7,11 +7,12 @@ import typer
 from rich.text import Text
 
 from adaptermesh.artifact.merging_recipe import MergeMethod
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.uploads import upload_report
-from adaptermesh.client import Merge, MergeResult, Publication, StoreClient, UploadResult
+from adaptermesh.client import Merge, MergeResult, Publication, UploadResult
 
 
 def merge(
@@ -64,7 +65,7 @@ def merge(
     publication = Publication("", task, description, tuple(tags or ()), spdx, author)
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             with output.steps() as show:
                 result = await client.merge(
                     adapter,

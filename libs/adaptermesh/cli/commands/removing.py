@@ -7,11 +7,12 @@ import typer
 from rich.text import Text
 
 from adaptermesh.cli.commands.statuses import RefArgument
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import CommandError, execute
 from adaptermesh.cli.options import ActorOption, JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, short_digest, table
-from adaptermesh.client import StoreClient, Version
+from adaptermesh.client import Version
 
 
 def remove(
@@ -31,7 +32,7 @@ def remove(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             version = (await client.resolve(ref, include_unusable=True)).version
             if not yes:
                 _confirm(output, version)
@@ -50,7 +51,7 @@ def history(ref: RefArgument, store: StoreOption = "", as_json: JsonOption = Fal
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             found = await client.status_history(ref)
         rows = table("change", "status", "when", "who", "why", "use instead", right=("change",))
         if found.deletion is not None:

@@ -5,11 +5,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, table
-from adaptermesh.client import Route, RouteTarget, StoreClient
+from adaptermesh.client import Route, RouteTarget
 
 app = typer.Typer(no_args_is_help=True, help="Say which adapter serves which task.")
 
@@ -51,7 +52,7 @@ def set_route(
     chosen = [_target(target) for target in targets]
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             change = await client.set_route(task, chosen, tenant=tenant, expected_generation=expect)
         route = change.route
         text = f"{route.tenant}  {route.task} -> {_shares(route)}, change {route.generation}"
@@ -70,7 +71,7 @@ def remove(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             position = await client.delete_route(task, tenant=tenant)
         removed = {"tenant": tenant, "task": task, "feed_position": position}
         output.result(removed, Text(f"{tenant}  {task}: route removed"))
@@ -90,7 +91,7 @@ def list_routes(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             routes = await client.list_routes(tenant=tenant)
         rows = table("tenant", "task", "goes to", "changes", "last change", right=("changes",))
         for route in routes:

@@ -7,12 +7,13 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import size, table
 from adaptermesh.cli.version_report import state_note
-from adaptermesh.client import Adapter, Found, Search, StoreClient
+from adaptermesh.client import Adapter, Found, Search
 
 _SHOWN_VALUES = 5
 
@@ -46,7 +47,7 @@ def search(
     )
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             found = await client.search(query, limit=limit)
         output.result(found, *_report(found))
 

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import ActorOption, JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import moment, table
-from adaptermesh.client import SignaturePolicy, StoreClient
+from adaptermesh.client import SignaturePolicy
 
 app = typer.Typer(no_args_is_help=True, help="Keys that sign versions, and which ones a namespace trusts.")
 
@@ -60,7 +61,7 @@ def add(
         from adaptermesh.client.private_key import load_public_key
 
         public_key = load_public_key(file)
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             change = await client.add_signing_key(namespace, public_key, comment=comment, actor=actor)
         output.result(change, Text(f"{namespace} trusts {key_id_of(public_key)}"))
 
@@ -75,7 +76,7 @@ def list_keys(namespace: NamespaceArgument, store: StoreOption = "", as_json: Js
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             policy = await client.namespace_policy(namespace)
         rows = table("key", "whose", "added", "by")
         for key in policy.keys:
@@ -101,7 +102,7 @@ def remove(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             change = await client.delete_signing_key(namespace, key_id, actor=actor)
         output.result(change, Text(f"{namespace} no longer trusts {key_id}"))
 
@@ -128,7 +129,7 @@ def policy(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             change = await client.set_namespace_policy(
                 namespace, signatures, expected_generation=expect, actor=actor
             )
@@ -150,7 +151,7 @@ def sign(
     """
 
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             signed = await client.sign(ref, key, actor=actor)
         before = "" if signed.created else " (it was before)"
         output.result(signed, Text(f"{signed.version.ref} is signed by {signed.key_id}{before}"))

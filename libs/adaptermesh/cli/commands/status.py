@@ -8,6 +8,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import FAILED, execute
 from adaptermesh.cli.options import GatewayOption, JsonOption, RouterOption, StoreOption
 from adaptermesh.cli.output import Output
@@ -22,7 +23,6 @@ from adaptermesh.client import (
     MeshError,
     RouterClient,
     RouterStatus,
-    StoreClient,
     Worker,
 )
 
@@ -64,7 +64,7 @@ def status(
                 health_of("store", store or settings.store, STORE_SERVICE),
             )
         )
-        feed = await _feed_status(store or settings.store)
+        feed = await _feed_status(output, store)
         router_status, workers = await _router_view(router_address)
         healths += await asyncio.gather(
             *(health_of("worker", worker.address, WORKER_SERVICE) for worker in workers)
@@ -72,7 +72,7 @@ def status(
         document = {"services": healths, "feed": feed, "router": router_status, "workers": workers}
         parts = _report(healths, feed, router_status, workers)
         if adapters and workers:
-            parts += [Text(""), _adapters(workers, await _names(store or settings.store))]
+            parts += [Text(""), _adapters(workers, await _names(output, store))]
         output.result(document, *parts)
         if not workers or not all(health.serving for health in healths):
             raise typer.Exit(FAILED)
@@ -90,19 +90,19 @@ async def health_of(service: str, address: str, name: str) -> ServiceHealth:
     return ServiceHealth(service, address, serving, "" if serving else "answers, but does not serve")
 
 
-async def _names(address: str) -> dict[str, str]:
+async def _names(output: Output, address: str) -> dict[str, str]:
     """Versions by their digests, as far as the store answers."""
     try:
-        async with StoreClient(address) as client:
+        async with store_client(output, address) as client:
             found = [await client.list_versions(adapter.name) for adapter in await client.list_adapters()]
     except MeshError:
         return {}
     return {version.digest: version.ref for versions in found for version in versions}
 
 
-async def _feed_status(address: str) -> FeedStatus | None:
+async def _feed_status(output: Output, address: str) -> FeedStatus | None:
     try:
-        async with StoreClient(address) as client:
+        async with store_client(output, address) as client:
             return await client.feed_status()
     except MeshError:
         # Its health check says so already, unless it is a store of before there was such a call.

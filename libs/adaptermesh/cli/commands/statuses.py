@@ -5,10 +5,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.options import ActorOption, JsonOption, StoreOption
 from adaptermesh.cli.output import Output
-from adaptermesh.client import StoreClient, VersionState
+from adaptermesh.client import VersionState
 
 RefArgument = Annotated[str, typer.Argument(metavar="REF", help="E.g. acme/ner:v2 or acme/ner@prod.")]
 ExpectOption = Annotated[
@@ -81,7 +82,7 @@ def _set(
     as_json: bool,
 ) -> None:
     async def work(output: Output) -> None:
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             change = await client.set_status(
                 ref,
                 state,

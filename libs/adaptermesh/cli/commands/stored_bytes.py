@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import FAILED, CommandError, execute
 from adaptermesh.cli.options import JsonOption, StoreOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.tables import short_digest, size, table
 from adaptermesh.cli.version_report import state_note
-from adaptermesh.client import BlobCheck, GarbageReport, StoreClient
+from adaptermesh.client import BlobCheck, GarbageReport
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -39,7 +40,7 @@ def verify(
     async def work(output: Output) -> None:
         if bool(ref) == everything:
             raise CommandError("name a version, or say --all", "`adaptermesh adapters ls` lists the adapters")
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             if everything:
                 checks = await client.verify_stored()
                 _print_checks(output, {"stored": checks}, [("store", check) for check in checks], "the store")
@@ -70,7 +71,7 @@ def collect_garbage(
 
     async def work(output: Output) -> None:
         age = _duration(grace)
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             report = await client.collect_garbage(grace=age, dry_run=dry_run)
         output.result(report, Text(_garbage_line(report)))
 

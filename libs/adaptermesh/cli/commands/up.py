@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.demo.plan import DemoPlan, find_plan, load_plan
 from adaptermesh.cli.demo.publish import publish
 from adaptermesh.cli.execute import execute
 from adaptermesh.cli.mesh_events import EventPrinter, mesh_document, mesh_table, spinner
 from adaptermesh.cli.options import HomeOption, JsonOption
 from adaptermesh.cli.output import Output
-from adaptermesh.client import DEFAULT_GATEWAY, StoreClient
+from adaptermesh.client import DEFAULT_GATEWAY
 from adaptermesh.local import DEFAULT_MODEL, LocalMesh, LocalMeshConfig
 
 PortOption = Annotated[int, typer.Option(min=1, max=65535)]
@@ -120,7 +121,7 @@ async def _serve(output: Output, mesh: LocalMesh, plan: DemoPlan | None, file: P
     with spinner(output, "starting"):
         await mesh.start()
     if plan is not None and file is not None:
-        async with StoreClient(mesh.endpoints.store) as store:
+        async with store_client(output, mesh.endpoints.store) as store:
             with spinner(output, "uploading the demo adapters"):
                 await publish(store, plan, file.parent)
     if output.as_json:

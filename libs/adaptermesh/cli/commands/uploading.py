@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from adaptermesh.artifact.base_facts import BaseFacts
+from adaptermesh.cli.connections import store_client
 from adaptermesh.cli.execute import CommandError, execute
 from adaptermesh.cli.local_bases import cached_base
 from adaptermesh.cli.options import HomeOption, JsonOption, StoreOption, TagsOption
 from adaptermesh.cli.output import Output
 from adaptermesh.cli.uploads import dry_run_report, upload_report
-from adaptermesh.client import MeshError, Publication, Reason, StoreClient
+from adaptermesh.client import MeshError, Publication, Reason
 
 
 def upload(
@@ -55,7 +56,7 @@ def upload(
 
     async def send(output: Output) -> None:
         place = home or output.settings.home
-        async with StoreClient(store or output.settings.store) as client:
+        async with store_client(output, store) as client:
             with output.transfer("uploading") as progress:
                 result = await client.upload(
                     folder,
@@ -73,18 +74,18 @@ def upload(
         from adaptermesh.client import dry_run as trial
 
         place = home or output.settings.home
-        facts = cached_base(place, base) or await _stored_base(store or output.settings.store, base)
+        facts = cached_base(place, base) or await _stored_base(output, store, base)
         result = await trial.dry_run(folder, adapter, publication, facts)
         output.result(result, *dry_run_report(result))
 
     execute(as_json, try_out if dry_run else send)
 
 
-async def _stored_base(store: str, base: str) -> BaseFacts:
+async def _stored_base(output: Output, store: str, base: str) -> BaseFacts:
     """What the store knows of the base; raises CommandError if it knows nothing, or does not answer."""
     message = f"base model '{base}' is not in this machine's cache"
     hint = f"fetch it with `adaptermesh models pull {base}`, or name a store that knows it"
-    async with StoreClient(store) as client:
+    async with store_client(output, store) as client:
         try:
             known = await client.list_base_models()
             found = [one.digest for one in known if base in (one.model_id, one.digest)]

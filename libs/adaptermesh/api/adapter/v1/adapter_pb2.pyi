@@ -342,7 +342,7 @@ class Version(_message.Message):
     name: _builtins.str
     """The adapter's name inside the namespace."""
     number: _builtins.int
-    """1, 2, 3, ... without gaps per adapter."""
+    """1, 2, 3, ... per adapter, given without gaps. That of a version that was removed is never given again."""
     digest: _builtins.str
     """The identity: digest of the canonical manifest."""
     base_digest: _builtins.str
