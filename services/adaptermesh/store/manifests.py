@@ -31,6 +31,10 @@ class Manifests:
         if manifest is not None:
             self._kept.move_to_end(digest)
             return manifest
+        return await self.read_again(digest)
+
+    async def read_again(self, digest: str) -> bytes:
+        """The same from the blobs, whatever is in memory: for whoever wants to know what is kept."""
         manifest = await self._blobs.get(digest, MAX_MANIFEST_BYTES)
         if digest_bytes(manifest) != digest:
             raise corrupt_blob(digest, "the manifest has another digest")

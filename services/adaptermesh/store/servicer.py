@@ -50,7 +50,10 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
         find = catalogue.get_digest if request.include_unusable else catalogue.usable_digest
         version = await find(request.digest)
         check_offset(request.offset, version.record.size_bytes)
-        manifest = await self._stores.manifests.read(version.record.digest)
+        manifests = self._stores.manifests
+        # Who looks at what must not be served, or verifies it, wants what is kept and not what is in memory.
+        read = manifests.read_again if request.include_unusable else manifests.read
+        manifest = await read(version.record.digest)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
         field = store_pb2.FetchAdapterResponse.DATA_FIELD_NUMBER
         tensors = self._stores.downloads.tensors(version, manifest, request.offset, field)
