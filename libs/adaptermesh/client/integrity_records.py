@@ -78,6 +78,8 @@ class NamespacePolicy:
     generation: int
     update_time: datetime.datetime | None
     actor: str
+    tenant_keys: tuple[SigningKey, ...] = ()
+    """Those of its tenant, which count, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The calls about signatures, and about the keys that a namespace trusts."""
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 from adaptermesh.api.store.v1 import store_pb2
@@ -41,10 +42,11 @@ class SignatureCalls(StoreConnection):
         return [wire.signature_of(signature) for signature in response.signatures]
 
     async def namespace_policy(self, namespace: str) -> NamespacePolicy:
-        """What must hold in a namespace, and the keys that it trusts."""
+        """What must hold in a namespace, and the keys that it and its tenant trust; or `tenant:<name>`."""
         request = store_pb2.GetNamespacePolicyRequest(namespace=namespace)
         response = await self._call(self._stub.GetNamespacePolicy, request)
-        return wire.policy_record_of(response.policy)
+        shared = wire.policy_record_of(response.tenant_policy)
+        return dataclasses.replace(wire.policy_record_of(response.policy), tenant_keys=shared.keys)
 
     async def set_namespace_policy(
         self,
@@ -67,7 +69,7 @@ class SignatureCalls(StoreConnection):
     async def add_signing_key(
         self, namespace: str, public_key: bytes, *, comment: str = "", actor: str = ""
     ) -> PolicyChange:
-        """Makes a namespace trust a raw Ed25519 public key."""
+        """Makes a namespace, or `tenant:<name>`, trust a raw Ed25519 public key."""
         request = store_pb2.AddSigningKeyRequest(
             namespace=namespace, public_key=public_key, comment=comment, actor=actor
         )

@@ -7,6 +7,7 @@ call without awaiting, so a resolution sees the catalogue as of exactly one posi
 import asyncio
 from dataclasses import dataclass, field
 
+from adaptermesh.core.policy_scope import tenant_scope
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.roles import DEFAULT_TENANT, MESH_TENANT
 from adaptermesh.core.signature_policy import SignaturePolicy
@@ -106,15 +107,12 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a namespace asks of its versions, and the keys that it trusts."""
+    """What a namespace asks of its versions, and the keys that it trusts; or those of a tenant."""
 
     namespace: str
+    """Or `tenant:<name>`."""
     signatures: SignaturePolicy
     key_ids: frozenset[str]
-
-    def allows(self, version: Version) -> bool:
-        """Whether the version is signed as the namespace asks."""
-        return self.signatures is SignaturePolicy.NONE or not self.key_ids.isdisjoint(version.signing_key_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +232,17 @@ class CatalogueImage:
         # The same content may be there again, under another number.
         if gone is not None and self.by_digest.get(gone.digest) is gone:
             del self.by_digest[gone.digest]
+
+    def is_signed_enough(self, version: Version) -> bool:
+        """Whether the version is signed as its namespace asks, by a key of the namespace or of its tenant."""
+        namespace = version.adapter.namespace
+        policy = self.policies.get(namespace)
+        if policy is None or policy.signatures is SignaturePolicy.NONE:
+            return True
+        tenant = self.tenants.get(namespace, DEFAULT_TENANT)
+        shared = self.policies.get(tenant_scope(tenant))
+        trusted = policy.key_ids | (shared.key_ids if shared else frozenset())
+        return not trusted.isdisjoint(version.signing_key_ids)
 
     def may_use(self, reach: Reach, adapter: AdapterName) -> bool:
         """Whether an adapter belongs to a tenant or is granted to it."""

@@ -170,9 +170,8 @@ def find_version(image: CatalogueImage, text: str) -> Version:
         raise _gone(image, ref, text)
     if found.state is VersionState.REVOKED:
         raise version_revoked(text, str(found), found.digest, found.state_reason)
-    policy = image.policies.get(found.adapter.namespace)
-    if policy is not None and not policy.allows(found):
-        raise version_unsigned(text, str(found), found.digest, policy.namespace)
+    if not image.is_signed_enough(found):
+        raise version_unsigned(text, str(found), found.digest, found.adapter.namespace)
     return found
 
 

@@ -49,7 +49,7 @@ from adaptermesh.store.schema import (
     version_tags,
     versions,
 )
-from adaptermesh.store.usability import get_usable, why_not
+from adaptermesh.store.usability import find_usable, get_usable, why_not
 from adaptermesh.store.words import word_index
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,9 @@ class Catalogue:
             raise await self._what_is_missing(ref)
         problem = None if include_unusable else why_not(str(ref), found.version.record, found.policy)
         if problem is not None:
-            raise problem
+            # Once more, with the keys of the tenant: they are not looked up for what needs none.
+            async with self._database.reading() as connection:
+                await find_usable(connection, ref)
         return found.version, found.aliases
 
     async def _what_is_missing(self, ref: Ref) -> MeshError:

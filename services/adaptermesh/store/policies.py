@@ -10,14 +10,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adaptermesh.artifact.signing import is_public_key, key_id_of
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
+from adaptermesh.core.policy_scope import check_scope, tenant_scope
 from adaptermesh.core.refs import check_name
 from adaptermesh.core.signature_policy import SignaturePolicy
+from adaptermesh.store.access.quotas import owners_of
+from adaptermesh.store.access.tenants import check_tenant
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import MAX_ACTOR, MAX_COMMENT, check_generation, check_text
 from adaptermesh.store.records import ChangeKind, PolicyRecord, SigningKey
 from adaptermesh.store.schema import namespace_policies
-from adaptermesh.store.usability import find_policy
+from adaptermesh.store.usability import find_own_policy
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +31,21 @@ Step = Callable[[PolicyRecord, int], PolicyRecord]
 
 
 class Policies:
-    """The policies of namespaces. A change of the keys is one of the policy."""
+    """The policies of namespaces and tenants. A change of the keys is one of the policy."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
 
-    async def get(self, namespace: str) -> PolicyRecord:
-        """The policy of a namespace, also of one of which nothing was ever said."""
-        check_name(namespace, "namespace")
+    async def get(self, scope: str) -> tuple[PolicyRecord, PolicyRecord | None]:
+        """What was said of a namespace or a tenant, also if it is nothing; and of a namespace's tenant."""
+        check_scope(scope)
         async with self._database.reading() as connection:
-            return await find_policy(connection, namespace)
+            own = await find_own_policy(connection, scope)
+            if own.tenant:
+                return own, None
+            tenant = (await owners_of(connection, (scope,)))[scope]
+            return own, await find_own_policy(connection, tenant_scope(tenant))
 
     async def set(
         self,
@@ -53,6 +60,7 @@ class Policies:
             MeshError: POLICY_CONFLICT if it has changed since.
         """
         check_generation(expected_generation)
+        check_name(namespace, "namespace")
 
         def step(policy: PolicyRecord, _now_us: int) -> PolicyRecord:
             if expected_generation not in (None, policy.generation):
@@ -62,9 +70,9 @@ class Policies:
         return await self._change(namespace, actor, step)
 
     async def trust(
-        self, namespace: str, public_key: bytes, comment: str = "", actor: str = ""
+        self, scope: str, public_key: bytes, comment: str = "", actor: str = ""
     ) -> tuple[PolicyRecord, int]:
-        """Makes a namespace trust a key; returns the policy and the feed position.
+        """Makes a namespace, or all of a tenant, trust a key; returns the policy and the feed position.
 
         Raises:
             MeshError: INVALID_FIELD for what is no Ed25519 key; FAILED_PRECONDITION for one key too many.
@@ -80,15 +88,15 @@ class Policies:
                 raise MeshError(
                     Code.FAILED_PRECONDITION,
                     Reason.INVALID_FIELD,
-                    f"public_key: the namespace trusts {MAX_KEYS} keys, the limit",
+                    f"public_key: {scope} trusts {MAX_KEYS} keys, the limit",
                     metadata={"field": "public_key"},
                 )
             key = SigningKey(key_id, public_key.hex(), now_us, comment, actor)
             return dataclasses.replace(policy, keys=tuple(sorted((*others, key), key=lambda one: one.key_id)))
 
-        return await self._change(namespace, actor, step)
+        return await self._change(scope, actor, step)
 
-    async def distrust(self, namespace: str, key_id: str, actor: str = "") -> tuple[PolicyRecord, int]:
+    async def distrust(self, scope: str, key_id: str, actor: str = "") -> tuple[PolicyRecord, int]:
         """Ends the trust in a key; returns the policy and the feed position.
 
         Raises:
@@ -97,18 +105,20 @@ class Policies:
 
         def step(policy: PolicyRecord, _now_us: int) -> PolicyRecord:
             if policy.key(key_id) is None:
-                raise unknown_key(namespace, key_id)
+                raise unknown_key(scope, key_id)
             return dataclasses.replace(policy, keys=tuple(key for key in policy.keys if key.key_id != key_id))
 
-        return await self._change(namespace, actor, step)
+        return await self._change(scope, actor, step)
 
-    async def _change(self, namespace: str, actor: str, step: Step) -> tuple[PolicyRecord, int]:
-        check_name(namespace, "namespace")
+    async def _change(self, scope: str, actor: str, step: Step) -> tuple[PolicyRecord, int]:
+        check_scope(scope)
         check_text("actor", actor, MAX_ACTOR)
         now_us = int(self._clock.wall() * 1e6)
 
         async def work(connection: AsyncConnection) -> tuple[PolicyRecord, int]:
-            policy = await find_policy(connection, namespace)
+            policy = await find_own_policy(connection, scope)
+            if policy.tenant:
+                await check_tenant(connection, policy.tenant)
             changed = dataclasses.replace(
                 step(policy, now_us), generation=policy.generation + 1, update_time_us=now_us, actor=actor
             )
@@ -119,7 +129,7 @@ class Policies:
         log.info(
             "namespace policy set",
             extra={
-                "namespace": namespace,
+                "scope": scope,
                 "signatures": changed.signatures.value,
                 "keys": [key.key_id for key in changed.keys],
                 "generation": changed.generation,
@@ -129,9 +139,9 @@ class Policies:
         return changed, position
 
 
-def unknown_key(namespace: str, key_id: str) -> MeshError:
+def unknown_key(scope: str, key_id: str) -> MeshError:
     """NOT_FOUND (SIGNING_KEY_NOT_FOUND)."""
-    what = f"signing key of namespace '{namespace}'"
+    what = f"signing key of '{scope}'"
     return not_found(Reason.SIGNING_KEY_NOT_FOUND, what, key_id[:200])
 
 

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass
 
 from adaptermesh.core.alias_action import AliasAction
+from adaptermesh.core.policy_scope import tenant_of_scope
 from adaptermesh.core.refs import AdapterName
 from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.core.version_state import VersionState
@@ -75,11 +76,17 @@ class PolicyRecord:
     """What must hold in a namespace; generation 0 is that nothing was ever said."""
 
     namespace: str
+    """Or `tenant:<name>`: then it has keys only, which all namespaces of the tenant trust."""
     signatures: SignaturePolicy = SignaturePolicy.NONE
     keys: tuple[SigningKey, ...] = ()
     generation: int = 0
     update_time_us: int = 0
     actor: str = ""
+
+    @property
+    def tenant(self) -> str:
+        """The tenant whose policy it is; "" for that of a namespace."""
+        return tenant_of_scope(self.namespace)
 
     def key(self, key_id: str) -> SigningKey | None:
         """The trusted key with an id."""

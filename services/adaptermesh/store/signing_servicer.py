@@ -49,8 +49,10 @@ class SigningServicer(store_pb2_grpc.StoreServiceServicer):
     async def GetNamespacePolicy(
         self, request: store_pb2.GetNamespacePolicyRequest, context: Context
     ) -> store_pb2.GetNamespacePolicyResponse:
-        policy = await self._stores.policies.get(request.namespace)
-        return store_pb2.GetNamespacePolicyResponse(policy=wire.policy_to(policy))
+        policy, shared = await self._stores.policies.get(request.namespace)
+        return store_pb2.GetNamespacePolicyResponse(
+            policy=wire.policy_to(policy), tenant_policy=None if shared is None else wire.policy_to(shared)
+        )
 
     async def SetNamespacePolicy(
         self, request: store_pb2.SetNamespacePolicyRequest, context: Context

@@ -1,13 +1,16 @@
 """Whether a version may be used: it isn't revoked, and it is signed where its namespace asks for that."""
 
+import dataclasses
 from collections.abc import Iterable
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import MeshError, version_revoked, version_unsigned
+from adaptermesh.core.policy_scope import tenant_scope
 from adaptermesh.core.refs import Ref
 from adaptermesh.core.signature_policy import SignaturePolicy
+from adaptermesh.store.access.quotas import owners_of
 from adaptermesh.store.records import PolicyRecord, VersionRecord
 from adaptermesh.store.resolution import find_version, get_digest
 from adaptermesh.store.rows import StoredVersion, policy_record
@@ -18,9 +21,23 @@ _NAMES_AT_ONCE = 500
 
 
 async def find_policies(connection: AsyncConnection, namespaces: Iterable[str]) -> dict[str, PolicyRecord]:
-    """The policy of each of the namespaces."""
-    names = sorted(set(namespaces))
-    found = {name: PolicyRecord(name) for name in names}
+    """The policy of each of the namespaces, with the keys that its tenant trusts everywhere."""
+    tenants = await owners_of(connection, namespaces)
+    said = await _said(connection, (*tenants, *set(map(tenant_scope, tenants.values()))))
+    found = {}
+    for name, tenant in tenants.items():
+        own, shared = said.get(name, PolicyRecord(name)), said.get(tenant_scope(tenant))
+        found[name] = own if shared is None else dataclasses.replace(own, keys=own.keys + shared.keys)
+    return found
+
+
+async def find_own_policy(connection: AsyncConnection, scope: str) -> PolicyRecord:
+    """What was said of a namespace or a tenant itself."""
+    return (await _said(connection, (scope,))).get(scope, PolicyRecord(scope))
+
+
+async def _said(connection: AsyncConnection, scopes: Iterable[str]) -> dict[str, PolicyRecord]:
+    names, found = sorted(set(scopes)), {}
     for start in range(0, len(names), _NAMES_AT_ONCE):
         some = names[start : start + _NAMES_AT_ONCE]
         query = select(namespace_policies).where(namespace_policies.c.namespace.in_(some))
@@ -30,7 +47,7 @@ async def find_policies(connection: AsyncConnection, namespaces: Iterable[str]) 
 
 
 async def find_policy(connection: AsyncConnection, namespace: str) -> PolicyRecord:
-    """The policy of a namespace."""
+    """The policy of a namespace, with the keys that its tenant trusts everywhere."""
     return (await find_policies(connection, (namespace,)))[namespace]
 
 

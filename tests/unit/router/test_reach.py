@@ -1,11 +1,14 @@
 """A tenant that has shown who it is uses what belongs to it or is granted to it, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 
 from adaptermesh.api.access.v1 import access_pb2
 from adaptermesh.api.router.v1 import router_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import Code, MeshError, Reason
+from adaptermesh.core.signature_policy import SignaturePolicy
 from adaptermesh.router import wire
 from adaptermesh.router.catalogue import (
     CatalogueImage,
@@ -14,6 +17,7 @@ from adaptermesh.router.catalogue import (
     GrantRemoved,
     Namespace,
     NothingHere,
+    Policy,
     Reach,
 )
 from adaptermesh.router.resolution import Question, Resolution, resolve
@@ -122,3 +126,14 @@ def test_only_a_restricted_request_has_a_reach() -> None:
     )
     assert free.question.reach is None
     assert bound.question.reach == Reach("t", frozenset({"a"}))
+
+
+def test_a_signature_counts_if_the_namespace_or_its_tenant_trusts_the_key() -> None:
+    signed = replace(NER, signing_key_ids=("k1",))
+    asks = Policy("acme", SignaturePolicy.REQUIRED, frozenset({"k2"}))
+    shared = Policy("tenant:acme-corp", SignaturePolicy.NONE, frozenset({"k1"}))
+    elsewhere = Policy("tenant:other", SignaturePolicy.NONE, frozenset({"k1"}))
+    assert refusal("acme-corp", "acme/ner:v1", None, signed, asks).reason is Reason.VERSION_UNSIGNED
+    error = refusal("acme-corp", "acme/ner:v1", None, signed, asks, elsewhere)
+    assert error.reason is Reason.VERSION_UNSIGNED
+    assert ask("acme-corp", "acme/ner:v1", None, signed, asks, shared).version == signed

@@ -11,6 +11,7 @@ from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.artifact.signing import key_id_of, signed_message
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, Reason
+from adaptermesh.store.access.records import Quotas
 
 REQUIRED = adapter_pb2.SIGNATURE_POLICY_REQUIRED
 NONE = adapter_pb2.SIGNATURE_POLICY_NONE
@@ -266,3 +267,55 @@ async def test_watchers_and_snapshots_hear_of_policies_and_signatures(store: Any
     call.cancel()
     assert first.change.namespace_policy_set == policy
     assert second.change.version_signed == signed
+
+
+async def test_a_key_of_the_tenant_counts_in_all_its_namespaces_and_in_no_others(
+    store: Any, publish: Any, kit: Any
+) -> None:
+    tenants = store.stores.tenants
+    await tenants.set("acme-corp", Quotas())
+    (version,) = await publish()
+    (elsewhere,) = await publish(namespace="other", seeds=[2])
+    await tenants.give_namespace("acme", "acme-corp")
+    for namespace in ("acme", "other"):
+        await require(store, namespace=namespace)
+    added = await trust(store, namespace="tenant:acme-corp", comment="releases")
+    assert (added.policy.namespace, added.key_id) == ("tenant:acme-corp", KEY.key_id)
+    await sign(store, version.digest)
+    assert (await resolve(store, "acme/ner:v1")).digest == version.digest
+    assert [one.trusted for one in await signatures(store, version.digest)] == [True]
+    async with kit.refused() as errors:
+        await sign(store, elsewhere.digest)
+    assert errors[0].reason is Reason.SIGNING_KEY_NOT_FOUND
+    request = store_pb2.GetNamespacePolicyRequest(namespace="acme")
+    found = await store.stub.GetNamespacePolicy(request)
+    assert (len(found.policy.keys), [key.comment for key in found.tenant_policy.keys]) == (0, ["releases"])
+    await tenants.give_namespace("acme", "default")
+    async with kit.refused() as errors:
+        await resolve(store, "acme/ner:v1")
+    assert errors[0].reason is Reason.VERSION_UNSIGNED
+    await tenants.give_namespace("acme", "acme-corp")
+    await distrust(store, namespace="tenant:acme-corp")
+    async with kit.refused() as errors:
+        await resolve(store, "acme/ner:v1")
+    assert errors[0].reason is Reason.VERSION_UNSIGNED
+
+
+@pytest.mark.parametrize(
+    ("scope", "reason"),
+    [
+        ("tenant:nobody", Reason.TENANT_NOT_FOUND),
+        ("tenant:", Reason.INVALID_NAME),
+        ("tenant:No Name", Reason.INVALID_NAME),
+        ("user:acme", Reason.INVALID_NAME),
+    ],
+)
+async def test_keys_are_of_namespaces_and_tenants_that_can_be(
+    store: Any, kit: Any, scope: str, reason: Reason
+) -> None:
+    async with kit.refused() as errors:
+        await trust(store, namespace=scope)
+    assert errors[0].reason is reason
+    async with kit.refused() as errors:
+        await require(store, namespace="tenant:default")
+    assert errors[0].reason is Reason.INVALID_NAME

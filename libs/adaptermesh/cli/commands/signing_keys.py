@@ -16,6 +16,10 @@ from adaptermesh.client import SignaturePolicy
 app = typer.Typer(no_args_is_help=True, help="Keys that sign versions, and which ones a namespace trusts.")
 
 NamespaceArgument = Annotated[str, typer.Argument(metavar="NAMESPACE", help="E.g. acme.")]
+ScopeArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAMESPACE", help="E.g. acme; or tenant:acme-corp for all its namespaces."),
+]
 
 
 @app.command()
@@ -44,7 +48,7 @@ def create(
 
 @app.command()
 def add(
-    namespace: NamespaceArgument,
+    namespace: ScopeArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The public key, PEM.", dir_okay=False)],
     comment: Annotated[str, typer.Option("--comment", "-m", help="Whose it is.")] = "",
     actor: ActorOption = "",
@@ -69,7 +73,7 @@ def add(
 
 
 @app.command("ls")
-def list_keys(namespace: NamespaceArgument, store: StoreOption = "", as_json: JsonOption = False) -> None:
+def list_keys(namespace: ScopeArgument, store: StoreOption = "", as_json: JsonOption = False) -> None:
     """Lists the keys that a namespace trusts, and whether its versions must be signed.
 
     Example: adaptermesh signing-keys ls acme
@@ -78,19 +82,20 @@ def list_keys(namespace: NamespaceArgument, store: StoreOption = "", as_json: Js
     async def work(output: Output) -> None:
         async with store_client(output, store) as client:
             policy = await client.namespace_policy(namespace)
-        rows = table("key", "whose", "added", "by")
-        for key in policy.keys:
-            rows.add_row(key.key_id, key.comment, moment(key.create_time), key.actor)
-        output.result(
-            policy, Text(f"signatures: {policy.signatures}"), rows if policy.keys else Text("no trusted keys")
-        )
+        rows = table("key", "whose", "added", "by", "trusted in")
+        for keys, where in ((policy.keys, namespace), (policy.tenant_keys, "all of the tenant")):
+            for key in keys:
+                rows.add_row(key.key_id, key.comment, moment(key.create_time), key.actor, where)
+        known = bool(policy.keys or policy.tenant_keys)
+        asked = Text(f"signatures: {policy.signatures}")
+        output.result(policy, asked, rows if known else Text("no trusted keys"))
 
     execute(as_json, work)
 
 
 @app.command("rm")
 def remove(
-    namespace: NamespaceArgument,
+    namespace: ScopeArgument,
     key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="As `signing-keys ls` shows it.")],
     actor: ActorOption = "",
     store: StoreOption = "",

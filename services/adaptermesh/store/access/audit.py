@@ -148,7 +148,7 @@ def _subject(record: Record) -> _Subject:
         case VersionRecord() | DeletedVersion() | AliasRecord():
             return _Subject(record.ref, record.namespace)
         case PolicyRecord():
-            return _Subject(record.namespace, record.namespace)
+            return _Subject(record.namespace, "" if record.tenant else record.namespace, record.tenant)
         case NamespaceRecord():
             return _Subject(record.name, record.name, record.tenant)
         case GrantRecord():

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from adaptermesh.core.composition import is_composition, leaves, parse_composition
+from adaptermesh.core.policy_scope import check_scope, tenant_of_scope
 from adaptermesh.core.rates import Rates
 from adaptermesh.core.refs import BASE, AdapterName, check_name, parse_ref
 from adaptermesh.core.roles import Permission
@@ -110,6 +111,18 @@ def _anywhere(permission: Permission) -> Guard:
     return guard
 
 
+def _policy(permission: Permission) -> Guard:
+    async def guard(keeper: Gatekeeper, request: Any) -> None:
+        scope = check_scope(request.namespace)
+        tenant = tenant_of_scope(scope)
+        if tenant:
+            keeper.authority.require_tenant(permission, tenant)
+        else:
+            await keeper.authority.require_namespace(permission, scope)
+
+    return guard
+
+
 async def _resolve(keeper: Gatekeeper, request: Any) -> None:
     if request.digest:
         await keeper.require_digest(READ, request.digest)
@@ -187,10 +200,10 @@ GUARDS: Mapping[str, Guard | None] = {
     "DeleteVersion": _adapter(ADMINISTER),
     "AddSignature": _digest(PUBLISH),
     "ListSignatures": _digest(READ),
-    "GetNamespacePolicy": _namespace(READ),
+    "GetNamespacePolicy": _policy(READ),
     "SetNamespacePolicy": _namespace(ADMINISTER),
-    "AddSigningKey": _namespace(ADMINISTER),
-    "DeleteSigningKey": _namespace(ADMINISTER),
+    "AddSigningKey": _policy(ADMINISTER),
+    "DeleteSigningKey": _policy(ADMINISTER),
     "ListAdapters": _anywhere(READ),
     "SearchAdapters": _anywhere(READ),
     "SetAlias": _alias,

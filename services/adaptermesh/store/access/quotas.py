@@ -1,5 +1,7 @@
 """What a tenant uses, counted with every publication, and held against its quotas."""
 
+from collections.abc import Iterable
+
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -11,6 +13,9 @@ from adaptermesh.store.access.rows import tenant_record
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.records import ChangeKind, VersionRecord
 from adaptermesh.store.schema import namespaces, tenants
+
+# SQLite takes a bounded number of parameters in one statement.
+_NAMES_AT_ONCE = 500
 
 
 def bytes_of(version: VersionRecord) -> int:
@@ -44,6 +49,17 @@ async def check_quota(connection: AsyncConnection, tenant: str, more: Usage) -> 
     used = select(func.sum(namespaces.c.used_bytes), func.sum(namespaces.c.used_versions))
     row = (await connection.execute(used.where(namespaces.c.tenant == tenant))).one()
     _compare(tenant, quotas, Usage(int(row[0] or 0), int(row[1] or 0)), more)
+
+
+async def owners_of(connection: AsyncConnection, names: Iterable[str]) -> dict[str, str]:
+    """Whose each of some namespaces is."""
+    wanted = sorted(set(names))
+    found = dict.fromkeys(wanted, DEFAULT_TENANT)
+    for start in range(0, len(wanted), _NAMES_AT_ONCE):
+        some = wanted[start : start + _NAMES_AT_ONCE]
+        query = select(namespaces.c.name, namespaces.c.tenant).where(namespaces.c.name.in_(some))
+        found |= {row.name: row.tenant for row in await connection.execute(query)}
+    return found
 
 
 async def owner_of(connection: AsyncConnection, namespace: str, caller: Caller) -> str:

@@ -479,7 +479,7 @@ class NamespacePolicy(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
-    """The namespace."""
+    """The namespace; or "tenant:" and a tenant, for keys that all namespaces of the tenant trust."""
     signatures: Global___SignaturePolicy.ValueType
     """Whether its versions must be signed. NONE for a namespace of which nothing was ever said."""
     generation: _builtins.int

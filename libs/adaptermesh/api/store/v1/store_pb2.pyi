@@ -1137,7 +1137,7 @@ class GetNamespacePolicyRequest(_message.Message):
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
-    """The namespace."""
+    """The namespace, or "tenant:" and a tenant."""
     def __init__(
         self,
         *,
@@ -1158,18 +1158,24 @@ class GetNamespacePolicyResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POLICY_FIELD_NUMBER: _builtins.int
+    TENANT_POLICY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def policy(self) -> _adapter_pb2.NamespacePolicy:
         """The policy."""
+
+    @_builtins.property
+    def tenant_policy(self) -> _adapter_pb2.NamespacePolicy:
+        """What was said of the tenant that the namespace belongs to: its keys count, too. Absent for a tenant."""
 
     def __init__(
         self,
         *,
         policy: _adapter_pb2.NamespacePolicy | None = ...,
+        tenant_policy: _adapter_pb2.NamespacePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "tenant_policy", b"tenant_policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "tenant_policy", b"tenant_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1250,7 +1256,7 @@ class AddSigningKeyRequest(_message.Message):
     COMMENT_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
-    """The namespace."""
+    """The namespace, or "tenant:" and a tenant: then all its namespaces."""
     public_key: _builtins.bytes
     """The raw Ed25519 public key, 32 bytes."""
     comment: _builtins.str
@@ -1315,7 +1321,7 @@ class DeleteSigningKeyRequest(_message.Message):
     KEY_ID_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
-    """The namespace."""
+    """The namespace, or "tenant:" and a tenant: then all its namespaces."""
     key_id: _builtins.str
     """The key."""
     actor: _builtins.str
