@@ -131,18 +131,18 @@ class GarbageCollector:
     async def _remove_batch(self, digests: Sequence[str], position: int) -> list[str]:
         latest = asyncio.get_running_loop().time() + removals.SEND_SECONDS
 
-        async def note(connection: AsyncConnection) -> list[str]:
+        async def note(connection: AsyncConnection) -> removals.Notes:
             # Nobody publishes until this transaction ends.
             await connection.execute(select(feed.c.id).with_for_update())
             needed = {digest async for digest in needed_blobs(connection, position)}
-            return await removals.note(connection, [digest for digest in digests if digest not in needed])
+            return await removals.note(connection, (digest for digest in digests if digest not in needed))
 
-        noted = await self._database.write(note)
+        notes = await self._database.write(note)
         removed: list[str] = []
         sent: set[str] = set()
         try:
             # One by one: if the backend is away, the first one says so.
-            for digest in noted:
+            for digest in notes.digests:
                 if asyncio.get_running_loop().time() >= latest:
                     break
                 sent.add(digest)
@@ -150,8 +150,8 @@ class GarbageCollector:
                 removed.append(digest)
         finally:
             # What was sent and not answered may still be carried out: that note stays until it expires.
-            over = [digest for digest in noted if digest in removed or digest not in sent]
-            await self._database.write(partial(removals.forget, digests=over))
+            over = [digest for digest in notes.digests if digest in removed or digest not in sent]
+            await self._database.write(partial(removals.forget, notes=notes, over=over))
         return removed
 
 
