@@ -197,27 +197,27 @@ async def test_a_store_with_a_folder_of_its_own_forgets_the_removals_of_its_pred
     kit: Any, config: Any
 ) -> None:
     async with kit.running_store(config) as store:
-        await store.stores.database.write(lambda connection: removals.note(connection, [digest_bytes(b"x")]))
+        await store.stores.database.write(
+            lambda connection: removals.note(connection, [digest_bytes(b"x")], "gone")
+        )
     async with kit.running_store(config) as store:
         assert await notes(store.stores) == set()
 
 
-async def test_a_note_of_two_collections_is_forgotten_by_neither(store: Any) -> None:
+async def test_each_who_sends_a_removal_has_a_note_of_his_own(store: Any) -> None:
     first, second = [digest_bytes(content) for content in (b"1", b"2")]
     write = store.stores.database.write
-    earlier = await write(lambda connection: removals.note(connection, [first]))
-    later = await write(lambda connection: removals.note(connection, [first, second, second]))
-    assert (earlier.digests, later.digests) == ((first,), (first, second))
-    assert (earlier.own, later.own) == ({first}, {second})
-    assert later.expire_time_us > earlier.expire_time_us
-    for held in (earlier, later):
-        await write(lambda connection, held=held: removals.forget(connection, held, held.digests))
-    assert await notes(store.stores) == {first}
+    await write(lambda connection: removals.note(connection, [first], "one"))
+    await write(lambda connection: removals.note(connection, [first, second], "other"))
+    await write(lambda connection: removals.forget(connection, [first, second], "one"))
+    assert await notes(store.stores) == {first, second}
+    await write(lambda connection: removals.forget(connection, [first], "other"))
+    assert await notes(store.stores) == {second}
 
 
 async def test_notes_hold_for_minutes(store: Any) -> None:
     first, second = [digest_bytes(content) for content in (b"1", b"2")]
-    await store.stores.database.write(lambda connection: removals.note(connection, [first]))
+    await store.stores.database.write(lambda connection: removals.note(connection, [first], "me"))
     async with store.stores.database.reading() as connection:
         left = await removals.seconds_left(connection, [first, second])
         assert left is not None

@@ -15,4 +15,4 @@ INSERT INTO search_documents VALUES (1, 1, 4, 'sha256:00000000000000000000000000
 INSERT INTO search_tags VALUES (1, 'a', 4);
 INSERT INTO version_statuses VALUES (1, 'deprecated', 'old', 'acme/ner:v2', 3, 8, 'ada');
 INSERT INTO version_signatures VALUES (1, '[{"key_id": "ed25519:0", "signature": "00", "create_time_us": 9, "actor": ""}]');
-INSERT INTO blob_removals VALUES ('sha256:1111111111111111111111111111111111111111111111111111111111111111', 5);
+INSERT INTO blob_removals VALUES ('sha256:1111111111111111111111111111111111111111111111111111111111111111', 'somebody', 5);
