@@ -17,8 +17,9 @@ from adaptermesh.store.schema import blob_removals
 
 SEND_SECONDS = 10.0
 """After a note its removal is sent within this time, or not at all."""
-NOTE_SECONDS = 180.0
-"""How long a note holds by itself: that time, the longest that a request is waited for, and a minute more."""
+NOTE_SECONDS = 240.0
+"""How long a note holds by itself: that time, what a request may wait for its turn and then for its answer
+(some 95 s each), and a little more."""
 
 
 async def note(connection: AsyncConnection, digests: Iterable[str], holder: str) -> None:
