@@ -168,12 +168,14 @@ async def ride_out_on_servers(
     await ride_out(count, places, servers)
 
 
+@pytest.mark.timeout(900)
 async def test_kill_9_of_anything_at_random_points_of_uploads_to_two_stores_over_postgresql_and_s3(
     tmp_path: Path, postgres: PostgresServer, fragile_s3: S3Server
 ) -> None:
     await ride_out_on_servers(FEW, tmp_path, postgres, fragile_s3)
 
 
+@pytest.mark.timeout(900)
 async def test_kill_9_of_the_embedded_store_at_random_points_of_uploads(tmp_path: Path) -> None:
     await ride_out(FEW, [Place(tmp_path / "home")], [])
 

@@ -23,8 +23,9 @@ from tests.integration.store_process import Place, StoreProcess, adapter_files, 
 WEIGHTS = "adapter_model.safetensors"
 CALL_SECONDS = 60.0
 RETRY_SECONDS = 0.05
-UPLOAD_SECONDS = 180.0
-# Of an upload, from its first attempt to its acknowledgement: outages included.
+# Of an upload, from its first attempt to its acknowledgement: outages included, and the four minutes that an
+# unanswered removal of its blobs is waited for.
+UPLOAD_SECONDS = 500.0
 
 
 class Told(Enum):

@@ -11,6 +11,7 @@ twice.
 import asyncio
 import dataclasses
 import logging
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,19 +138,22 @@ class GarbageCollector:
 
     async def _remove_batch(self, digests: Sequence[str], position: int) -> list[str]:
         latest = asyncio.get_running_loop().time() + removals.SEND_SECONDS
+        holder = uuid.uuid4().hex
 
         async def note(connection: AsyncConnection) -> list[str]:
             # Nobody publishes until this transaction ends.
             await connection.execute(select(feed.c.id).with_for_update())
             needed = {digest async for digest in needed_blobs(connection, position)}
-            return await removals.note(connection, [digest for digest in digests if digest not in needed])
+            unneeded = [digest for digest in digests if digest not in needed]
+            await removals.note(connection, unneeded, holder)
+            return unneeded
 
-        noted = await self._database.write(note)
+        unneeded = await self._database.write(note)
         removed: list[str] = []
         sent: set[str] = set()
         try:
             # One by one: if the backend is away, the first one says so.
-            for digest in noted:
+            for digest in unneeded:
                 if asyncio.get_running_loop().time() >= latest:
                     break
                 sent.add(digest)
@@ -157,8 +161,8 @@ class GarbageCollector:
                 removed.append(digest)
         finally:
             # What was sent and not answered may still be carried out: that note stays until it expires.
-            over = [digest for digest in noted if digest in removed or digest not in sent]
-            await self._database.write(partial(removals.forget, digests=over))
+            over = [digest for digest in unneeded if digest in removed or digest not in sent]
+            await self._database.write(partial(removals.forget, digests=over, holder=holder))
         return removed
 
 

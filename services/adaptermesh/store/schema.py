@@ -112,6 +112,7 @@ blob_removals = Table(
     metadata,
     # Of blobs that no version needed when the row was written, and that may vanish until it is gone.
     Column("digest", _DIGEST, primary_key=True),
+    Column("holder", String(36), primary_key=True),
     Column("expire_time_us", BigInteger, nullable=False),
 )
 

@@ -25,4 +25,4 @@ INSERT INTO api_keys VALUES ('amk_abcdefgh', 'other', '["admin"]', '[]', 'scrypt
 INSERT INTO audit_entries VALUES (4, 5, 'base_model_registered', 'tiny', '', '', '', '', '');
 INSERT INTO upload_sessions VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', '{"adapter":{"namespace":"acme","name":"ner"},"base_model":"tiny","task":"","description":"","tags":[],"license":"","author":"","files":[{"path":"a.json","size_bytes":3,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}],"validate_only":false,"parents":[],"merge_recipe_json":""}', 3, 99, '');
 INSERT INTO upload_parts VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', 0, 0, 3, 'sha256:0000000000000000000000000000000000000000000000000000000000000000');
-INSERT INTO blob_removals VALUES ('sha256:1111111111111111111111111111111111111111111111111111111111111111', 5);
+INSERT INTO blob_removals VALUES ('sha256:1111111111111111111111111111111111111111111111111111111111111111', 'somebody', 5);

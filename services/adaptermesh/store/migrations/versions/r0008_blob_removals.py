@@ -17,8 +17,9 @@ def upgrade() -> None:
     op.create_table(
         "blob_removals",
         sa.Column("digest", sa.String(length=71), nullable=False),
+        sa.Column("holder", sa.String(length=36), nullable=False),
         sa.Column("expire_time_us", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("digest", name="pk_blob_removals"),
+        sa.PrimaryKeyConstraint("digest", "holder", name="pk_blob_removals"),
     )
 
 
