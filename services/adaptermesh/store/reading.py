@@ -14,7 +14,7 @@ from adaptermesh.store.rows import StoredVersion
 
 FILE_PIECE_BYTES = 512 * 1024
 MAX_PIECE_BYTES = 1024 * 1024
-_BLOCK_BYTES = 1024 * 1024
+_BLOCK_BYTES = 512 * 1024
 
 _Range = tuple[int, int]
 """An offset and a size."""
