@@ -4,6 +4,8 @@ import asyncio
 import re
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
@@ -11,11 +13,12 @@ from adaptermesh.api.store.v1 import store_pb2
 from tests.integration.store_process import Place, StoreProcess, adapter_files, upload_messages
 
 MIB = 2**20
-SIZE = 32 * MIB
+RANK = 128
+SIZE = 8 * MIB
 WEIGHTS = "adapter_model.safetensors"
-AT_ONCE = 8
-# Of uploads and of downloads: windows of gRPC, blocks read ahead, a part on its way to S3.
-MOST_FOR_ONE = 12 * MIB
+# Of uploads and of downloads. More uploads than the store takes at a time: the others come again.
+AT_ONCE = 25
+PAUSE_SECONDS = 0.2
 MOST_GROWTH = 64 * MIB
 
 
@@ -29,8 +32,16 @@ def peak(store: StoreProcess) -> int:
 
 
 async def upload(store: StoreProcess, seed: int) -> adapter_pb2.Version:
-    files = await asyncio.to_thread(adapter_files, seed, 512, ("q_proj", "v_proj"))
-    return (await store.stub.UploadAdapter(upload_messages(f"a{seed}", files))).version
+    files = await asyncio.to_thread(adapter_files, seed, RANK, ("q_proj", "v_proj"))
+    while True:
+        try:
+            return (await store.stub.UploadAdapter(upload_messages(f"a{seed}", files))).version
+        except grpc.aio.AioRpcError as error:
+            # A refusal that crosses a message is lost (grpc/grpc#36066).
+            lost = error.details() == "Internal error from Core"
+            if not lost and error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def download(store: StoreProcess, version: adapter_pb2.Version) -> int:
@@ -65,8 +76,8 @@ async def test_memory_stays_flat_while_many_uploads_and_downloads_run(
         first = await wave(store, 1, version)
         second = await wave(store, 2, version)
         print(f"{backend}: peaks of {one // MIB}, {first // MIB} and {second // MIB} MiB")
-        assert first - one < 2 * AT_ONCE * MOST_FOR_ONE
-        assert second - first < MOST_GROWTH
+        assert first - one < MOST_GROWTH
+        assert second - one < MOST_GROWTH
     finally:
         store.kill()
         await store.gone()

@@ -12,6 +12,7 @@ from adaptermesh.rpc.channel import MAX_MESSAGE_BYTES
 from adaptermesh.rpc.interceptors import Gate, ServerInterceptor
 from adaptermesh.telemetry.tracing import Tracing
 
+_AHEAD_BYTES = 512 * 1024
 _CHANNELZ_NAME = "grpc.channelz.v1.Channelz"
 
 
@@ -44,6 +45,10 @@ class MeshServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
+                # What a client may send ahead of what is read. By itself gRPC would let it grow to some
+                # megabytes for each stream, on a fast connection, whether anybody reads or not.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
                 # Two processes on one port would share its connections and confuse every client.
                 ("grpc.so_reuseport", 0),
             ),

@@ -39,6 +39,12 @@ class Lookup:
         self._by_digest = database.prepare(named.where(_same_digest()))
         self._version_by_digest = database.prepare(SELECT_VERSIONS.where(_same_digest()))
 
+    @property
+    def statements(self) -> tuple[str, ...]:
+        """The queries in SQL."""
+        every = (self._by_number, self._by_alias, self._by_digest, self._version_by_digest)
+        return tuple(query.sql for query in every)
+
     async def find(self, ref: Ref) -> Found | None:
         """What a ref means now; None if there is no such thing, whatever is missing."""
         query, values = self._query(ref)

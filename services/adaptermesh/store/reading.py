@@ -13,8 +13,10 @@ from adaptermesh.store.records import SourceFile, VersionRecord
 from adaptermesh.store.rows import StoredVersion
 
 FILE_PIECE_BYTES = 512 * 1024
+_SMALL_PIECE_BYTES = 256 * 1024
+_FEW = 8
 MAX_PIECE_BYTES = 1024 * 1024
-_BLOCK_BYTES = 1024 * 1024
+_BLOCK_BYTES = FILE_PIECE_BYTES
 
 _Range = tuple[int, int]
 """An offset and a size."""
@@ -50,6 +52,7 @@ class Downloads:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
         self._ahead = ReadAhead()
+        self._running = 0
 
     async def tensors(
         self, version: StoredVersion, manifest: bytes, offset: int, field: int
@@ -76,7 +79,9 @@ class Downloads:
         async with self._blobs.open(file.digest) as reader:
             if reader.size != file.size_bytes:
                 raise _corrupt(file.digest, f"the file has {reader.size} bytes, not {file.size_bytes}")
-            ranges = _even_ranges(offset, file.size_bytes)
+            # Of each stream one message is in memory, and another in gRPC's.
+            most = FILE_PIECE_BYTES if self._running < _FEW else _SMALL_PIECE_BYTES
+            ranges = _even_ranges(offset, file.size_bytes, most)
             async with aclosing(self._messages(reader, ranges, field)) as messages:
                 async for message in messages:
                     yield message
@@ -88,6 +93,7 @@ class Downloads:
         blocks = _blocks(ranges, field)
         block = next(blocks, None)
         ahead: asyncio.Task[list[bytes]] | None = None
+        self._running += 1
         try:
             while block is not None:
                 if ahead is None:
@@ -103,6 +109,7 @@ class Downloads:
                 while messages:
                     yield messages.pop()
         finally:
+            self._running -= 1
             if ahead is not None:
                 ahead.cancel()
                 await asyncio.gather(ahead, return_exceptions=True)
@@ -161,9 +168,9 @@ def _chunk_ranges(chunks: Iterable[_Range], offset: int) -> Iterator[_Range]:
         yield start, end - start
 
 
-def _even_ranges(offset: int, size: int) -> Iterator[_Range]:
-    for start in range(offset, size, FILE_PIECE_BYTES):
-        yield start, min(FILE_PIECE_BYTES, size - start)
+def _even_ranges(offset: int, size: int, most: int) -> Iterator[_Range]:
+    for start in range(offset, size, most):
+        yield start, min(most, size - start)
 
 
 def _corrupt(digest: str, message: str) -> MeshError:

@@ -6,6 +6,7 @@ import pytest
 
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError, Reason
+from adaptermesh.store.blob_reading import HeadedRange
 from adaptermesh.store.blobs import BlobStore
 
 CONTENT = bytes(range(256)) * 10_000
@@ -44,6 +45,30 @@ async def test_every_range_is_read_exactly(blobs: BlobStore, source: Path) -> No
             assert await reader.read(offset, size) == CONTENT[offset : offset + size]
         pieces = await asyncio.gather(*(reader.read(start, 1000) for start in range(0, 100_000, 1000)))
         assert b"".join(pieces) == CONTENT[:100_000]
+
+
+async def test_ranges_come_behind_their_heads(blobs: BlobStore, source: Path) -> None:
+    await blobs.put(DIGEST, source)
+    ranges = [HeadedRange(10, 5, b"a"), HeadedRange(15, 0, b"none"), HeadedRange(15, 70_000)]
+    async with blobs.open(DIGEST) as reader:
+        found = await reader.read_behind(ranges)
+    assert found == [b"a" + CONTENT[10:15], b"none", CONTENT[15:70_015]]
+    assert {type(each) for each in found} == {bytes}
+
+
+async def test_a_small_blob_is_got_as_a_whole_and_a_larger_one_is_not(blobs: BlobStore, source: Path) -> None:
+    await blobs.put(DIGEST, source)
+    assert await blobs.get(DIGEST, len(CONTENT)) == CONTENT
+    for digest, most in ((DIGEST, len(CONTENT) - 1), (digest_bytes(b"not there"), 10)):
+        with pytest.raises(MeshError) as caught:
+            await blobs.get(digest, most)
+        assert caught.value.reason is Reason.DATA_CORRUPT
+
+
+async def test_an_empty_blob_is_got(blobs: BlobStore, source: Path) -> None:
+    await asyncio.to_thread(source.write_bytes, b"")
+    await blobs.put(digest_bytes(b""), source)
+    assert await blobs.get(digest_bytes(b""), 0) == b""
 
 
 async def test_a_range_past_the_end_is_an_error(blobs: BlobStore, source: Path) -> None:
