@@ -8,7 +8,6 @@ keeps and what removes meet in the database, where one writer goes at a time.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from adaptermesh.core.errors import Reason, unavailable
 from adaptermesh.store.blob_removal import remove_blob
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
-from adaptermesh.store.reading import read_file
-from adaptermesh.store.records import SourceFile
 from adaptermesh.store.session_rows import (
     count_expired,
     delete_sessions,
@@ -32,6 +29,7 @@ from adaptermesh.store.upload_progress import UploadPart
 log = logging.getLogger(__name__)
 
 _CONFIRM_SECONDS = 5.0
+_PIECE_BYTES = 2**20
 # Writers wait while so many are removed.
 _REMOVED_AT_ONCE = 16
 _EXPIRED_AT_ONCE = 32
@@ -82,10 +80,9 @@ class PartBlobs:
     async def read(self, parts: Iterable[UploadPart]) -> AsyncGenerator[bytes]:
         """The bytes of parts one after the other, in pieces that a message of an upload may have."""
         for part in parts:
-            file = SourceFile("", part.size_bytes, part.digest)
-            async with aclosing(read_file(self._blobs, file, 0)) as pieces:
-                async for piece in pieces:
-                    yield bytes(piece)
+            async with self._blobs.open(part.digest) as reader:
+                for offset in range(0, part.size_bytes, _PIECE_BYTES):
+                    yield await reader.read(offset, min(_PIECE_BYTES, part.size_bytes - offset))
 
     async def expire(self, *, most: int | None = None) -> int:
         """Forgets uploads that have expired, and their parts; returns how many there were."""
