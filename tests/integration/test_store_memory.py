@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -10,7 +11,9 @@ import pytest
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.client import Publication, StoreClient
 from tests.integration.store_process import Place, StoreProcess, adapter_files, upload_messages
+from tests.s3_server import free_ports
 
 MIB = 2**20
 RANK = 128
@@ -20,6 +23,9 @@ WEIGHTS = "adapter_model.safetensors"
 AT_ONCE = 25
 PAUSE_SECONDS = 0.2
 MOST_GROWTH = 64 * MIB
+MANY = 50
+# What gRPC reads ahead for each of three parts, parts on their way to S3, checks of two uploads.
+MOST_FOR_MANY = 160 * MIB
 
 
 def peak(store: StoreProcess) -> int:
@@ -59,6 +65,44 @@ async def wave(store: StoreProcess, number: int, version: adapter_pb2.Version) -
     _, sizes = await asyncio.gather(asyncio.gather(*uploads), asyncio.gather(*downloads))
     assert min(sizes) > SIZE
     return peak(store)
+
+
+async def upload_in_parts(client: StoreClient, folder: Path, name: str) -> None:
+    """Three parts of an upload are on their way at once."""
+    publication = Publication("tiny")
+    await client.upload(folder, f"acme/{name}", publication, in_parts=True, remember_in=folder / "memory")
+
+
+def write_parts(folder: Path, seed: int) -> Path:
+    """Two parts of 8 MiB and a small one."""
+    folder.mkdir()
+    for path, data in adapter_files(seed, 256, ("q_proj", "v_proj")).items():
+        (folder / path).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["folder", "s3"])
+async def test_memory_is_bounded_while_fifty_uploads_in_parts_run(
+    backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    settings = {"PORT": str(free_ports(1)[0])}
+    s3 = request.getfixturevalue("s3_server") if backend == "s3" else None
+    store = await StoreProcess.start(replace(Place.new(tmp_path / "home", s3), settings=settings))
+    try:
+        await store.register()
+        folder = await asyncio.to_thread(write_parts, tmp_path / "adapter", 1)
+        async with StoreClient(f"127.0.0.1:{settings['PORT']}") as client:
+            await upload_in_parts(client, folder, "warm")
+            one = peak(store)
+            # The same files under other names: what they hold makes no difference.
+            names = [f"a{number}" for number in range(MANY)]
+            await asyncio.gather(*(upload_in_parts(client, folder, name) for name in names))
+            many = peak(store)
+        print(f"{backend}: peaks of {one // MIB} and {many // MIB} MiB")
+        assert many - one < MOST_FOR_MANY
+    finally:
+        store.kill()
+        await store.gone()
 
 
 @pytest.mark.parametrize("backend", ["folder", "s3"])

@@ -36,6 +36,8 @@ class ResumeConfig:
     """Or less, if the store takes no such parts."""
     attempts: int = 12
     """So often without any progress in between."""
+    busy_attempts: int = 60
+    """Likewise, where the store has too much to do and says so."""
     first_seconds: float = 0.25
     longest_seconds: float = 8.0
     """Pauses between attempts. A store that asks for a longer one is not waited for."""
@@ -192,7 +194,9 @@ class ResumableUpload:
             asked > self._config.longest_seconds
         )
         self._attempts += 1
-        if not again or hopeless or self._attempts >= self._config.attempts:
+        busy = error.code is Code.RESOURCE_EXHAUSTED
+        most = self._config.busy_attempts if busy else self._config.attempts
+        if not again or hopeless or self._attempts >= most:
             raise error
         self._lost_pause = _LOST_PAUSE_SECONDS if lost else self._lost_pause
         await self._pause(max(asked, self._pauses.next_delay()))

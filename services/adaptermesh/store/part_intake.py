@@ -19,7 +19,7 @@ from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.records import SourceFile
 from adaptermesh.store.session_config import SessionConfig
 from adaptermesh.store.session_rows import UploadSession, extend_session, find_session, insert_part
-from adaptermesh.store.staging import Staging, receive_files
+from adaptermesh.store.staging import Place, Staging, receive_files
 from adaptermesh.store.upload_progress import (
     UploadPart,
     check_bounds,
@@ -96,15 +96,27 @@ class PartIntake:
             _is_known(session, part)
             place = self._staging.place()
             try:
-                name = f"{file.path}, bytes {part.offset} to {part.end}"
-                source = SourceFile(name, part.size_bytes, part.digest)
-                found = await receive_files(place, (source,), pieces, self._config.idle_seconds)
-                return await self._keep(session_id, part, found[name])
+                path = await self._received(place, part, file, pieces)
+                return await self._keep(session_id, part, path)
             except OSError as error:
                 raise_if_full(error)
                 raise
             finally:
                 await self._work.finish(place.discard())
+
+    async def _received(
+        self, place: Place, part: UploadPart, file: SourceFile, pieces: AsyncIterator[bytes]
+    ) -> Path:
+        """Where its bytes are, checked."""
+        name = f"{file.path}, bytes {part.offset} to {part.end}"
+        source = SourceFile(name, part.size_bytes, part.digest)
+        try:
+            async with asyncio.timeout(self._config.part_seconds):
+                found = await receive_files(place, (source,), pieces, self._config.idle_seconds)
+        except TimeoutError as error:
+            message = f"the part did not come within {self._config.part_seconds:g} s"
+            raise MeshError(Code.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED, message) from error
+        return found[name]
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None]:

@@ -20,6 +20,8 @@ class SessionConfig:
     parts_at_once: int = 16
     idle_seconds: float = 60.0
     """A part that stops in the middle for so long is given up, and how long one waits for its turn."""
+    part_seconds: float = 600.0
+    """How long one part may take: a client that sends byte by byte must not keep its turn."""
 
 
 def session_id_of(key: str) -> str:

@@ -238,6 +238,15 @@ def either(request: pytest.FixtureRequest, tmp_path: Path) -> StoreConfig:
     return store_config(tmp_path, s3=s3)
 
 
+@pytest.fixture(params=["sqlite-folder", "postgresql-s3"])
+def both_forms(request: pytest.FixtureRequest, tmp_path: Path) -> StoreConfig:
+    """A store as it is on one machine, and one that may have others beside it."""
+    if request.param == "sqlite-folder":
+        return store_config(tmp_path)
+    url = request.getfixturevalue("postgres_url")
+    return store_config(tmp_path, url, request.getfixturevalue("s3_server").config())
+
+
 @pytest.fixture
 async def empty_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     async with running_store(config) as store:

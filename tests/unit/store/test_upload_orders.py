@@ -1,7 +1,6 @@
 """Parts in any order, some of them again, with the store closed and opened in between: one outcome."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from hypothesis import strategies as st
 from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import MeshError, Reason
-from adaptermesh.store.part_intake import PartRequest
-from adaptermesh.store.records import BaseModelRecord
-from adaptermesh.store.stores import StoreConfig, Stores
+from adaptermesh.store.stores import Stores
 from adaptermesh.store.upload_progress import missing_ranges, received_ranges
 from adaptermesh.store.wire import header_from
-from tests.unit.store.conftest import base_model, make_files, make_header, store_config
+from tests.unit.store.conftest import make_files, make_header, store_config
+from tests.unit.store.upload_sender import opened, send
 
 FILES = make_files(rank=4)
 HEADER = header_from(make_header(FILES))
@@ -44,28 +42,6 @@ EVENTS = st.lists(
 )
 
 
-async def opened(config: StoreConfig) -> Stores:
-    stores = Stores(config, SystemClock())
-    await stores.open()
-    base = base_model()
-    fields = BaseModelRecord.__dataclass_fields__
-    await stores.catalogue.register_base_model(
-        BaseModelRecord(**{name: getattr(base, name) for name in fields})
-    )
-    return stores
-
-
-async def send(stores: Stores, key: str, cut: Any) -> bool:
-    path, start, end = cut
-    data = FILES[path][start:end]
-
-    async def pieces() -> AsyncIterator[bytes]:
-        yield data
-
-    request = PartRequest(path, start, len(data), digest_bytes(data))
-    return (await stores.sessions.receive(key, request, pieces())).created
-
-
 def overlaps(cut: Any, others: set[Any]) -> bool:
     path, start, end = cut
     return any(path == other and start < stop and begin < end for other, begin, stop in others)
@@ -87,26 +63,26 @@ def test_any_order_of_events_ends_in_the_same_version(
 ) -> None:
     async def run() -> None:
         config = store_config(tmp_path / str(next(NUMBERS)))
-        stores = await opened(config)
+        stores = await opened(config, SystemClock())
         try:
             key, _ = await stores.sessions.begin(HEADER)
             received: set[Any] = set()
             for event in (*events, *order):
                 if event == OPEN_AGAIN:
                     await stores.close()
-                    stores = await opened(config)
+                    stores = await opened(config, SystemClock())
                 elif event == COLLECT:
                     await stores.garbage.collect(-3600)
                 elif event == COMPLETE:
                     await incomplete(stores, key)
                 elif event in received or not overlaps(event, received):
-                    assert await send(stores, key, event) == (event not in received)
+                    assert await send(stores, key, FILES, *event) == (event not in received)
                     received.add(event)
                 else:
                     await conflicting(stores, key, event)
                 await check(stores, key, received)
             for path, (start, size) in missing_ranges(HEADER, (await stores.sessions.get(key)).parts):
-                assert await send(stores, key, (path, start, start + size))
+                assert await send(stores, key, FILES, path, start, start + size)
             first, second = [await stores.sessions.complete(key) for _ in range(2)]
             assert (first.created, first) == (True, second)
             sources = {file.path: file.digest for file in first.version.source_files}
@@ -128,5 +104,5 @@ async def incomplete(stores: Stores, key: str) -> None:
 
 async def conflicting(stores: Stores, key: str, cut: Any) -> None:
     with pytest.raises(MeshError) as caught:
-        await send(stores, key, cut)
+        await send(stores, key, FILES, *cut)
     assert caught.value.reason is Reason.UPLOAD_CONFLICT
