@@ -19,7 +19,6 @@ from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
 from adaptermesh.client.changes import ChangeCalls
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
-from adaptermesh.client.package_calls import PackageCalls
 from adaptermesh.client.records import (
     Adapter,
     BaseModel,
@@ -37,7 +36,7 @@ from adaptermesh.client.records import (
     VersionDifference,
 )
 from adaptermesh.client.signatures import SignatureCalls
-from adaptermesh.client.source_folder import read_folder
+from adaptermesh.client.source_folder import FolderFile, read_folder
 from adaptermesh.client.statuses import StatusCalls
 from adaptermesh.client.transfer import (
     FileStream,
@@ -57,7 +56,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(AliasCalls, StatusCalls, SignatureCalls, ChangeCalls, PackageCalls):
+class StoreClient(AliasCalls, StatusCalls, SignatureCalls, ChangeCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -94,10 +93,32 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, ChangeCalls, PackageC
         name = AdapterName.parse(adapter)
         with tempfile.TemporaryDirectory(prefix="adaptermesh-") as room:
             files = await read_folder(Path(folder), Path(room))
-            header = upload_header(
-                name, publication, files, Lineage(tuple(parents), merge_recipe), validate_only=validate_only
+            lineage = Lineage(tuple(parents), merge_recipe)
+            return await self.publish(
+                name, publication, files, lineage=lineage, validate_only=validate_only, progress=progress
             )
-            response = await send_upload(self._upload, header, files, progress)
+
+    async def publish(
+        self,
+        adapter: AdapterName,
+        publication: Publication,
+        files: Sequence[FolderFile],
+        *,
+        lineage: Lineage,
+        expected_digest: str = "",
+        validate_only: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> UploadResult:
+        """Uploads these very files; with `expected_digest` they become that version or none."""
+        header = upload_header(
+            adapter,
+            publication,
+            files,
+            lineage,
+            validate_only=validate_only,
+            expected_digest=expected_digest,
+        )
+        response = await send_upload(self._upload, header, files, progress)
         return UploadResult(wire.version_of(response.version), response.created, response.feed_position)
 
     async def download(
@@ -127,8 +148,7 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, ChangeCalls, PackageC
             if await is_there(file, place, force=force):
                 on_bytes(file.size_bytes)
             else:
-                stream = functools.partial(self._file_bytes, version.digest, file.path)
-                await fetch_file(file, place, stream, on_bytes)
+                await fetch_file(file, place, self.file_stream(version.digest, file.path), on_bytes)
             done += file.size_bytes
         return version
 
@@ -215,10 +235,11 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, ChangeCalls, PackageC
         """
         from adaptermesh.client.verifying import Verifier
 
-        def files(digest: str, path: str) -> FileStream:
-            return functools.partial(self._file_bytes, digest, path)
+        return await Verifier(self, self.file_stream, progress).verify(ref)
 
-        return await Verifier(self, files, progress).verify(ref)
+    def file_stream(self, digest: str, path: str) -> FileStream:
+        """The bytes of one uploaded file, from any offset."""
+        return functools.partial(self._file_bytes, digest, path)
 
     async def verify_stored(self, digest: str = "") -> list[BlobCheck]:
         """Has the store read the blobs of a version again, or, without a digest, those of all versions."""
@@ -358,6 +379,14 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, ChangeCalls, PackageC
         for base in await self._base_models():
             if base.digest == digest:
                 return BaseFacts.from_config(base.model_id, json.loads(base.config_json), base.weights_digest)
+        raise not_found(Reason.BASE_NOT_FOUND, "base model", digest)
+
+    async def copy_base_model(self, source: "StoreClient", digest: str) -> bool:
+        """Makes a base model known that another store knows; False if it was known before."""
+        for base in await source._base_models():
+            if base.digest == digest:
+                request = store_pb2.RegisterBaseModelRequest(base_model=base)
+                return (await self._call(self._stub.RegisterBaseModel, request)).created
         raise not_found(Reason.BASE_NOT_FOUND, "base model", digest)
 
     async def _base_models(self) -> list[adapter_pb2.BaseModel]:
