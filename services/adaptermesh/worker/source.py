@@ -189,7 +189,7 @@ class GrpcAdapterSource:
 
 def _final(error: MeshError, digest: str) -> MeshError:
     """What the requests that wait for the adapter are told."""
-    if error.code is Code.NOT_FOUND:
+    if error.code is Code.NOT_FOUND and error.reason is not Reason.VERSION_DELETED:
         failure = not_found(Reason.VERSION_NOT_FOUND, "adapter version", digest)
     elif error.code in _BROKEN:
         failure = unavailable(

@@ -172,6 +172,29 @@ async def test_a_base_that_is_not_there_is_named_or_comes_along(
         assert not (await copy_version(here.client, target, "acme/ner:v1")).copy.same_digest
 
 
+async def test_bytes_that_are_damaged_where_they_come_from_go_nowhere(
+    sides: tuple[Side, Side], tmp_path: Path
+) -> None:
+    here, there = sides
+    version = await here.publish()
+    digests = [version.digest, next(f.digest for f in version.source_files if f.path.endswith("tensors"))]
+    for digest in digests:
+        digits = digest.removeprefix("sha256:")
+        blob = tmp_path / "here" / "blobs" / "sha256" / digits[:2] / digits[2:]
+        whole = blob.read_bytes()
+        blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        for work in (
+            copy_version(here.client, there.client, "acme/ner:v1"),
+            export_version(here.client, "acme/ner:v1", tmp_path / "ner.tar"),
+        ):
+            with pytest.raises(MeshError) as caught:
+                await work
+            assert refusal(caught) == (Code.DATA_LOSS, Reason.DATA_CORRUPT)
+        blob.write_bytes(whole)
+    assert await there.client.list_adapters() == []
+    assert left(tmp_path, "*ner.tar*") == []
+
+
 async def test_what_must_not_be_used_is_not_copied_nor_exported(
     sides: tuple[Side, Side], tmp_path: Path
 ) -> None:

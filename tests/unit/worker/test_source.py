@@ -8,7 +8,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from adaptermesh.core.digests import digest_bytes
-from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
+from adaptermesh.core.errors import Code, MeshError, Reason, unavailable, version_deleted
 from adaptermesh.rpc.channel import open_channel
 from adaptermesh.telemetry.tracing import Tracing, trace_into
 from adaptermesh.worker.adapter_stream import SourceConfig
@@ -119,6 +119,19 @@ async def test_an_unknown_digest_is_not_found_at_once(rig: Rig) -> None:
     assert isinstance(sink.error, MeshError)
     assert (sink.error.code, sink.error.reason) == (Code.NOT_FOUND, Reason.VERSION_NOT_FOUND)
     assert sink.error.metadata["digest"] == digest
+    assert len(rig.store.fetches) == 1
+
+
+async def test_a_removed_version_is_refused_with_who_removed_it_and_why(rig: Rig) -> None:
+    digest = rig.store.add(bytes(1000))
+    gone = version_deleted(
+        digest, "acme/ner:v2", digest, time="2026-11-30T19:00:00+00:00", actor="ada", why="wrong"
+    )
+    rig.store.scripts[digest] = [Stream(break_after=64, error=gone)]
+    sink = await rig.fetch(digest)
+    assert isinstance(sink.error, MeshError)
+    assert (sink.error.code, sink.error.reason) == (Code.NOT_FOUND, Reason.VERSION_DELETED)
+    assert (sink.error.message, sink.error.metadata["actor"]) == (gone.message, "ada")
     assert len(rig.store.fetches) == 1
 
 
