@@ -17,6 +17,7 @@ from adaptermesh.artifact.base_facts import BaseFacts
 from adaptermesh.client import wire
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
+from adaptermesh.client.downloads import DownloadCalls
 from adaptermesh.client.feed import FeedCalls
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
 from adaptermesh.client.records import (
@@ -56,7 +57,7 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(AliasCalls, StatusCalls, SignatureCalls, FeedCalls):
+class StoreClient(AliasCalls, StatusCalls, SignatureCalls, FeedCalls, DownloadCalls):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -281,7 +282,7 @@ class StoreClient(AliasCalls, StatusCalls, SignatureCalls, FeedCalls):
     async def search(self, query: Search, *, limit: int = 100) -> Found:
         """The first `limit` adapters that match, in the order that is asked for; with facets if asked for.
 
-        In order of relevance there are at most 1,000.
+        In order of relevance, downloads or score there are at most 1,000.
         """
         adapters: list[Adapter] = []
         request = wire.search_request(query)

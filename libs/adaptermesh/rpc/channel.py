@@ -25,6 +25,8 @@ _RETRIED_READS = {
         "ListBaseModels",
         "RegisterBaseModel",
         "GetFeedStatus",
+        "GetDownloadCounts",
+        "SearchAdapters",
     ),
     # Dispatch is not among them: "no worker" is an answer, and the gateway knows when to ask again.
     "adaptermesh.api.router.v1.RouterService": ("ListWorkers", "GetRouterStatus"),

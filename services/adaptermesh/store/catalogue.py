@@ -41,6 +41,7 @@ from adaptermesh.store.schema import (
     version_tags,
     versions,
 )
+from adaptermesh.store.search_facts import NO_FACTS, SearchFacts, put_facts
 from adaptermesh.store.usability import find_usable
 from adaptermesh.store.words import Wording, word_index
 
@@ -129,6 +130,7 @@ class Catalogue:
         tensor_digest: str,
         card: str = "",
         confirm: Callable[[], Awaitable[None]] | None = None,
+        facts: SearchFacts = NO_FACTS,
     ) -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
 
@@ -138,6 +140,7 @@ class Catalogue:
             card: the text by which it can be found, beside its own fields.
             confirm: called when no other writer can come in between any more; what it raises prevents the
                 publication.
+            facts: what else of the card can be searched.
         """
         stamped = dataclasses.replace(version, create_time_us=int(self._clock.wall() * 1e6))
 
@@ -147,6 +150,7 @@ class Catalogue:
                 return Published(known, created=False)
             stored, adapter_id, version_id = await _insert(connection, stamped, tensor_digest)
             await _document(connection, stored, adapter_id, version_id)
+            await put_facts(connection, adapter_id, stored.feed_position, facts)
             record = stored.record
             wording = Wording(str(record.adapter), " ".join(record.tags), record.description, card)
             await self._words.put(connection, adapter_id, wording)

@@ -37,6 +37,7 @@ SELECT_VERSIONS = (
         versions,
         adapters.c.namespace,
         adapters.c.name,
+        adapters.c.download_count.label("adapter_downloads"),
         *(column.label(_STATUS + column.name) for column in version_statuses.c if not column.primary_key),
         version_signatures.c.entries.label("signatures"),
     )

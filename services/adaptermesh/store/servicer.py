@@ -2,6 +2,7 @@
 # Names and signatures are those of the generated base class.
 # ruff: noqa: ARG002, N802
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -49,6 +50,7 @@ class StoreServicer(FeedServicer):
     ) -> AsyncIterator[store_pb2.DownloadFileResponse | bytes]:
         version = await self._stores.catalogue.get_digest(request.digest)
         file = find_file(version.record, request.path)
+        self._stores.downloads.note_file(version.record, file, request.offset)
         async with aclosing(read_file(self._stores.blobs, file, request.offset)) as pieces:
             async for piece in pieces:
                 yield encode_payload(store_pb2.DownloadFileResponse.DATA_FIELD_NUMBER, piece)
@@ -59,6 +61,7 @@ class StoreServicer(FeedServicer):
         version = await self._stores.catalogue.unrevoked_digest(request.digest)
         check_offset(request.offset, version.record.size_bytes)
         manifest = await read_manifest(self._stores.blobs, version.record.digest)
+        self._stores.downloads.note_canonical(version.record, request.offset)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
         async with aclosing(read_tensors(self._stores.blobs, version, manifest, request.offset)) as pieces:
             async for piece in pieces:
@@ -82,6 +85,12 @@ class StoreServicer(FeedServicer):
             raise invalid_field("digest", "is for a request without a ref")
         found = await self._stores.catalogue.get_digest(request.digest)
         return Ref(found.record.adapter, digest=request.digest)
+
+    async def GetDownloadCounts(
+        self, request: store_pb2.GetDownloadCountsRequest, context: Context
+    ) -> store_pb2.GetDownloadCountsResponse:
+        counts = await self._stores.downloads.counts(request.digests)
+        return store_pb2.GetDownloadCountsResponse(counts=counts)
 
     async def ListVersions(
         self, request: store_pb2.ListVersionsRequest, context: Context
@@ -117,12 +126,16 @@ class StoreServicer(FeedServicer):
         self, request: store_pb2.SearchAdaptersRequest, context: Context
     ) -> store_pb2.SearchAdaptersResponse:
         query = wire.search_from(request)
-        page = await self._stores.search.find(query, _page(request))
+        finding = self._stores.search.find(query, _page(request))
+        if request.with_facets:
+            # Beside each other: the database works on one while the other is put together.
+            page, facets = await asyncio.gather(finding, self._stores.search.facets(query))
+        else:
+            page, facets = await finding, None
         response = store_pb2.SearchAdaptersResponse(
             adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
         )
-        if request.with_facets:
-            facets = await self._stores.search.facets(query)
+        if facets is not None:
             response.facets.extend(wire.facets_to(facets))
             response.facets_capped = facets.capped
         return response

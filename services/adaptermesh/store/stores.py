@@ -5,15 +5,17 @@ import fcntl
 import logging
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptermesh.core.clock import Clock
-from adaptermesh.core.errors import Reason, unavailable
+from adaptermesh.core.errors import MeshError, Reason, unavailable
 from adaptermesh.store.aliases import Aliases
 from adaptermesh.store.blobs import BlobStore, FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
+from adaptermesh.store.downloads import Downloads
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.garbage import GarbageCollector
 from adaptermesh.store.listing import Listing
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _LOCK_POLL_SECONDS = 0.1
 _TRIM_SECONDS = 60.0
+_COUNT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +75,17 @@ class Stores:
         self.statuses = Statuses(self.database, clock)
         self.policies = Policies(self.database, clock)
         self.signatures = Signatures(self.database, clock)
+        self.downloads = Downloads(self.database)
         self.listing = Listing(self.database)
         self.search = Search(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
         self.uploads = Uploads(config.uploads, self.catalogue, self.blobs, self.staging)
         self.garbage = GarbageCollector(self.database, self.blobs, clock)
         self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
-        self._periodic = (PeriodicWork("trimming of the change feed", self.trimmer.trim, _TRIM_SECONDS),)
+        self._periodic = (
+            PeriodicWork("trimming of the change feed", self.trimmer.trim, _TRIM_SECONDS),
+            PeriodicWork("counting of downloads", self.downloads.flush, _COUNT_SECONDS),
+        )
 
     async def open(self) -> None:
         """Takes the folder, brings the database up to date, and removes what a crash has left.
@@ -115,6 +122,9 @@ class Stores:
         await self.uploads.close()
         for work in self._periodic:
             await work.stop()
+        with suppress(MeshError):
+            # Counts are not worth waiting for a database that is away.
+            await self.downloads.flush()
         await self.database.close()
         await self.blobs.close()
         self._lock.release()

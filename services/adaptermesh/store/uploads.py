@@ -21,6 +21,7 @@ from adaptermesh.store.catalogue import Catalogue, Published
 from adaptermesh.store.headers import UploadHeader, check_header
 from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.records import BaseModelRecord, VersionRecord
+from adaptermesh.store.search_facts import SearchFacts, search_facts
 from adaptermesh.store.staging import Place, Staging, next_message, receive_files
 from adaptermesh.store.words import MAX_CARD_CHARACTERS
 
@@ -63,6 +64,7 @@ class _Ingested:
     tensors: Path
     tensor_digest: str
     card: str
+    facts: SearchFacts
 
 
 class Uploads:
@@ -217,7 +219,7 @@ class Uploads:
                 await self._blobs.put(digest, path)
             try:
                 return await self._catalogue.publish(
-                    made.version, made.tensor_digest, made.card, partial(self._confirm, blobs)
+                    made.version, made.tensor_digest, made.card, partial(self._confirm, blobs), made.facts
                 )
             except _Collected:
                 log.info("blobs are put again", extra={"digest": made.version.digest})
@@ -283,7 +285,8 @@ def _ingest(
         create_time_us=0,
         source_files=header.files,
     )
-    return _Ingested(version, manifest_path, tensors, file_digest(tensors), _card(sources))
+    searched = search_facts(result.manifest.languages, result.manifest.metrics)
+    return _Ingested(version, manifest_path, tensors, file_digest(tensors), _card(sources), searched)
 
 
 def _card(sources: Mapping[str, Path]) -> str:

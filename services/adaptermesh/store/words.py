@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from sqlalchemy import (
     ColumnElement,
-    FromClause,
     Integer,
+    Select,
     column,
     delete,
     func,
@@ -56,8 +56,18 @@ class WordIndex(Protocol):
         """Replaces an adapter's words, inside the caller's write transaction."""
         ...
 
-    def matching(self, words: Sequence[str]) -> FromClause:
-        """The adapters that have a word beginning with each of these: columns `adapter_id` and `score`."""
+    def matches(self, adapter_id: ColumnElement[int], words: Sequence[str]) -> ColumnElement[bool]:
+        """Whether an adapter has a word beginning with each of these."""
+        ...
+
+    def newest(self, words: Sequence[str], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        """The adapters that match and are allowed (None: all), the newest first: column `adapter_id`."""
+        ...
+
+    def ranked(
+        self, words: Sequence[str], allowed: Select[Any] | None, limit: int, *, names_only: bool = False
+    ) -> Select[Any]:
+        """The same in any order, with a `score`, the higher the better; or those whose names match."""
         ...
 
 
@@ -75,18 +85,40 @@ class SqliteWords:
         await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
         await connection.execute(insert(self._index).values(rowid=adapter_id, **_values(wording)))
 
-    def matching(self, words: Sequence[str]) -> FromClause:
-        index: ColumnElement[str] = literal_column("search_words")
+    def matches(self, adapter_id: ColumnElement[int], words: Sequence[str]) -> ColumnElement[bool]:
+        return adapter_id.in_(select(self._index.c.rowid).where(self._match(words)))
+
+    def newest(self, words: Sequence[str], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        return self._newest(self._match(words), allowed, limit)
+
+    def ranked(
+        self, words: Sequence[str], allowed: Select[Any] | None, limit: int, *, names_only: bool = False
+    ) -> Select[Any]:
+        match = self._match(words, "{name} : ") if names_only else self._match(words)
+        score = -func.bm25(self._whole, 8.0, 4.0, 2.0, 1.0)
+        return self._newest(match, allowed, limit).add_columns(score.label("score"))
+
+    def _newest(self, match: ColumnElement[bool], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        query = select(self._index.c.rowid.label("adapter_id")).where(match)
+        if allowed is not None:
+            # The plus keeps SQLite from asking the index once for each that is allowed.
+            query = query.where(literal_column("+search_words.rowid").in_(allowed))
+        # In its own order the index is read no further than needed.
+        return query.order_by(self._index.c.rowid.desc()).limit(limit)
+
+    def _match(self, words: Sequence[str], columns: str = "") -> ColumnElement[bool]:
         asked = " ".join(f'"{word}"*' for word in words)
-        score = -func.bm25(index, 8.0, 4.0, 2.0, 1.0)
-        query = select(self._index.c.rowid.label("adapter_id"), score.label("score"))
-        return query.where(index.op("MATCH")(asked)).subquery()
+        return self._whole.op("MATCH", is_comparison=True)(f"{columns}({asked})")
+
+    @property
+    def _whole(self) -> ColumnElement[str]:
+        return literal_column("search_words")
 
 
 class PostgresWords:
-    """A tsvector whose weights A to D are name, tags, description and card."""
+    """A tsvector whose weights A to D are name, tags, description and card; and one of the name alone."""
 
-    _index = table("search_words", column("adapter_id", Integer), column("document"))
+    _index = table("search_words", column("adapter_id", Integer), column("document"), column("names"))
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
         weighted = [
@@ -98,14 +130,40 @@ class PostgresWords:
         for part in weighted[1:]:
             document = document.op("||")(part)
         await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
-        await connection.execute(insert(self._index).values(adapter_id=adapter_id, document=document))
+        await connection.execute(
+            insert(self._index).values(adapter_id=adapter_id, document=document, names=weighted[0])
+        )
 
-    def matching(self, words: Sequence[str]) -> FromClause:
-        # Words are of letters and digits only: nothing in them means anything to the query.
-        asked = func.to_tsquery("simple", " & ".join(f"'{word}':*" for word in words))
-        score = func.ts_rank_cd(self._index.c.document, asked)
-        query = select(self._index.c.adapter_id, score.label("score"))
-        return query.where(self._index.c.document.op("@@")(asked)).subquery()
+    def matches(self, adapter_id: ColumnElement[int], words: Sequence[str]) -> ColumnElement[bool]:
+        return adapter_id.in_(select(self._index.c.adapter_id).where(self._match(words)))
+
+    def newest(self, words: Sequence[str], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        return self._newest(self._match(words), allowed, limit)
+
+    def ranked(
+        self, words: Sequence[str], allowed: Select[Any] | None, limit: int, *, names_only: bool = False
+    ) -> Select[Any]:
+        # An index of its own: that of the documents does not know which part a word is of.
+        match = self._match(words, self._index.c.names) if names_only else self._match(words)
+        # Scored is only what the limit leaves.
+        found = self._newest(match, allowed, limit).add_columns(self._index.c.document).subquery()
+        score = func.ts_rank_cd(found.c.document, _asked(words))
+        return select(found.c.adapter_id, score.label("score"))
+
+    def _newest(self, match: ColumnElement[bool], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        query = select(self._index.c.adapter_id).where(match)
+        if allowed is not None:
+            query = query.where(self._index.c.adapter_id.in_(allowed))
+        return query.order_by(self._index.c.adapter_id.desc()).limit(limit)
+
+    def _match(self, words: Sequence[str], searched: ColumnElement[Any] | None = None) -> ColumnElement[bool]:
+        column = self._index.c.document if searched is None else searched
+        return column.op("@@", is_comparison=True)(_asked(words))
+
+
+def _asked(words: Sequence[str]) -> ColumnElement[Any]:
+    # Words are of letters and digits only: nothing in them means anything to the query.
+    return func.to_tsquery("simple", " & ".join(f"'{word}':*" for word in words))
 
 
 def _values(wording: Wording) -> dict[str, str]:

@@ -131,9 +131,10 @@ def show(
             name = AdapterName.parse(ref)
             versions = await client.list_versions(ref)
             summaries = await client.list_adapters(ref, namespace=name.namespace)
+            downloads = await client.download_counts([version.digest for version in versions])
         adapter = next((summary for summary in summaries if summary.name == ref), None)
         aliases = adapter.aliases if adapter is not None else ()
-        _print_versions(output, versions, {alias.alias: alias.version_number for alias in aliases})
+        _print_versions(output, versions, {alias.alias: alias.version_number for alias in aliases}, downloads)
 
     execute(as_json, work)
 
@@ -148,7 +149,9 @@ app.command()(verify)
 app.command("gc")(collect_garbage)
 
 
-def _print_versions(output: Output, versions: list[Version], aliases: dict[str, int]) -> None:
+def _print_versions(
+    output: Output, versions: list[Version], aliases: dict[str, int], downloads: list[int]
+) -> None:
     rows = table(
         "version",
         "status",
@@ -157,11 +160,12 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
         "kind",
         "rank",
         "size",
+        "downloads",
         "aliases",
         "description",
-        right=("rank", "size"),
+        right=("rank", "size", "downloads"),
     )
-    for version in versions:
+    for version, count in zip(versions, downloads, strict=True):
         rows.add_row(
             version.ref,
             version.status.state,
@@ -170,7 +174,8 @@ def _print_versions(output: Output, versions: list[Version], aliases: dict[str, 
             version.kind,
             str(version.max_rank or ""),
             size(version.size_bytes),
+            str(count),
             ", ".join(alias for alias, number in aliases.items() if number == version.number),
             version.description,
         )
-    output.result({"versions": versions, "aliases": aliases}, rows)
+    output.result({"versions": versions, "aliases": aliases, "download_counts": downloads}, rows)
