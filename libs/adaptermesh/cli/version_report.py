@@ -25,6 +25,7 @@ class VersionDetails:
     parents: tuple[Version, ...]
     signatures: tuple[Signature, ...]
     manifest: bytes
+    download_count: int = 0
 
     @property
     def document(self) -> Mapping[str, Any]:
@@ -44,6 +45,7 @@ async def version_details(store: StoreClient, ref: str) -> VersionDetails:
         parents=tuple([(await store.resolve_digest(digest)).version for digest in parents]),
         signatures=tuple(await store.list_signatures(resolved.version.digest)),
         manifest=resolved.manifest,
+        download_count=(await store.download_counts([resolved.version.digest]))[0],
     )
 
 
@@ -132,6 +134,7 @@ def version_report(details: VersionDetails, *, pretty: bool) -> list[RenderableT
             merged=_recipe(manifest),
             signed_by="\n".join(map(_signature, details.signatures)),
             published=moment(version.create_time),
+            downloads=str(details.download_count),
         ),
         *_metrics(manifest),
         "",

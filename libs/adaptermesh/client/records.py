@@ -112,6 +112,8 @@ class Adapter:
     aliases: tuple[Alias, ...]
     unusable_numbers: tuple[int, ...] = ()
     """Of the newest version and of those that an alias points at: revoked, or not signed as they must be."""
+    download_count: int = 0
+    """Of all its versions."""
 
     @property
     def name(self) -> str:
@@ -124,7 +126,9 @@ class Search:
     """Conditions that must all hold of an adapter's newest version; an empty one matches all.
 
     `text` are words, each of which must begin a word of the name, the tags, the description or the card.
-    `order` is "relevance", "newest" or "name"; empty: by relevance where there are words, else newest first.
+    `order` is "relevance", "newest" (or "date"), "name", "downloads" or "score"; empty: by relevance where
+    there are words, else newest first. By score only those are found whose card has the `score_metric`,
+    "accuracy" unless it is set; "task/metric" is that of one task.
     """
 
     text: str = ""
@@ -136,6 +140,10 @@ class Search:
     tags: tuple[str, ...] = ()
     order: str = ""
     with_facets: bool = False
+    language: str = ""
+    tenant: str = ""
+    score_metric: str = ""
+    lowest_score_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

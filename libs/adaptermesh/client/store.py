@@ -17,6 +17,7 @@ from adaptermesh.client.access import AccessCalls
 from adaptermesh.client.aliases import AliasCalls
 from adaptermesh.client.calls import DEFAULT_STORE, PAGE_SIZE, Deadlines, all_pages
 from adaptermesh.client.changes import ChangeCalls
+from adaptermesh.client.downloads import DownloadCalls
 from adaptermesh.client.integrity_records import BlobCheck, GarbageReport, Verification
 from adaptermesh.client.records import (
     Adapter,
@@ -51,7 +52,9 @@ EVERY_TENANT = "*"
 CARD = "README.md"
 
 
-class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls, ChangeCalls):
+class StoreClient(
+    UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, AccessCalls, ChangeCalls, DownloadCalls
+):
     """Talks to the adapter store. Every method raises `MeshError` with a code and a reason.
 
     ```python
@@ -263,7 +266,7 @@ class StoreClient(UploadingCalls, AliasCalls, StatusCalls, SignatureCalls, Acces
     async def search(self, query: Search, *, limit: int = 100) -> Found:
         """The first `limit` adapters that match, in the order that is asked for; with facets if asked for.
 
-        In order of relevance there are at most 1,000.
+        In order of relevance, downloads or score there are at most 1,000.
         """
         adapters: list[Adapter] = []
         request = wire.search_request(query)

@@ -136,6 +136,7 @@ def adapter_of(message: store_pb2.AdapterSummary) -> Adapter:
         message.version_count,
         tuple(alias_of(alias) for alias in message.aliases),
         tuple(message.unusable_numbers),
+        message.download_count,
     )
 
 
@@ -239,7 +240,10 @@ _ORDERS = {
     "": store_pb2.SEARCH_ORDER_UNSPECIFIED,
     "relevance": store_pb2.SEARCH_ORDER_RELEVANCE,
     "newest": store_pb2.SEARCH_ORDER_NEWEST,
+    "date": store_pb2.SEARCH_ORDER_NEWEST,
     "name": store_pb2.SEARCH_ORDER_NAME,
+    "downloads": store_pb2.SEARCH_ORDER_DOWNLOADS,
+    "score": store_pb2.SEARCH_ORDER_SCORE,
 }
 
 
@@ -257,6 +261,10 @@ def search_request(query: Search) -> store_pb2.SearchAdaptersRequest:
         tags=query.tags,
         order=_ORDERS[query.order],
         with_facets=query.with_facets,
+        language=query.language,
+        tenant=query.tenant,
+        score_metric=query.score_metric,
+        lowest_score_first=query.lowest_score_first,
     )
 
 

@@ -27,6 +27,8 @@ _RETRIED_READS = {
         "ListBaseModels",
         "RegisterBaseModel",
         "GetFeedStatus",
+        "GetDownloadCounts",
+        "SearchAdapters",
         "GetUpload",
     ),
     "adaptermesh.api.access.v1.AccessService": (

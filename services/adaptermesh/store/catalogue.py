@@ -23,7 +23,7 @@ from adaptermesh.core.errors import (
 from adaptermesh.core.refs import AdapterName, Ref
 from adaptermesh.store.access.quotas import count_in
 from adaptermesh.store.database import Database
-from adaptermesh.store.documents import write_document
+from adaptermesh.store.documents import Findable, write_document
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_line
 from adaptermesh.store.lineage import add_parents
@@ -49,6 +49,7 @@ from adaptermesh.store.schema import (
     version_tags,
     versions,
 )
+from adaptermesh.store.search_facts import NO_FACTS, SearchFacts
 from adaptermesh.store.usability import find_usable, get_usable, why_not
 from adaptermesh.store.words import word_index
 
@@ -139,6 +140,7 @@ class Catalogue:
         card: str = "",
         confirm: Callable[[AsyncConnection], Awaitable[None]] | None = None,
         parents: Sequence[str] = (),
+        facts: SearchFacts = NO_FACTS,
     ) -> Published:
         """Publishes a version under the adapter's next number, unless the same content is there already.
 
@@ -149,6 +151,7 @@ class Catalogue:
             confirm: called in the transaction, when no other writer can come in between any more; what it
                 raises prevents the publication.
             parents: the digests of the versions it was made from, which must be there.
+            facts: what else of the card can be searched.
 
         Raises:
             MeshError: VERSION_NOT_FOUND or VERSION_DELETED for a parent.
@@ -165,7 +168,8 @@ class Catalogue:
             await count_in(connection, stamped)
             stored, adapter_id, version_id = await _insert(connection, stamped, tensor_digest)
             await add_parents(connection, version_id, parents)
-            await write_document(connection, self._words, stored, adapter_id, version_id, card)
+            found_by = Findable(card, facts)
+            await write_document(connection, self._words, stored, adapter_id, version_id, found_by)
             if confirm is not None:
                 # Here, because from its first change on the transaction has the writers' lock.
                 await confirm(connection)

@@ -13,6 +13,7 @@ from adaptermesh.store import removals
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.catalogue import Catalogue, Published
 from adaptermesh.store.records import VersionRecord
+from adaptermesh.store.search_facts import NO_FACTS, SearchFacts
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Keeper:
         tensor_digest: str,
         card: str,
         parents: Sequence[str] = (),
+        facts: SearchFacts = NO_FACTS,
     ) -> Published:
         """Again if a blob was collected as garbage before its version could be seen to need it.
 
@@ -55,7 +57,7 @@ class Keeper:
                 await self._blobs.put(digest, path)
             try:
                 return await self._catalogue.publish(
-                    version, tensor_digest, card, partial(self._confirm, blobs), parents
+                    version, tensor_digest, card, partial(self._confirm, blobs), parents, facts
                 )
             except _Collected:
                 attempts += 1

@@ -1,6 +1,6 @@
 """Lists of adapters, by name, with conditions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.store.access.authority import scope, visible
+from adaptermesh.store.access.authority import caller_scope, visible
 from adaptermesh.store.database import Database
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
-from adaptermesh.store.records import AdapterSummary, AliasRecord
+from adaptermesh.store.records import AdapterSummary, AliasRecord, PolicyRecord
 from adaptermesh.store.rows import SAME_MOVE, SELECT_ALIASES, SELECT_VERSIONS, alias_record, version_record
 from adaptermesh.store.schema import adapters, alias_moves, aliases, version_tags, versions
-from adaptermesh.store.usability import find_policies, why_not
+from adaptermesh.store.usability import find_policies, suspects, why_not
 
 MAX_CONDITION = 256
 MAX_TAGS = 32
@@ -57,7 +57,7 @@ class Listing:
 
         tags = sorted(set(query.tags))
         conditions = [query.text, query.namespace, query.task, query.base_model, tags]
-        pager = Pager(request, ["adapters", *conditions, *scope()], key, (str, str))
+        pager = Pager(request, ["adapters", *conditions, *caller_scope()], key, (str, str))
         statement = (
             SELECT_VERSIONS.where(versions.c.number == adapters.c.newest_number)
             .where(*_conditions(query))
@@ -98,13 +98,14 @@ def _conditions(query: AdapterQuery) -> list[ColumnElement[bool]]:
 async def summaries_of(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[AdapterSummary]:
     """The adapters whose newest versions are in the rows, in their order."""
     ids = [row.adapter_id for row in rows]
-    found, unusable = await _aliases(connection, ids), await _unusable(connection, ids)
+    policies = await find_policies(connection, (row.namespace for row in rows))
+    found, unusable = await _aliases(connection, ids), await _unusable(connection, ids, policies)
     summaries = []
     for row in rows:
         newest, pointers = version_record(row), tuple(found.get(row.adapter_id, ()))
         numbers = unusable.get(row.adapter_id, ())
         count = row.version_count - row.deleted_count
-        summaries.append(AdapterSummary(newest, count, pointers, numbers))
+        summaries.append(AdapterSummary(newest, count, pointers, numbers, row.adapter_downloads))
     return summaries
 
 
@@ -119,7 +120,9 @@ async def _aliases(connection: AsyncConnection, adapter_ids: list[int]) -> dict[
     return found
 
 
-async def _unusable(connection: AsyncConnection, adapter_ids: list[int]) -> dict[int, tuple[int, ...]]:
+async def _unusable(
+    connection: AsyncConnection, adapter_ids: list[int], policies: Mapping[str, PolicyRecord]
+) -> dict[int, tuple[int, ...]]:
     """Of each adapter's newest and aliased versions the numbers of those that must not be used."""
     rows: list[Row[Any]] = []
     pointed = (
@@ -129,11 +132,11 @@ async def _unusable(connection: AsyncConnection, adapter_ids: list[int]) -> dict
         .correlate(versions)
     )
     shown = (versions.c.number == adapters.c.newest_number) | versions.c.number.in_(pointed)
+    suspect = suspects(policies.values())
     for start in range(0, len(adapter_ids), _IDS_AT_ONCE):
         batch = adapter_ids[start : start + _IDS_AT_ONCE]
-        query = SELECT_VERSIONS.where(versions.c.adapter_id.in_(batch)).where(shown)
+        query = SELECT_VERSIONS.where(versions.c.adapter_id.in_(batch), shown, suspect)
         rows += (await connection.execute(query.order_by(versions.c.number))).all()
-    policies = await find_policies(connection, (row.namespace for row in rows))
     found: dict[int, tuple[int, ...]] = {}
     for row in rows:
         version = version_record(row)

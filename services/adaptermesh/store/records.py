@@ -237,3 +237,5 @@ class AdapterSummary:
     aliases: tuple[AliasRecord, ...]
     unusable_numbers: tuple[int, ...] = ()
     """Of the newest version and of those that an alias points at."""
+    download_count: int = 0
+    """Of all its versions."""

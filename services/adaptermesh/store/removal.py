@@ -1,6 +1,7 @@
 """Versions that are removed for good. What is left of one is its number, and who removed it, when and why."""
 
 import asyncio
+import json
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +19,17 @@ from adaptermesh.store.access.quotas import count_out
 from adaptermesh.store.alias_rows import aliases_of
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
-from adaptermesh.store.documents import remove_document, write_document
+from adaptermesh.store.documents import Findable, remove_document, write_document
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import MAX_ACTOR, MAX_COMMENT, check_text, check_version_number
 from adaptermesh.store.lineage import Lineage, children_of
+from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.records import ChangeKind, DeletedVersion, VersionRecord
 from adaptermesh.store.resolution import find_adapter, find_version
 from adaptermesh.store.routes import routes_to
 from adaptermesh.store.rows import SELECT_VERSIONS, StoredVersion, stored_version
 from adaptermesh.store.schema import adapters, deleted_versions, versions
+from adaptermesh.store.search_facts import NO_FACTS, SearchFacts, search_facts
 from adaptermesh.store.words import MAX_CARD_CHARACTERS, word_index
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ _OWNED: tuple[Table, ...] = (
     schema.version_signatures,
     schema.version_parents,
     schema.unread_lineages,
+    schema.version_downloads,
 )
 """Tables of rows that go with their version."""
 
@@ -62,20 +66,21 @@ class RemovalRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Successor:
-    """The version by which the adapter is found when another one is gone, and its card."""
+    """The version by which the adapter is found when another one is gone."""
 
     number: int
-    card: str
+    found_by: Findable
 
 
 class Removals:
     """Removes versions that nothing uses."""
 
-    def __init__(self, database: Database, clock: Clock, blobs: BlobStore, lineage: Lineage) -> None:
+    def __init__(self, database: Database, clock: Clock, blobs: BlobStore, manifests: Manifests) -> None:
         self._database = database
+        self._manifests = manifests
         self._clock = clock
         self._blobs = blobs
-        self._lineage = lineage
+        self._lineage = Lineage(database, manifests)
         self._words = word_index(database.dialect)
 
     async def delete(self, request: RemovalRequest) -> tuple[DeletedVersion, int]:
@@ -114,7 +119,8 @@ class Removals:
         await self._learn(version)
         if successor is None:
             return None
-        return _Successor(successor.record.number, await self._card(successor.record))
+        found_by = Findable(await self._card(successor.record), await self._facts(successor.record))
+        return _Successor(successor.record.number, found_by)
 
     async def _learn(self, version: VersionRecord) -> None:
         try:
@@ -138,6 +144,16 @@ class Removals:
                 raise
             return ""
         return data.decode(errors="replace")
+
+    async def _facts(self, version: VersionRecord) -> SearchFacts:
+        """From the manifest; none if it is damaged."""
+        try:
+            manifest = json.loads(await self._manifests.read(version.digest))
+        except MeshError as error:
+            if error.reason is not Reason.DATA_CORRUPT:
+                raise
+            return NO_FACTS
+        return search_facts(manifest.get("languages", ()), manifest.get("metrics", ()))
 
     async def _remove(
         self, request: RemovalRequest, successor: _Successor | None, connection: AsyncConnection
@@ -184,7 +200,7 @@ class Removals:
             return
         query = select(versions.c.id).where(versions.c.digest == found.record.digest)
         version_id = int((await connection.execute(query)).scalar_one())
-        await write_document(connection, self._words, found, adapter_id, version_id, successor.card)
+        await write_document(connection, self._words, found, adapter_id, version_id, successor.found_by)
 
 
 class _NewerVersion(Exception):

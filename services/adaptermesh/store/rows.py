@@ -42,6 +42,7 @@ SELECT_VERSIONS = (
         adapters.c.name,
         adapters.c.version_count,
         adapters.c.deleted_count,
+        adapters.c.download_count.label("adapter_downloads"),
         *(column.label(_STATUS + column.name) for column in version_statuses.c if not column.primary_key),
         version_signatures.c.entries.label("signatures"),
     )

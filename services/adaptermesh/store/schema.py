@@ -5,6 +5,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Double,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -77,7 +78,10 @@ adapters = Table(
     # 0 where every version was removed.
     Column("newest_number", Integer, nullable=False, server_default="0"),
     Column("deleted_count", Integer, nullable=False, server_default="0"),
+    # Of all its versions, also of those that are gone.
+    Column("download_count", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("namespace", "name"),
+    Index(None, "download_count", "id"),
 )
 
 versions = Table(
@@ -179,6 +183,16 @@ version_signatures = Table(
     Column("version_id", ForeignKey("versions.id"), primary_key=True, autoincrement=False),
     # A list: all of them are read with the version.
     Column("entries", JSON, nullable=False),
+)
+
+version_downloads = Table(
+    "version_downloads",
+    metadata,
+    # Apart from the versions, which never change. One without a row was never downloaded.
+    Column(
+        "version_id", ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    ),
+    Column("count", BigInteger, nullable=False),
 )
 
 namespace_policies = Table(
@@ -297,6 +311,30 @@ search_tags = Table(
     Column("tag", String(200), primary_key=True),
     Column("feed_position", BigInteger, nullable=False),
     Index(None, "tag", "feed_position"),
+)
+
+search_languages = Table(
+    "search_languages",
+    metadata,
+    # Those that the card of each adapter's newest version names.
+    Column(
+        "adapter_id", ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    ),
+    Column("language", String(64), primary_key=True),
+    Column("feed_position", BigInteger, nullable=False),
+    Index(None, "language", "feed_position"),
+)
+
+search_scores = Table(
+    "search_scores",
+    metadata,
+    # What the card of each adapter's newest version says of a metric, as "metric" and as "task/metric".
+    Column(
+        "adapter_id", ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    ),
+    Column("metric", String(200), primary_key=True),
+    Column("value", Double, nullable=False),
+    Index(None, "metric", "value", "adapter_id"),
 )
 
 version_tags = Table(

@@ -2,6 +2,7 @@
 # Names and signatures are those of the generated base class.
 # ruff: noqa: ARG002, N802
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -38,6 +39,7 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
     ) -> AsyncIterator[store_pb2.DownloadFileResponse | bytes]:
         version = await self._stores.catalogue.get_digest(request.digest)
         file = find_file(version.record, request.path)
+        self._stores.download_counts.note_file(version.record, file, request.offset)
         field = store_pb2.DownloadFileResponse.DATA_FIELD_NUMBER
         async with aclosing(self._stores.downloads.file(file, request.offset, field)) as messages:
             async for message in messages:
@@ -54,6 +56,7 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
         # Who looks at what must not be served, or verifies it, wants what is kept and not what is in memory.
         read = manifests.read_again if request.include_unusable else manifests.read
         manifest = await read(version.record.digest)
+        self._stores.download_counts.note_canonical(version.record, request.offset)
         yield store_pb2.FetchAdapterResponse(manifest=manifest)
         field = store_pb2.FetchAdapterResponse.DATA_FIELD_NUMBER
         tensors = self._stores.downloads.tensors(version, manifest, request.offset, field)
@@ -79,6 +82,12 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
             raise invalid_field("digest", "is for a request without a ref")
         found = await self._stores.catalogue.get_digest(request.digest)
         return Ref(found.record.adapter, digest=request.digest)
+
+    async def GetDownloadCounts(
+        self, request: store_pb2.GetDownloadCountsRequest, context: Context
+    ) -> store_pb2.GetDownloadCountsResponse:
+        counts = await self._stores.download_counts.counts(request.digests)
+        return store_pb2.GetDownloadCountsResponse(counts=counts)
 
     async def ListVersions(
         self, request: store_pb2.ListVersionsRequest, context: Context
@@ -114,12 +123,16 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
         self, request: store_pb2.SearchAdaptersRequest, context: Context
     ) -> store_pb2.SearchAdaptersResponse:
         query = wire.search_from(request)
-        page = await self._stores.search.find(query, _page(request))
+        finding = self._stores.search.find(query, _page(request))
+        if request.with_facets:
+            # Beside each other: the database works on one while the other is put together.
+            page, facets = await asyncio.gather(finding, self._stores.search.facets(query))
+        else:
+            page, facets = await finding, None
         response = store_pb2.SearchAdaptersResponse(
             adapters=[wire.summary_to(summary) for summary in page.items], next_page_token=page.next_token
         )
-        if request.with_facets:
-            facets = await self._stores.search.facets(query)
+        if facets is not None:
             response.facets.extend(wire.facets_to(facets))
             response.facets_capped = facets.capped
         return response

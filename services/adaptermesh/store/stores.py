@@ -5,11 +5,12 @@ import fcntl
 import logging
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adaptermesh.core.clock import Clock
-from adaptermesh.core.errors import Reason, unavailable
+from adaptermesh.core.errors import MeshError, Reason, unavailable
 from adaptermesh.core.rates import Rates
 from adaptermesh.store.access.api_keys import ApiKeys
 from adaptermesh.store.access.audit import Audit
@@ -22,9 +23,9 @@ from adaptermesh.store.aliases import Aliases
 from adaptermesh.store.blobs import BlobStore, FolderBlobStore
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database, DatabaseConfig
+from adaptermesh.store.download_counts import DownloadCounts
 from adaptermesh.store.feed import Feed, FeedConfig
 from adaptermesh.store.garbage import GarbageCollector
-from adaptermesh.store.lineage import Lineage
 from adaptermesh.store.listing import Listing
 from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.part_blobs import PartBlobs
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _LOCK_POLL_SECONDS = 0.1
 _TRIM_SECONDS = 60.0
+_COUNT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class Stores:
         self.statuses = Statuses(self.database, clock)
         self.policies = Policies(self.database, clock)
         self.signatures = Signatures(self.database, clock)
-        self.removals = Removals(self.database, clock, self.blobs, Lineage(self.database, self.manifests))
+        self.removals = Removals(self.database, clock, self.blobs, self.manifests)
+        self.download_counts = DownloadCounts(self.database)
         self.listing = Listing(self.database)
         self.search = Search(self.database)
         self.snapshots = Snapshots(self.database, config.snapshots)
@@ -111,7 +114,10 @@ class Stores:
         )
         self.garbage = GarbageCollector(self.database, self.blobs, self.parts, clock)
         self.scrubber = Scrubber(self.database, self.catalogue, self.blobs)
-        self._periodic = (PeriodicWork("trimming of the change feed", self.trimmer.trim, _TRIM_SECONDS),)
+        self._periodic = (
+            PeriodicWork("trimming of the change feed", self.trimmer.trim, _TRIM_SECONDS),
+            PeriodicWork("counting of downloads", self.download_counts.flush, _COUNT_SECONDS),
+        )
 
     async def open(self) -> None:
         """Takes the folder, brings the database up to date, and removes what a crash has left.
@@ -154,6 +160,9 @@ class Stores:
         for work in self._periodic:
             await work.stop()
         await self.garbage.close()
+        with suppress(MeshError):
+            # Counts are not worth waiting for a database that is away.
+            await self.download_counts.flush()
         await self.database.close()
         await self.parts.close()
         await self.blobs.close()

@@ -24,6 +24,7 @@ from adaptermesh.store.headers import UploadHeader, check_header
 from adaptermesh.store.keeping import Keeper
 from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.records import BaseModelRecord, VersionRecord
+from adaptermesh.store.search_facts import SearchFacts, search_facts
 from adaptermesh.store.staging import Place, Staging, next_message, receive_files
 from adaptermesh.store.words import MAX_CARD_CHARACTERS
 
@@ -67,6 +68,7 @@ class _Ingested:
     tensor_digest: str
     card: str
     parents: tuple[str, ...]
+    facts: SearchFacts
 
 
 class Uploads:
@@ -231,7 +233,7 @@ class Uploads:
         blobs |= {made.version.digest: made.manifest, made.tensor_digest: made.tensors}
         await place.intend(blobs)
         published = await self._keeper.publish(
-            blobs, made.version, made.tensor_digest, made.card, made.parents
+            blobs, made.version, made.tensor_digest, made.card, made.parents, made.facts
         )
         place.settle()
         stored = published.version
@@ -281,7 +283,9 @@ def _ingest(
         create_time_us=0,
         source_files=header.files,
     )
-    return _Ingested(version, manifest_path, tensors, file_digest(tensors), _card(sources), header.parents)
+    searched = search_facts(result.manifest.languages, result.manifest.metrics)
+    digest = file_digest(tensors)
+    return _Ingested(version, manifest_path, tensors, digest, _card(sources), header.parents, searched)
 
 
 def _check_expected(header: UploadHeader, version: VersionRecord) -> None:

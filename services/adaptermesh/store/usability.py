@@ -3,18 +3,19 @@
 import dataclasses
 from collections.abc import Iterable
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import MeshError, version_revoked, version_unsigned
 from adaptermesh.core.policy_scope import tenant_scope
 from adaptermesh.core.refs import Ref
 from adaptermesh.core.signature_policy import SignaturePolicy
+from adaptermesh.core.version_state import VersionState
 from adaptermesh.store.access.quotas import owners_of
 from adaptermesh.store.records import PolicyRecord, VersionRecord
 from adaptermesh.store.resolution import find_version, get_digest
 from adaptermesh.store.rows import StoredVersion, policy_record
-from adaptermesh.store.schema import namespace_policies
+from adaptermesh.store.schema import adapters, namespace_policies, version_statuses
 
 # SQLite takes a bounded number of parameters in one statement.
 _NAMES_AT_ONCE = 500
@@ -85,6 +86,13 @@ def why_not(ref: str, version: VersionRecord, policy: PolicyRecord) -> MeshError
     if policy.signatures is SignaturePolicy.NONE or is_signed(version, policy):
         return None
     return version_unsigned(ref, version.ref, version.digest, policy.namespace)
+
+
+def suspects(policies: Iterable[PolicyRecord]) -> ColumnElement[bool]:
+    """Which of `SELECT_VERSIONS` of these namespaces `why_not` may refuse; all others may be used."""
+    strict = [policy.namespace for policy in policies if policy.signatures is not SignaturePolicy.NONE]
+    revoked = version_statuses.c.state == VersionState.REVOKED.value
+    return revoked | adapters.c.namespace.in_(strict) if strict else revoked
 
 
 def is_signed(version: VersionRecord, policy: PolicyRecord) -> bool:

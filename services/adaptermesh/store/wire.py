@@ -12,6 +12,7 @@ from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
 from adaptermesh.store.access.records import GrantRecord, NamespaceRecord
 from adaptermesh.store.access.wire import access_record_to, grant_to, namespace_to
+from adaptermesh.store.facets import Facets
 from adaptermesh.store.feed import FeedStatus
 from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
@@ -30,7 +31,7 @@ from adaptermesh.store.records import (
     VersionRecord,
     VersionStatus,
 )
-from adaptermesh.store.search import Facets, Order, SearchQuery
+from adaptermesh.store.search_query import Order, SearchQuery
 from adaptermesh.store.snapshot import SnapshotItem
 
 
@@ -56,6 +57,8 @@ _ORDERS = {
     store_pb2.SEARCH_ORDER_RELEVANCE: Order.RELEVANCE,
     store_pb2.SEARCH_ORDER_NEWEST: Order.NEWEST,
     store_pb2.SEARCH_ORDER_NAME: Order.NAME,
+    store_pb2.SEARCH_ORDER_DOWNLOADS: Order.DOWNLOADS,
+    store_pb2.SEARCH_ORDER_SCORE: Order.SCORE,
 }
 
 
@@ -72,6 +75,10 @@ def search_from(message: store_pb2.SearchAdaptersRequest) -> SearchQuery:
         license=message.license,
         tags=tuple(message.tags),
         order=_ORDERS[message.order],
+        language=message.language,
+        tenant=message.tenant,
+        score_metric=message.score_metric,
+        lowest_score_first=message.lowest_score_first,
     )
 
 
@@ -238,6 +245,7 @@ def summary_to(summary: AdapterSummary) -> store_pb2.AdapterSummary:
         version_count=summary.version_count,
         aliases=[alias_to(alias) for alias in summary.aliases],
         unusable_numbers=summary.unusable_numbers,
+        download_count=summary.download_count,
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from sqlalchemy import (
     ColumnElement,
-    FromClause,
     Integer,
+    Select,
     bindparam,
     column,
     delete,
@@ -65,8 +65,18 @@ class WordIndex(Protocol):
         """Removes an adapter's words, likewise."""
         ...
 
-    def matching(self, words: Sequence[str]) -> FromClause:
-        """The adapters that have a word beginning with each of these: columns `adapter_id` and `score`."""
+    def matches(self, adapter_id: ColumnElement[int], words: Sequence[str]) -> ColumnElement[bool]:
+        """Whether an adapter has a word beginning with each of these."""
+        ...
+
+    def newest(self, words: Sequence[str], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        """The adapters that match and are allowed (None: all), the newest first: column `adapter_id`."""
+        ...
+
+    def ranked(
+        self, words: Sequence[str], allowed: Select[Any] | None, limit: int, *, names_only: bool = False
+    ) -> Select[Any]:
+        """The same in any order, with a `score`, the higher the better; or those whose names match."""
         ...
 
 
@@ -91,18 +101,40 @@ class SqliteWords:
     async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
         await connection.execute(delete(self._index).where(self._index.c.rowid == adapter_id))
 
-    def matching(self, words: Sequence[str]) -> FromClause:
-        index: ColumnElement[str] = literal_column("search_words")
+    def matches(self, adapter_id: ColumnElement[int], words: Sequence[str]) -> ColumnElement[bool]:
+        return adapter_id.in_(select(self._index.c.rowid).where(self._match(words)))
+
+    def newest(self, words: Sequence[str], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        return self._newest(self._match(words), allowed, limit)
+
+    def ranked(
+        self, words: Sequence[str], allowed: Select[Any] | None, limit: int, *, names_only: bool = False
+    ) -> Select[Any]:
+        match = self._match(words, "{name} : ") if names_only else self._match(words)
+        score = -func.bm25(self._whole, 8.0, 4.0, 2.0, 1.0)
+        return self._newest(match, allowed, limit).add_columns(score.label("score"))
+
+    def _newest(self, match: ColumnElement[bool], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        query = select(self._index.c.rowid.label("adapter_id")).where(match)
+        if allowed is not None:
+            # The plus keeps SQLite from asking the index once for each that is allowed.
+            query = query.where(literal_column("+search_words.rowid").in_(allowed))
+        # In its own order the index is read no further than needed.
+        return query.order_by(self._index.c.rowid.desc()).limit(limit)
+
+    def _match(self, words: Sequence[str], columns: str = "") -> ColumnElement[bool]:
         asked = " ".join(f'"{word}"*' for word in words)
-        score = -func.bm25(index, 8.0, 4.0, 2.0, 1.0)
-        query = select(self._index.c.rowid.label("adapter_id"), score.label("score"))
-        return query.where(index.op("MATCH")(asked)).subquery()
+        return self._whole.op("MATCH", is_comparison=True)(f"{columns}({asked})")
+
+    @property
+    def _whole(self) -> ColumnElement[str]:
+        return literal_column("search_words")
 
 
 class PostgresWords:
-    """A tsvector whose weights A to D are name, tags, description and card."""
+    """A tsvector whose weights A to D are name, tags, description and card; and one of the name alone."""
 
-    _index = table("search_words", column("adapter_id", Integer), column("document"))
+    _index = table("search_words", column("adapter_id", Integer), column("document"), column("names"))
 
     async def put(self, connection: AsyncConnection, adapter_id: int, wording: Wording) -> None:
         await self.remove(connection, adapter_id)
@@ -110,25 +142,50 @@ class PostgresWords:
 
     async def add(self, connection: AsyncConnection, wordings: Mapping[int, Wording]) -> None:
         rows = [{"adapter_id": adapter_id, **_values(wording)} for adapter_id, wording in wordings.items()]
-        await connection.execute(insert(self._index).values(document=_document()), rows)
+        vectors = {"document": _document(PARTS), "names": _document(PARTS[:1])}
+        await connection.execute(insert(self._index).values(vectors), rows)
 
     async def remove(self, connection: AsyncConnection, adapter_id: int) -> None:
         await connection.execute(delete(self._index).where(self._index.c.adapter_id == adapter_id))
 
-    def matching(self, words: Sequence[str]) -> FromClause:
-        # Words are of letters and digits only: nothing in them means anything to the query.
-        asked = func.to_tsquery("simple", " & ".join(f"'{word}':*" for word in words))
-        score = func.ts_rank_cd(self._index.c.document, asked)
-        query = select(self._index.c.adapter_id, score.label("score"))
-        return query.where(self._index.c.document.op("@@")(asked)).subquery()
+    def matches(self, adapter_id: ColumnElement[int], words: Sequence[str]) -> ColumnElement[bool]:
+        return adapter_id.in_(select(self._index.c.adapter_id).where(self._match(words)))
+
+    def newest(self, words: Sequence[str], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        return self._newest(self._match(words), allowed, limit)
+
+    def ranked(
+        self, words: Sequence[str], allowed: Select[Any] | None, limit: int, *, names_only: bool = False
+    ) -> Select[Any]:
+        # An index of its own: that of the documents does not know which part a word is of.
+        match = self._match(words, self._index.c.names) if names_only else self._match(words)
+        # Scored is only what the limit leaves.
+        found = self._newest(match, allowed, limit).add_columns(self._index.c.document).subquery()
+        score = func.ts_rank_cd(found.c.document, _asked(words))
+        return select(found.c.adapter_id, score.label("score"))
+
+    def _newest(self, match: ColumnElement[bool], allowed: Select[Any] | None, limit: int) -> Select[Any]:
+        query = select(self._index.c.adapter_id).where(match)
+        if allowed is not None:
+            query = query.where(self._index.c.adapter_id.in_(allowed))
+        return query.order_by(self._index.c.adapter_id.desc()).limit(limit)
+
+    def _match(self, words: Sequence[str], searched: ColumnElement[Any] | None = None) -> ColumnElement[bool]:
+        column = self._index.c.document if searched is None else searched
+        return column.op("@@", is_comparison=True)(_asked(words))
 
 
-def _document() -> ColumnElement[Any]:
-    """The tsvector of the parameters that are called as the parts are."""
+def _asked(words: Sequence[str]) -> ColumnElement[Any]:
+    # Words are of letters and digits only: nothing in them means anything to the query.
+    return func.to_tsquery("simple", " & ".join(f"'{word}':*" for word in words))
+
+
+def _document(parts: Sequence[str]) -> ColumnElement[Any]:
+    """The tsvector of the parameters that are called as some parts are."""
     weighted = [
         # Its type, "char", is one that no parameter has.
         func.setweight(func.to_tsvector("simple", bindparam(part)), literal_column(f"'{weight}'"))
-        for part, weight in zip(PARTS, "ABCD", strict=True)
+        for part, weight in zip(parts, "ABCD", strict=False)
     ]
     document: ColumnElement[Any] = weighted[0]
     for part in weighted[1:]:

@@ -156,6 +156,9 @@ class FakeStore(store_pb2_grpc.StoreServiceServicer):
     async def ListSignatures(self, request: Any, context: Any) -> store_pb2.ListSignaturesResponse:
         return store_pb2.ListSignaturesResponse()
 
+    async def GetDownloadCounts(self, request: Any, context: Any) -> store_pb2.GetDownloadCountsResponse:
+        return store_pb2.GetDownloadCountsResponse(counts=[7] * len(request.digests))
+
     async def GetFeedStatus(self, request: Any, context: Any) -> store_pb2.GetFeedStatusResponse:
         oldest = Timestamp(seconds=1_750_000_000)
         return store_pb2.GetFeedStatusResponse(

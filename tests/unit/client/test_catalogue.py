@@ -90,7 +90,7 @@ async def test_a_search_reads_pages_up_to_its_limit_and_counts_once(
     assert [request.with_facets for request in fake_store.searches] == [True, False]
     every = await store.search(Search("acme"))
     assert (len(every.adapters), every.more, dict(every.facets)) == (5, False, {})
-    with pytest.raises(MeshError, match="'size' is none of relevance, newest, name"):
+    with pytest.raises(MeshError, match="'size' is none of relevance, newest, date, name, downloads, score"):
         await store.search(Search(order="size"))
 
 

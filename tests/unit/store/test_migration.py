@@ -21,7 +21,7 @@ from adaptermesh.store import migration, schema
 from adaptermesh.store.database import Database, DatabaseConfig
 from adaptermesh.store.migration import migrate
 from adaptermesh.store.pages import PageRequest
-from adaptermesh.store.search import SearchQuery
+from adaptermesh.store.search_query import SearchQuery
 from adaptermesh.store.stores import StoreConfig, Stores
 
 SCRIPTS = Path(migration.__file__).parent / "migrations"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import Code, Reason
+from adaptermesh.store import search
 
 EVERYTHING = ["beta/percent", "beta/style", "acme/sql", "acme/financial-ner"]
 
@@ -135,6 +136,8 @@ async def test_facets_count_what_matches(library: Any) -> None:
         "kind": {"lora": 4},
         "license": {"mit": 2, "apache-2.0": 1, "": 1},
         "tags": {"english": 2, "finance": 1, "code": 1},
+        "language": {},
+        "tenant": {"default": 4},
     }
     found = await facets(text="english", namespace="beta")
     assert (found["task"], found["tags"]) == ({"style": 1}, {"english": 1})
@@ -142,10 +145,110 @@ async def test_facets_count_what_matches(library: Any) -> None:
     assert list(page.facets) == []
 
 
+def card(languages: str = "", *results: tuple[str, str, float]) -> bytes:
+    """With languages, and results of task, metric and value."""
+    lines = ["---", f"language: [{languages}]", "model-index:", "- name: m", "  results:"]
+    for task, metric, value in results:
+        lines += [f"  - task: {{type: {task}}}", f"    metrics: [{{type: {metric}, value: {value}}}]"]
+    return "\n".join([*lines, "---", "# A card"]).encode()
+
+
+@pytest.fixture
+async def scored(store: Any, publish: Any) -> Any:
+    await publish("a", card=card("en, de", ("ner", "accuracy", 0.5), ("qa", "accuracy", 0.9)), tags=["x"])
+    await publish("b", card=card("en", ("qa", "accuracy", 0.7), ("qa", "loss", 1.5)), tags=["x"])
+    await publish("c", card=card("fr", ("ner", "loss", 0.5)))
+    await publish("d")
+    return store
+
+
+async def test_adapters_come_in_order_of_a_score_of_their_cards(scored: Any, publish: Any) -> None:
+    by_score = {"order": store_pb2.SEARCH_ORDER_SCORE}
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, ["acme/b", "acme/a"]),
+        ({"score_metric": "accuracy"}, ["acme/b", "acme/a"]),
+        ({"score_metric": "accuracy", "lowest_score_first": True}, ["acme/a", "acme/b"]),
+        ({"score_metric": "qa/accuracy"}, ["acme/a", "acme/b"]),
+        ({"score_metric": "loss", "lowest_score_first": True}, ["acme/c", "acme/b"]),
+        ({"score_metric": "bleu"}, []),
+        ({"score_metric": "loss", "language": "fr"}, ["acme/c"]),
+        ({"text": "a"}, ["acme/b", "acme/a"]),
+        ({"text": "b"}, ["acme/b"]),
+    ]
+    for fields, expected in cases:
+        for page_size in (0, 1):
+            assert await found(scored, page_size, **by_score, **fields) == expected, fields
+    await publish("b", seeds=(2,), card=card("en", ("qa", "accuracy", 0.1)))
+    assert await found(scored, **by_score) == ["acme/a", "acme/b"]
+
+
+async def test_adapters_are_found_by_the_languages_of_their_cards(scored: Any) -> None:
+    assert await found(scored, language="en") == ["acme/b", "acme/a"]
+    assert await found(scored, page_size=1, language="en") == ["acme/b", "acme/a"]
+    assert await found(scored, language="de", tags=["x"]) == ["acme/a"]
+    assert await found(scored, language="fr", tags=["x"]) == []
+    assert await found(scored, language="en", text="b") == ["acme/b"]
+    request = store_pb2.SearchAdaptersRequest(with_facets=True, text="card")
+    page = await scored.stub.SearchAdapters(request)
+    (languages,) = (facet for facet in page.facets if facet.field == "language")
+    assert [(one.value, one.count) for one in languages.values] == [("en", 2), ("de", 1), ("fr", 1)]
+
+
+async def test_adapters_come_in_order_of_their_downloads_on_pages_that_stay(store: Any, publish: Any) -> None:
+    versions = {name: (await publish(name, tags=["word"]))[0] for name in "abcde"}
+
+    async def downloaded(**counts: int) -> None:
+        for name, count in counts.items():
+            request = store_pb2.FetchAdapterRequest(digest=versions[name].digest)
+            for _ in range(count):
+                async for _ in store.stub.FetchAdapter(request):
+                    pass
+        await store.stores.download_counts.flush()
+
+    await downloaded(a=3, b=5, c=1)
+    order = store_pb2.SEARCH_ORDER_DOWNLOADS
+    expected = ["acme/b", "acme/a", "acme/c", "acme/e", "acme/d"]
+    assert await found(store, order=order) == expected
+    assert await found(store, order=order, text="word", tags=["word"]) == expected
+    request = store_pb2.SearchAdaptersRequest(order=order, page_size=2)
+    first = await store.stub.SearchAdapters(request)
+    assert [item.download_count for item in first.adapters] == [5, 3]
+    # Between two pages the last becomes the first, and a new one comes.
+    await downloaded(d=9, a=1)
+    await publish("f")
+    request.page_token = first.next_page_token
+    second = await store.stub.SearchAdapters(request)
+    request.page_token = second.next_page_token
+    third = await store.stub.SearchAdapters(request)
+    names = [item.newest.name for page in (first, second, third) for item in page.adapters]
+    assert (names, third.next_page_token) == (list("baced"), "")
+    assert (await found(store, order=order))[0] == "acme/d"
+
+
+async def test_of_very_many_matches_the_newest_are_ranked_and_the_newest_names(
+    store: Any, publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MAX_RANKED", 3)
+    await publish("poems")
+    await publish("lost", card=b"# Poems")
+    for name in ("x", "y", "z"):
+        await publish(name, card=b"# Poems")
+    assert set(await found(store, text="poems")) == {"acme/poems", "acme/x", "acme/y", "acme/z"}
+    assert (await found(store, text="poems"))[0] == "acme/poems"
+    # What conditions leave is what counts.
+    await publish("old", card=b"# Poems", task="old")
+    for name in "uvw":
+        await publish(name, card=b"# Poems")
+    assert await found(store, text="poems", task="old") == ["acme/old"]
+    assert len(await found(store, text="poems", order=store_pb2.SEARCH_ORDER_NEWEST)) == 9
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
         ({"text": "!?"}, "text"),
+        ({"language": "x" * 300}, "language"),
+        ({"score_metric": "x" * 300}, "score_metric"),
         ({"text": " ".join("abcdefghijklmnopq")}, "text"),
         ({"text": "a" * 300}, "text"),
         ({"task": "x" * 300}, "task"),

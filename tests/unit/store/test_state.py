@@ -39,7 +39,7 @@ from adaptermesh.store.records import (
     VersionRecord,
 )
 from adaptermesh.store.removal import RemovalRequest
-from adaptermesh.store.search import SearchQuery
+from adaptermesh.store.search_query import SearchQuery
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import StoreConfig, Stores
 from tests.postgres import MIGRATED

@@ -105,9 +105,12 @@ def show(
             name = AdapterName.parse(ref)
             versions = await client.list_versions(ref)
             summaries = await client.list_adapters(ref, namespace=name.namespace)
+            downloads = await client.download_counts([version.digest for version in versions])
         adapter = next((summary for summary in summaries if summary.name == ref), None)
         pointers = adapter.aliases if adapter is not None else ()
-        _print_versions(output, versions, {alias.alias: alias.version_number for alias in pointers})
+        _print_versions(
+            output, versions, {alias.alias: alias.version_number for alias in pointers}, downloads
+        )
 
     execute(as_json, work)
 
@@ -131,7 +134,9 @@ app.command()(verify)
 app.command("gc")(collect_garbage)
 
 
-def _print_versions(output: Output, versions: list[Version], pointers: dict[str, int]) -> None:
+def _print_versions(
+    output: Output, versions: list[Version], pointers: dict[str, int], downloads: list[int]
+) -> None:
     rows = table(
         "version",
         "status",
@@ -140,11 +145,12 @@ def _print_versions(output: Output, versions: list[Version], pointers: dict[str,
         "kind",
         "rank",
         "size",
+        "downloads",
         "aliases",
         "description",
-        right=("rank", "size"),
+        right=("rank", "size", "downloads"),
     )
-    for version in versions:
+    for version, count in zip(versions, downloads, strict=True):
         rows.add_row(
             version.ref,
             version.status.state,
@@ -153,8 +159,12 @@ def _print_versions(output: Output, versions: list[Version], pointers: dict[str,
             version.kind,
             str(version.max_rank or ""),
             size(version.size_bytes),
+            str(count),
             ", ".join(alias for alias, number in pointers.items() if number == version.number),
             version.description,
         )
     nothing = Text("no versions: all of them were removed")
-    output.result({"versions": versions, "aliases": pointers}, rows if versions else nothing)
+    output.result(
+        {"versions": versions, "aliases": pointers, "download_counts": downloads},
+        rows if versions else nothing,
+    )

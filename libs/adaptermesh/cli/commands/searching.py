@@ -29,21 +29,41 @@ def search(
     spdx: Annotated[str, typer.Option("--license", help="Exact licence, e.g. apache-2.0.")] = "",
     tags: TagsOption = None,
     namespace: Annotated[str, typer.Option(help="Exact namespace.")] = "",
+    language: Annotated[str, typer.Option(help="Exact language, as the card names it, e.g. en.")] = "",
+    tenant: Annotated[str, typer.Option(help="Whose the namespace is.")] = "",
     sort: Annotated[
-        Literal["relevance", "newest", "name"] | None,
-        typer.Option(help="The order. Default: relevance with words, else newest."),
+        Literal["relevance", "date", "newest", "name", "downloads", "score"] | None,
+        typer.Option(help="The order; newest is date. Default: relevance with words, else date."),
     ] = None,
+    metric: Annotated[
+        str, typer.Option(help="For --sort score: metric or task/metric of the card. Default: accuracy.")
+    ] = "",
+    lowest: Annotated[
+        bool, typer.Option("--lowest-first", help="For --sort score: the lowest first, as for a loss.")
+    ] = False,
     facets: Annotated[bool, typer.Option("--facets", help="Count what they have in common, too.")] = False,
     limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=100_000)] = 100,
     store: StoreOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Finds adapters by words, task, base model, kind, licence and tags; all that is given must hold.
+    """Finds adapters by words, task, base, kind, licence, language, tenant and tags; all given must hold.
 
     Example: adaptermesh adapters search invoice entities --task financial-ner --tag finance --facets
     """
     query = Search(
-        " ".join(words or ()), namespace, base, task, kind, spdx, tuple(tags or ()), sort or "", facets
+        text=" ".join(words or ()),
+        namespace=namespace,
+        base_model=base,
+        task=task,
+        kind=kind,
+        license=spdx,
+        tags=tuple(tags or ()),
+        order=sort or "",
+        with_facets=facets,
+        language=language,
+        tenant=tenant,
+        score_metric=metric,
+        lowest_score_first=lowest,
     )
 
     async def work(output: Output) -> None:
@@ -57,7 +77,8 @@ def search(
 def adapters_table(adapters: Sequence[Adapter]) -> RenderableType:
     """A line for each: its newest version and its aliases."""
     rows = table(
-        "adapter", "newest", "task", "base", "kind", "rank", "size", "aliases", right=("rank", "size")
+        *("adapter", "newest", "task", "base", "kind", "rank", "size", "downloads", "aliases"),
+        right=("rank", "size", "downloads"),
     )
     for adapter in adapters:
         newest = adapter.newest
@@ -74,6 +95,7 @@ def adapters_table(adapters: Sequence[Adapter]) -> RenderableType:
             newest.kind,
             str(newest.max_rank or ""),
             size(newest.size_bytes),
+            str(adapter.download_count),
             aliases,
         )
     return rows if adapters else Text("no adapters")

@@ -163,7 +163,7 @@ def visible() -> ColumnElement[bool] | None:
     return seen & adapters.c.namespace.in_(caller.namespaces) if caller.namespaces else seen
 
 
-def scope() -> list[str | list[str]]:
+def caller_scope() -> list[str | list[str]]:
     """Tells lists of different callers apart: a page token of one is none of another."""
     caller = current_caller.get()
     return [] if caller.sees_everything else [caller.tenant, sorted(caller.namespaces)]

@@ -206,6 +206,7 @@ GUARDS: Mapping[str, Guard | None] = {
     "DeleteSigningKey": _policy(ADMINISTER),
     "ListAdapters": _anywhere(READ),
     "SearchAdapters": _anywhere(READ),
+    "GetDownloadCounts": _anywhere(READ),
     "SetAlias": _alias,
     "RollBackAlias": _alias,
     "SetAliasProtection": _adapter(ADMINISTER),

@@ -1,7 +1,7 @@
 -- What a store of this revision has written, as it wrote it: the code of then is gone. One statement a line.
 INSERT INTO feed VALUES (1, 'the-feed', 4, 0);
 INSERT INTO base_models VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', 'tiny', 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'Llama', 8, 2, 16, '{}', 1);
-INSERT INTO adapters (id, namespace, name, version_count, newest_number, deleted_count) VALUES (1, 'acme', 'ner', 1, 1, 0);
+INSERT INTO adapters (id, namespace, name, version_count, newest_number, deleted_count, download_count) VALUES (1, 'acme', 'ner', 1, 1, 0, 5);
 INSERT INTO versions (id, adapter_id, number, digest, tensor_digest, base_digest, base_model_id, task, description, tags, license, kind, op_kinds, max_rank, size_bytes, servable, unservable_reason, warnings, create_time_us, source_files, feed_position) VALUES (1, 1, 1, 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'sha256:0000000000000000000000000000000000000000000000000000000000000000', 'tiny', 'ner', 'Names', '["a"]', 'mit', 'lora', '["lowrank"]', 4, 1099511627776, true, '', '[]', 5, '[{"path": "a.json", "size_bytes": 3, "digest": "sha256:0000000000000000000000000000000000000000000000000000000000000000"}]', 2);
 INSERT INTO version_tags VALUES (1, 'a');
 INSERT INTO alias_moves (adapter_id, alias, generation, version_number, update_time_us, actor, comment, protected, action, digest) VALUES (1, 'prod', 1, 1, 6, 'ada', 'why', true, 'set', 'sha256:0000000000000000000000000000000000000000000000000000000000000000');
@@ -25,4 +25,8 @@ INSERT INTO api_keys VALUES ('amk_abcdefgh', 'other', '["admin"]', '[]', 'scrypt
 INSERT INTO audit_entries VALUES (4, 5, 'base_model_registered', 'tiny', '', '', '', '', '');
 INSERT INTO upload_sessions VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', '{"adapter":{"namespace":"acme","name":"ner"},"base_model":"tiny","task":"","description":"","tags":[],"license":"","author":"","files":[{"path":"a.json","size_bytes":3,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}],"validate_only":false,"parents":[],"merge_recipe_json":""}', 3, 99, '');
 INSERT INTO upload_parts VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', 0, 0, 3, 'sha256:0000000000000000000000000000000000000000000000000000000000000000');
+INSERT INTO version_downloads VALUES (1, 5);
+INSERT INTO search_languages VALUES (1, 'en', 4);
+INSERT INTO search_scores VALUES (1, 'accuracy', 0.5);
+INSERT INTO search_scores VALUES (1, 'ner/accuracy', 0.5);
 INSERT INTO blob_removals VALUES ('sha256:1111111111111111111111111111111111111111111111111111111111111111', 'somebody', 5);

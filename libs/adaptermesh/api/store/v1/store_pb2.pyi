@@ -32,11 +32,17 @@ class _SearchOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchOrd
     SEARCH_ORDER_UNSPECIFIED: _SearchOrder.ValueType  # 0
     """The default of the request."""
     SEARCH_ORDER_RELEVANCE: _SearchOrder.ValueType  # 1
-    """What fits the words best first."""
+    """What fits the words best first. Of more than 2,000 adapters that match, the newest 2,000 are ranked, and the newest
+    2,000 whose names match.
+    """
     SEARCH_ORDER_NEWEST: _SearchOrder.ValueType  # 2
     """The newest version first."""
     SEARCH_ORDER_NAME: _SearchOrder.ValueType  # 3
     """By namespace and name."""
+    SEARCH_ORDER_DOWNLOADS: _SearchOrder.ValueType  # 4
+    """The most downloaded first."""
+    SEARCH_ORDER_SCORE: _SearchOrder.ValueType  # 5
+    """The highest score first. Of several results of a metric the card's first one counts."""
 
 class SearchOrder(_SearchOrder, metaclass=_SearchOrderEnumTypeWrapper):
     """In which order adapters come."""
@@ -44,11 +50,17 @@ class SearchOrder(_SearchOrder, metaclass=_SearchOrderEnumTypeWrapper):
 SEARCH_ORDER_UNSPECIFIED: SearchOrder.ValueType  # 0
 """The default of the request."""
 SEARCH_ORDER_RELEVANCE: SearchOrder.ValueType  # 1
-"""What fits the words best first."""
+"""What fits the words best first. Of more than 2,000 adapters that match, the newest 2,000 are ranked, and the newest
+2,000 whose names match.
+"""
 SEARCH_ORDER_NEWEST: SearchOrder.ValueType  # 2
 """The newest version first."""
 SEARCH_ORDER_NAME: SearchOrder.ValueType  # 3
 """By namespace and name."""
+SEARCH_ORDER_DOWNLOADS: SearchOrder.ValueType  # 4
+"""The most downloaded first."""
+SEARCH_ORDER_SCORE: SearchOrder.ValueType  # 5
+"""The highest score first. Of several results of a metric the card's first one counts."""
 Global___SearchOrder: _TypeAlias = SearchOrder  # noqa: Y015
 
 @_typing.final
@@ -732,6 +744,56 @@ class ResolveRefResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResolveRefResponse: _TypeAlias = ResolveRefResponse  # noqa: Y015
+
+@_typing.final
+class GetDownloadCountsRequest(_message.Message):
+    """Asks how often versions were downloaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The versions' digests, at most 1,000."""
+
+    def __init__(
+        self,
+        *,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDownloadCountsRequest: _TypeAlias = GetDownloadCountsRequest  # noqa: Y015
+
+@_typing.final
+class GetDownloadCountsResponse(_message.Message):
+    """How often they were downloaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One for each digest, in their order: how often its largest file but the card, or its canonical form, was fetched
+        from the beginning. Zero also for an unknown digest.
+        """
+
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDownloadCountsResponse: _TypeAlias = GetDownloadCountsResponse  # noqa: Y015
 
 @_typing.final
 class ListVersionsRequest(_message.Message):
@@ -1462,6 +1524,10 @@ class SearchAdaptersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     WITH_FACETS_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    SCORE_METRIC_FIELD_NUMBER: _builtins.int
+    LOWEST_SCORE_FIRST_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Words, each of which must begin a word of the name, the tags, the description or the card; at most 16, without
     regard to case and accents. Empty matches all.
@@ -1481,11 +1547,21 @@ class SearchAdaptersRequest(_message.Message):
     page_size: _builtins.int
     """At most this many, [0, 1000]. Zero means 100."""
     page_token: _builtins.str
-    """From the previous page. Empty for the first one. In order of relevance the pages are those of the moment of the
-    first one, and end after 1,000 adapters.
+    """From the previous page. Empty for the first one. In order of relevance, downloads and score the pages are
+    those of the moment of the first one, and end after 1,000 adapters.
     """
     with_facets: _builtins.bool
     """Count what the adapters that match have in common, too."""
+    language: _builtins.str
+    """Exact language, as the card names it, e.g. "en". Empty matches all."""
+    score_metric: _builtins.str
+    """For the order of scores: which metric of the card, "accuracy" or, of one task only, "text-classification/accuracy".
+    At most 256 characters. Empty means "accuracy". Only adapters that have it are found then.
+    """
+    lowest_score_first: _builtins.bool
+    """For the order of scores: the lowest first, as for a loss."""
+    tenant: _builtins.str
+    """Exact tenant that the namespace belongs to. Empty matches all."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tags that it must all have, at most 32."""
@@ -1504,10 +1580,14 @@ class SearchAdaptersRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         with_facets: _builtins.bool = ...,
+        language: _builtins.str = ...,
+        score_metric: _builtins.str = ...,
+        lowest_score_first: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "kind", b"kind", "license", b"license", "namespace", b"namespace", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags", "task", b"task", "text", b"text", "with_facets", b"with_facets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "kind", b"kind", "language", b"language", "license", b"license", "lowest_score_first", b"lowest_score_first", "namespace", b"namespace", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "score_metric", b"score_metric", "tags", b"tags", "task", b"task", "tenant", b"tenant", "text", b"text", "with_facets", b"with_facets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1526,14 +1606,14 @@ class SearchAdaptersResponse(_message.Message):
     next_page_token: _builtins.str
     """Empty on the last page."""
     facets_capped: _builtins.bool
-    """The facets count the newest 10,000 of more adapters that match."""
+    """The facets count the newest 5,000 of more adapters that match."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSummary]:
         """In the order that was asked for."""
 
     @_builtins.property
     def facets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Facet]:
-        """Of all that match, if asked for: one for base_model, task, kind, license and tags each."""
+        """Of all that match, if asked for: one for base_model, task, kind, license, tags and language each."""
 
     def __init__(
         self,
@@ -1560,7 +1640,7 @@ class Facet(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """"base_model", "task", "kind", "license" or "tags"."""
+    """"base_model", "task", "kind", "license", "tags", "language" or "tenant"."""
     @_builtins.property
     def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___FacetValue]:
         """The most frequent 20, most frequent first; "" where there is none."""
@@ -1615,8 +1695,11 @@ class AdapterSummary(_message.Message):
     VERSION_COUNT_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     UNUSABLE_NUMBERS_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_COUNT_FIELD_NUMBER: _builtins.int
     version_count: _builtins.int
     """How many versions it has, without those that were removed."""
+    download_count: _builtins.int
+    """How often its versions were downloaded, all together; the last seconds may be missing."""
     @_builtins.property
     def newest(self) -> _adapter_pb2.Version:
         """Its newest version."""
@@ -1638,10 +1721,11 @@ class AdapterSummary(_message.Message):
         version_count: _builtins.int = ...,
         aliases: _abc.Iterable[_adapter_pb2.Alias] | None = ...,
         unusable_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        download_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "newest", b"newest", "unusable_numbers", b"unusable_numbers", "version_count", b"version_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "download_count", b"download_count", "newest", b"newest", "unusable_numbers", b"unusable_numbers", "version_count", b"version_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

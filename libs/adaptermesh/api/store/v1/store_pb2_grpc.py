@@ -80,6 +80,11 @@ class StoreServiceStub:
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ResolveRefRequest.SerializeToString,
                 response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ResolveRefResponse.FromString,
                 _registered_method=True)
+        self.GetDownloadCounts = channel.unary_unary(
+                '/adaptermesh.api.store.v1.StoreService/GetDownloadCounts',
+                request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetDownloadCountsRequest.SerializeToString,
+                response_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetDownloadCountsResponse.FromString,
+                _registered_method=True)
         self.ListVersions = channel.unary_unary(
                 '/adaptermesh.api.store.v1.StoreService/ListVersions',
                 request_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ListVersionsRequest.SerializeToString,
@@ -297,6 +302,13 @@ class StoreServiceServicer:
         was removed; ErrorInfo has delete_time (RFC 3339), actor and why. FAILED_PRECONDITION
         (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
         namespace asks for a signature that it trusts, and there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDownloadCounts(self, request, context):
+        """How often versions were downloaded; the last seconds may be missing. Never NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -561,6 +573,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ResolveRef,
                     request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ResolveRefRequest.FromString,
                     response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ResolveRefResponse.SerializeToString,
+            ),
+            'GetDownloadCounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDownloadCounts,
+                    request_deserializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetDownloadCountsRequest.FromString,
+                    response_serializer=adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetDownloadCountsResponse.SerializeToString,
             ),
             'ListVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVersions,
@@ -942,6 +959,33 @@ class StoreService:
             '/adaptermesh.api.store.v1.StoreService/ResolveRef',
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ResolveRefRequest.SerializeToString,
             adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.ResolveRefResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDownloadCounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaptermesh.api.store.v1.StoreService/GetDownloadCounts',
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetDownloadCountsRequest.SerializeToString,
+            adaptermesh_dot_api_dot_store_dot_v1_dot_store__pb2.GetDownloadCountsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,8 @@ class StoreServiceStub:
     (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
     namespace asks for a signature that it trusts, and there is none.
     """
+    GetDownloadCounts: _grpc.UnaryUnaryMultiCallable[_store_pb2.GetDownloadCountsRequest, _store_pb2.GetDownloadCountsResponse]
+    """How often versions were downloaded; the last seconds may be missing. Never NOT_FOUND."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_store_pb2.ListVersionsRequest, _store_pb2.ListVersionsResponse]
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
     SetVersionStatus: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetVersionStatusRequest, _store_pb2.SetVersionStatusResponse]
@@ -217,6 +219,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
     namespace asks for a signature that it trusts, and there is none.
     """
+    GetDownloadCounts: _aio.UnaryUnaryMultiCallable[_store_pb2.GetDownloadCountsRequest, _store_pb2.GetDownloadCountsResponse]  # type: ignore[assignment]
+    """How often versions were downloaded; the last seconds may be missing. Never NOT_FOUND."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_store_pb2.ListVersionsRequest, _store_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Lists the versions of one adapter, newest first. NOT_FOUND: unknown adapter."""
     SetVersionStatus: _aio.UnaryUnaryMultiCallable[_store_pb2.SetVersionStatusRequest, _store_pb2.SetVersionStatusResponse]  # type: ignore[assignment]
@@ -409,6 +413,14 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         (VERSION_REVOKED): it is revoked, with the reason that was given. FAILED_PRECONDITION (VERSION_UNSIGNED): the
         namespace asks for a signature that it trusts, and there is none.
         """
+
+    @_abc_1.abstractmethod
+    def GetDownloadCounts(
+        self,
+        request: _store_pb2.GetDownloadCountsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.GetDownloadCountsResponse, _abc.Awaitable[_store_pb2.GetDownloadCountsResponse]]:
+        """How often versions were downloaded; the last seconds may be missing. Never NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListVersions(

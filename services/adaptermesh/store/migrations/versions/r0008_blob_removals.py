@@ -1,14 +1,14 @@
 """Removals of blobs that are under way.
 
 Revision ID: r0008
-Revises: r0006
+Revises: r0007
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "r0008"
-down_revision = "r0006"
+down_revision = "r0007"
 branch_labels = None
 depends_on = None
 
