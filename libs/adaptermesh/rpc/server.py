@@ -12,7 +12,7 @@ from adaptermesh.rpc.channel import MAX_MESSAGE_BYTES
 from adaptermesh.rpc.interceptors import ServerInterceptor
 from adaptermesh.telemetry.tracing import Tracing
 
-_READ_AHEAD_BYTES = 256 * 1024
+_AHEAD_BYTES = 512 * 1024
 _CHANNELZ_NAME = "grpc.channelz.v1.Channelz"
 
 
@@ -43,10 +43,10 @@ class MeshServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-                # What is read ahead of a slow call is bounded. By default it follows the bandwidth: many
-                # uploads at once then hold some MiB each.
+                # What a client may send ahead of what is read. By itself gRPC would let it grow to some
+                # megabytes for each stream, on a fast connection, whether anybody reads or not.
                 ("grpc.http2.bdp_probe", 0),
-                ("grpc.http2.lookahead_bytes", _READ_AHEAD_BYTES),
+                ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
                 # Two processes on one port would share its connections and confuse every client.
                 ("grpc.so_reuseport", 0),
             ),
