@@ -18,6 +18,7 @@ from adaptermesh.core.errors import Reason, unavailable
 from adaptermesh.store.blob_removal import remove_blob
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
+from adaptermesh.store.reading import FILE_PIECE_BYTES
 from adaptermesh.store.session_rows import (
     count_expired,
     delete_sessions,
@@ -29,7 +30,6 @@ from adaptermesh.store.upload_progress import UploadPart
 log = logging.getLogger(__name__)
 
 _CONFIRM_SECONDS = 5.0
-_PIECE_BYTES = 2**20
 # Writers wait while so many are removed.
 _REMOVED_AT_ONCE = 16
 _EXPIRED_AT_ONCE = 32
@@ -81,8 +81,8 @@ class PartBlobs:
         """The bytes of parts one after the other, in pieces that a message of an upload may have."""
         for part in parts:
             async with self._blobs.open(part.digest) as reader:
-                for offset in range(0, part.size_bytes, _PIECE_BYTES):
-                    yield await reader.read(offset, min(_PIECE_BYTES, part.size_bytes - offset))
+                for offset in range(0, part.size_bytes, FILE_PIECE_BYTES):
+                    yield await reader.read(offset, min(FILE_PIECE_BYTES, part.size_bytes - offset))
 
     async def expire(self, *, most: int | None = None) -> int:
         """Forgets uploads that have expired, and their parts; returns how many there were."""

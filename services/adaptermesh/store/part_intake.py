@@ -18,7 +18,13 @@ from adaptermesh.store.ownership import OwnedWork
 from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.records import SourceFile
 from adaptermesh.store.session_config import SessionConfig
-from adaptermesh.store.session_rows import UploadSession, extend_session, find_session, insert_part
+from adaptermesh.store.session_rows import (
+    UploadSession,
+    delete_part,
+    extend_session,
+    find_session,
+    insert_part,
+)
 from adaptermesh.store.staging import Place, Staging, receive_files
 from adaptermesh.store.upload_progress import (
     UploadPart,
@@ -103,6 +109,27 @@ class PartIntake:
                 raise
             finally:
                 await self._work.finish(place.discard())
+
+    async def drop_lost(self, session: UploadSession) -> tuple[UploadPart, ...]:
+        """Forgets the parts whose bytes are not in the backend any more; returns those that are."""
+        lost = [part for part in session.parts if await self._forget_lost(session.id, part)]
+        return tuple(part for part in session.parts if part not in lost)
+
+    async def _forget_lost(self, session_id: str, part: UploadPart) -> bool:
+        """False if its bytes are there, also if they have come again meanwhile."""
+        if await self._parts.is_there(part.digest):
+            return False
+
+        async def work(connection: AsyncConnection) -> bool:
+            if await self._parts.is_there(part.digest):
+                return False
+            await delete_part(connection, session_id, part)
+            return True
+
+        lost = await self._database.write(work)
+        if lost:
+            log.error("part of an upload is lost", extra={"digest": part.digest, "session": session_id[:19]})
+        return lost
 
     async def _received(
         self, place: Place, part: UploadPart, file: SourceFile, pieces: AsyncIterator[bytes]

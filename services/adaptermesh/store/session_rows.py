@@ -76,6 +76,16 @@ async def insert_part(connection: AsyncConnection, session_id: str, part: Upload
     await connection.execute(insert(upload_parts).values(row))
 
 
+async def delete_part(connection: AsyncConnection, session_id: str, part: UploadPart) -> None:
+    """Forgets one part, so that it is sent again."""
+    same = (
+        (upload_parts.c.session_id == session_id)
+        & (upload_parts.c.file_index == part.file_index)
+        & (upload_parts.c.offset_bytes == part.offset)
+    )
+    await connection.execute(delete(upload_parts).where(same))
+
+
 async def extend_session(connection: AsyncConnection, session_id: str, expire_time_us: int) -> None:
     """Moves the end of a session on; another store's clock may have moved it further."""
     same = (upload_sessions.c.id == session_id) & (upload_sessions.c.expire_time_us < expire_time_us)

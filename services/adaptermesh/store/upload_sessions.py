@@ -163,6 +163,8 @@ class UploadSessions:
             ended = await self._find(session.id)
             if ended.outcome is not None:
                 return await self._recorded(ended.outcome)
+            # Or the backend has lost it: then the client sends it again.
+            check_whole(ended.header, await self._intake.drop_lost(ended))
         if error.code is Code.INVALID_ARGUMENT:
             await self._finish(session, SessionOutcome(refusal=error))
         raise error

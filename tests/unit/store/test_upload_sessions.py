@@ -120,6 +120,19 @@ async def test_a_version_whose_acknowledgement_a_crash_swallowed_is_found_again(
     assert await kept_parts(store.stores) == set()
 
 
+async def test_a_part_that_the_backend_has_lost_is_asked_for_again(store: Any, kit: Any) -> None:
+    files = kit.make_files(rank=8)
+    sender = await Sender(files).begin(store, kit)
+    await sender.parts(store, cuts(files))
+    path, start, end = lost = cuts(files)[2]
+    await store.stores.parts._blobs.delete(digest_bytes(files[path][start:end]))
+    async with kit.refused() as errors:
+        await sender.complete(store)
+    assert (errors[0].reason, errors[0].metadata["offset"]) == (Reason.UPLOAD_INCOMPLETE, str(start))
+    await sender.parts(store, [lost])
+    assert await read_back(store, (await sender.complete(store)).version) == files
+
+
 async def test_a_refusal_ends_the_upload_and_is_remembered(store: Any, kit: Any) -> None:
     files = kit.make_files(rank=8, r=3)
     sender = await Sender(files).begin(store, kit)

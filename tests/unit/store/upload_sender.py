@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import grpc.aio
+
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.clock import Clock, SystemClock
 from adaptermesh.core.digests import digest_bytes
@@ -16,10 +18,20 @@ from tests.unit.store.conftest import base_model
 HOUR = 3600.0
 WEIGHTS = "adapter_model.safetensors"
 PIECE = 1000
+STATUS_LOST = "Internal error from Core"
 
 Files = Mapping[str, bytes]
 Cut = tuple[str, int, int]
 """A file, and from where to where."""
+
+
+async def paced(
+    messages: Sequence[store_pb2.UploadPartRequest], pause_seconds: float
+) -> AsyncIterator[store_pb2.UploadPartRequest]:
+    """A refusal of the header must not cross a message: grpc.aio would lose it (grpc/grpc#36066)."""
+    for number, message in enumerate(messages):
+        yield message
+        await asyncio.sleep(0 if number else pause_seconds)
 
 
 class FastClock(SystemClock):
@@ -61,14 +73,18 @@ class Sender:
         pieces = [content[at : at + PIECE] for at in range(0, len(content), PIECE)]
         messages = [first, *(store_pb2.UploadPartRequest(data=piece) for piece in pieces)]
 
-        async def paced() -> AsyncIterator[store_pb2.UploadPartRequest]:
-            # A refusal must not cross a message: grpc.aio would lose it (grpc/grpc#36066).
-            for message in messages:
-                yield message
-                await asyncio.sleep(0.02 if message is first else 0)
-
-        done: store_pb2.UploadPartResponse = await store.stub.UploadPart(paced())
-        return done
+        for pause_seconds in (0.02, 0.2, 1.0):
+            try:
+                done: store_pb2.UploadPartResponse = await store.stub.UploadPart(
+                    paced(messages, pause_seconds)
+                )
+            except grpc.aio.AioRpcError as error:
+                lost = error
+                if error.details() != STATUS_LOST:
+                    raise
+            else:
+                return done
+        raise lost
 
     async def parts(self, store: Any, cuts: Sequence[Cut]) -> None:
         for cut in cuts:
