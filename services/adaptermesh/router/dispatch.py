@@ -87,7 +87,7 @@ class Dispatcher:
         try:
             return resolve(image, request.question), image.position
         except MeshError as missing:
-            if missing.code is not Code.NOT_FOUND:
+            if missing.code is not Code.NOT_FOUND or _is_final(missing):
                 raise
         # Unknown here does not yet mean unknown: it may have been published a moment ago.
         limit = self._left(deadline, self._settings.catch_up_seconds)
@@ -175,3 +175,12 @@ def _describe_pick(span: Span, request: Request, picked: Pick) -> None:
     span.set_attribute("adaptermesh.switch.tier", picked.tier.name.lower())
     span.set_attribute("adaptermesh.pick.candidates", picked.candidates)
     span.set_attribute("adaptermesh.pick.excluded", len(request.excluded))
+
+
+def _is_final(missing: MeshError) -> bool:
+    """Whether no later change can bring it: the number of a removed version is never given again.
+
+    Its digest may be there again by now.
+    """
+    by_number = missing.metadata.get("ref") == missing.metadata.get("version")
+    return missing.reason is Reason.VERSION_DELETED and by_number

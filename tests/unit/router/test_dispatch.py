@@ -11,7 +11,7 @@ from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.tiers import Tier
 from adaptermesh.router.booking import Bookings
-from adaptermesh.router.catalogue import Catalogue, Event
+from adaptermesh.router.catalogue import Catalogue, Event, VersionRemoved
 from adaptermesh.router.catch_up import CatchUp
 from adaptermesh.router.dispatch import Decision, Dispatcher, Request
 from adaptermesh.router.resolution import Question
@@ -214,6 +214,19 @@ async def test_an_unknown_name_is_not_denied_while_the_store_is_away(router: Rou
     error = await router.refusal("acme/x:v1")
     assert (error.code, error.reason) == (Code.UNAVAILABLE, Reason.CATALOGUE_STALE)
     assert (await router.ask("acme/ner:v1")).resolution.version == V1
+
+
+async def test_a_removed_number_is_refused_for_good_and_a_removed_digest_only_by_the_store(
+    router: Router,
+) -> None:
+    removed = VersionRemoved(V2.adapter, 2, V2.digest, "2026-11-30T19:00:00+00:00")
+    router.publish(BASE, V1, V2, removed)
+    router.join()
+    router.store.available = False
+    assert (await router.refusal("acme/ner:v2")).reason is Reason.VERSION_DELETED
+    assert (await router.refusal(f"acme/ner@{V2.digest}")).reason is Reason.CATALOGUE_STALE
+    router.store.available = True
+    assert (await router.refusal(f"acme/ner@{V2.digest}")).reason is Reason.VERSION_DELETED
 
 
 async def test_an_unknown_name_is_not_denied_when_there_is_no_time_to_ask(router: Router) -> None:
