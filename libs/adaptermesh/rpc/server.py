@@ -39,7 +39,7 @@ class MeshServer:
             options=(
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
-                # Clients send one in 10 s; on a busy machine some arrive late and the next ones soon after them.
+                # Clients send one in 10 s; on a busy machine one may arrive late, and the next soon after it.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 20_000),
