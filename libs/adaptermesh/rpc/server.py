@@ -41,7 +41,8 @@ class MeshServer:
             options=(
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                # Clients send one in 10 s; on a busy machine one may arrive late, and the next soon after it.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),

@@ -28,6 +28,11 @@ class BlobReader(Protocol):
         """In bytes."""
         ...
 
+    @property
+    def block_bytes(self) -> int:
+        """How much is best read at once."""
+        ...
+
     async def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`; raises MeshError DATA_CORRUPT if they aren't there."""
         ...

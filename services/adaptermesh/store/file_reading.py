@@ -9,6 +9,8 @@ from pathlib import Path
 
 from adaptermesh.store.blob_reading import HeadedRange, corrupt_blob
 
+_BLOCK_BYTES = 512 * 1024
+
 
 class FileReader:
     """A file that is read by position, each piece in a thread."""
@@ -27,6 +29,10 @@ class FileReader:
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def block_bytes(self) -> int:
+        return _BLOCK_BYTES
 
     async def read(self, offset: int, size: int) -> bytes:
         (data,) = await self.read_behind((HeadedRange(offset, size),))

@@ -16,7 +16,6 @@ FILE_PIECE_BYTES = 512 * 1024
 _SMALL_PIECE_BYTES = 256 * 1024
 _FEW = 8
 MAX_PIECE_BYTES = 1024 * 1024
-_BLOCK_BYTES = FILE_PIECE_BYTES
 
 _Range = tuple[int, int]
 """An offset and a size."""
@@ -31,7 +30,7 @@ class ReadAhead:
     others if nobody reads it.
     """
 
-    def __init__(self, blocks: int = 16) -> None:
+    def __init__(self, blocks: int = 8) -> None:
         self._left = blocks
 
     def take(self) -> bool:
@@ -90,7 +89,7 @@ class Downloads:
         self, reader: BlobReader, ranges: Iterable[_Range], field: int
     ) -> AsyncGenerator[bytes]:
         """Reads the next block while one is handed out, if there is room."""
-        blocks = _blocks(ranges, field)
+        blocks = _blocks(ranges, field, reader.block_bytes if self._running < _FEW else FILE_PIECE_BYTES)
         block = next(blocks, None)
         ahead: asyncio.Task[list[bytes]] | None = None
         self._running += 1
@@ -137,11 +136,11 @@ def check_offset(offset: int, size: int) -> None:
         )
 
 
-def _blocks(ranges: Iterable[_Range], field: int) -> Iterator[_Block]:
+def _blocks(ranges: Iterable[_Range], field: int, most: int) -> Iterator[_Block]:
     """Puts ranges together that are read at once, and sent one by one."""
     block: _Block = []
     for offset, size in ranges:
-        if block and offset + size - block[0].offset > _BLOCK_BYTES:
+        if block and offset + size - block[0].offset > most:
             yield block
             block = []
         block.append(HeadedRange(offset, size, payload_head(field, size)))

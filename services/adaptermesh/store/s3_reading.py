@@ -10,6 +10,8 @@ from adaptermesh.store.blobs import StoredBlob
 from adaptermesh.store.s3_connection import S3Connection, is_absent
 
 _ATTEMPTS = 3
+# Small ranges cost the server half as much again; large ones would fill the memory of the store.
+_BLOCK_BYTES = 1024 * 1024
 
 
 class ObjectReader:
@@ -26,6 +28,10 @@ class ObjectReader:
     @property
     def size(self) -> int:
         return self._blob.size_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return _BLOCK_BYTES
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset + size > self.size:
