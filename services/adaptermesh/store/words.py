@@ -159,10 +159,11 @@ class PostgresWords:
     ) -> Select[Any]:
         # An index of its own: that of the documents does not know which part a word is of.
         match = self._match(words, self._index.c.names) if names_only else self._match(words)
-        # Scored is only what the limit leaves.
-        found = self._newest(match, allowed, limit).add_columns(self._index.c.document).subquery()
-        score = func.ts_rank_cd(found.c.document, _asked(words))
-        return select(found.c.adapter_id, score.label("score"))
+        # Only what the limit leaves is scored, and no document is sorted: they are large.
+        found = self._newest(match, allowed, limit).subquery()
+        score = func.ts_rank_cd(self._index.c.document, _asked(words)).label("score")
+        query = select(self._index.c.adapter_id, score)
+        return query.where(self._index.c.adapter_id.in_(select(found.c.adapter_id)))
 
     def _newest(self, match: ColumnElement[bool], allowed: Select[Any] | None, limit: int) -> Select[Any]:
         query = select(self._index.c.adapter_id).where(match)
