@@ -23,10 +23,9 @@ import pytest
 from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.digests import digest_bytes
+from tests.integration.fragile_processes import Replica, Server
 from tests.integration.store_process import Place, assert_whole
 from tests.integration.upload_storm import (
-    Replica,
-    Server,
     Storm,
     StormConfig,
     Told,

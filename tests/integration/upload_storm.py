@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import grpc.aio
 
@@ -18,7 +18,8 @@ from adaptermesh.api.adapter.v1 import adapter_pb2
 from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.rpc.status import DETAILS_KEY, mesh_error_from
-from tests.integration.store_process import Place, StoreProcess, adapter_files, large_files, upload_messages
+from tests.integration.fragile_processes import Fragile, Replica, Server
+from tests.integration.store_process import adapter_files, large_files, upload_messages
 
 WEIGHTS = "adapter_model.safetensors"
 CALL_SECONDS = 60.0
@@ -57,59 +58,6 @@ class Upload:
 
     def files(self) -> dict[str, bytes]:
         return large_files(self.seed) if self.large else adapter_files(self.seed, rank=1 + self.seed % 8)
-
-
-class Fragile(Protocol):
-    """A process that can be killed and started again."""
-
-    name: str
-
-    async def kill(self) -> None: ...
-
-    async def start(self) -> None: ...
-
-
-class Server:
-    """A PostgreSQL or an S3 server."""
-
-    def __init__(self, name: str, kill: Callable[[], None], start: Callable[[], None]) -> None:
-        self.name = name
-        self._kill = kill
-        self._start = start
-
-    async def kill(self) -> None:
-        await asyncio.to_thread(self._kill)
-
-    async def start(self) -> None:
-        # Here, not in a thread: PostgreSQL ends with the thread that started it.
-        self._start()
-
-
-class Replica:
-    """A store process and those that come after it over the same place."""
-
-    def __init__(self, name: str, place: Place) -> None:
-        self.name = name
-        self._place = place
-        self._all: list[StoreProcess] = []
-
-    @property
-    def process(self) -> StoreProcess:
-        """The newest; a call to one that is killed fails."""
-        return self._all[-1]
-
-    async def start(self) -> None:
-        self._all.append(await StoreProcess.start(self._place))
-
-    async def kill(self) -> None:
-        self.process.kill()
-        await asyncio.to_thread(self.process.process.wait, 30)
-
-    async def end(self) -> None:
-        """Kills it for good; only now the connections are closed, which would cancel calls that wait."""
-        for process in self._all:
-            process.kill()
-            await process.gone()
 
 
 @dataclass
