@@ -12,7 +12,7 @@ from adaptermesh.rpc.channel import MAX_MESSAGE_BYTES
 from adaptermesh.rpc.interceptors import Gate, ServerInterceptor
 from adaptermesh.telemetry.tracing import Tracing
 
-_AHEAD_BYTES = 512 * 1024
+_AHEAD_BYTES = 256 * 1024
 _CHANNELZ_NAME = "grpc.channelz.v1.Channelz"
 
 

@@ -13,7 +13,7 @@ from adaptermesh.store.records import SourceFile, VersionRecord
 from adaptermesh.store.rows import StoredVersion
 
 FILE_PIECE_BYTES = 512 * 1024
-_SMALL_PIECE_BYTES = 256 * 1024
+_SMALL_PIECE_BYTES = 128 * 1024
 _FEW = 8
 MAX_PIECE_BYTES = 1024 * 1024
 
@@ -102,7 +102,7 @@ class Downloads:
                     ahead = None
                     self._ahead.give_back()
                 block = next(blocks, None)
-                if block is not None and self._ahead.take():
+                if block is not None and self._running <= _FEW and self._ahead.take():
                     ahead = asyncio.create_task(reader.read_behind(block))
                 messages.reverse()
                 while messages:
