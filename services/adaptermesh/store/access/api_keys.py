@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
@@ -69,6 +69,10 @@ class ApiKeys:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
+        # Asked for with every call.
+        kept = select(api_keys, tenants.c.max_requests_per_minute)
+        kept = kept.outerjoin(tenants, tenants.c.name == api_keys.c.tenant)
+        self._by_id = database.prepare(kept.where(api_keys.c.key_id == bindparam("key_id")))
 
     async def create(self, request: KeyRequest) -> NewKey:
         """Makes a key.

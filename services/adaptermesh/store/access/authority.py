@@ -6,8 +6,7 @@ What a caller may not even see is answered as if it weren't there.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, exists, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import ColumnElement, bindparam, exists, select
 
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName
@@ -54,6 +53,14 @@ class Authority:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        # Asked for with nearly every call: the owner with each grant to the tenant or to everybody.
+        given = (grants.c.namespace == namespaces.c.name) & (
+            (grants.c.grantee == bindparam("tenant")) | (grants.c.grantee == MESH_TENANT)
+        )
+        columns = (grants.c.name, grants.c.grantee, grants.c.roles, grants.c.update_time_us, grants.c.actor)
+        standing = select(namespaces.c.tenant, namespaces.c.name.label("namespace"), *columns)
+        named = namespaces.c.name == bindparam("namespace")
+        self._standings = database.prepare(standing.outerjoin(grants, given).where(named))
 
     def unrestricted(self, permission: Permission) -> bool:
         """Whether the caller may do it everywhere."""
@@ -131,16 +138,9 @@ class Authority:
             raise denied(permission, "anything")
 
     async def _standing(self, caller: Caller, namespace: str) -> Standing:
-        async with self._database.reading() as connection:
-            return await standing_of(connection, caller.tenant, namespace)
-
-
-async def standing_of(connection: AsyncConnection, tenant: str, namespace: str) -> Standing:
-    """How a tenant stands in a namespace."""
-    owner = await connection.execute(select(namespaces.c.tenant).where(namespaces.c.name == namespace))
-    given = (grants.c.namespace == namespace) & grants.c.grantee.in_((tenant, MESH_TENANT))
-    rows = (await connection.execute(select(grants).where(given))).all()
-    return Standing(namespace, owner.scalar(), tuple(map(grant_record, rows)))
+        rows = await self._database.fetch(self._standings, namespace=namespace, tenant=caller.tenant)
+        owner = rows[0].tenant if rows else None
+        return Standing(namespace, owner, tuple(grant_record(row) for row in rows if row.roles is not None))
 
 
 def visible() -> ColumnElement[bool] | None:

@@ -13,13 +13,13 @@ def tenant_record(row: Row[Any]) -> TenantRecord:
     return TenantRecord(row.name, quotas, row.generation, row.update_time_us, row.actor)
 
 
-def grant_record(row: Row[Any]) -> GrantRecord:
+def grant_record(row: Any) -> GrantRecord:
     return GrantRecord(
         row.namespace, row.name, row.grantee, tuple(map(Role, row.roles)), row.update_time_us, row.actor
     )
 
 
-def key_record(row: Row[Any]) -> ApiKeyRecord:
+def key_record(row: Any) -> ApiKeyRecord:
     return ApiKeyRecord(
         key_id=row.key_id,
         tenant=row.tenant,
