@@ -163,15 +163,11 @@ class ApiKeys:
 
     async def find(self, key_id: str) -> KeptKey | None:
         """A key as it is kept, also one that is no longer valid."""
-        statement = select(api_keys, tenants.c.max_requests_per_minute)
-        statement = statement.outerjoin(tenants, tenants.c.name == api_keys.c.tenant)
-        async with self._database.reading() as connection:
-            row = (await connection.execute(statement.where(api_keys.c.key_id == key_id))).first()
-        return (
-            None
-            if row is None
-            else KeptKey(key_record(row), row.secret_hash, row.max_requests_per_minute or 0)
-        )
+        rows = await self._database.fetch(self._by_id, key_id=key_id)
+        if not rows:
+            return None
+        (row,) = rows
+        return KeptKey(key_record(row), row.secret_hash, row.max_requests_per_minute or 0)
 
     async def note_use(self, key_id: str, now_us: int) -> None:
         """Remembers that a key was used."""
