@@ -159,7 +159,9 @@ class Feed:
         self._watchers.add(wake)
         try:
             position = after_position
-            beat = True
+            # When the watcher is to hear something at the latest. A commit need not be a change.
+            clock = asyncio.get_running_loop().time
+            beat_at = 0.0
             while True:
                 if self._closed:
                     raise unavailable(Reason.DRAINING, "the store is shutting down", retry_after=1.0)
@@ -168,20 +170,22 @@ class Feed:
                 if page.changes:
                     yield page
                     position = page.changes[-1].position
+                    # Heard, unless it has never heard that it has caught up.
+                    beat_at = beat_at and clock() + self._config.heartbeat_seconds
                 if position < page.head_position:
                     continue
-                if beat and not page.changes:
+                if not page.changes and clock() >= beat_at:
                     yield page
-                beat = not await self._woken(wake)
+                    beat_at = clock() + self._config.heartbeat_seconds
+                await self._woken(wake, max(0.0, beat_at - clock()))
         finally:
             self._watchers.discard(wake)
 
-    async def _woken(self, wake: asyncio.Event) -> bool:
+    async def _woken(self, wake: asyncio.Event, seconds: float) -> None:
         # Not `wait_for`: it forgets a cancellation that comes with the event.
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._config.heartbeat_seconds):
+            async with asyncio.timeout(seconds):
                 await wake.wait()
-        return wake.is_set()
 
     async def _read(self, database: Database, feed_id: str, after: int) -> FeedPage:
         # One transaction sees both what is trimmed and what is there: what follows `after` is all there.

@@ -4,48 +4,19 @@ What a caller may not even see is answered as if it weren't there.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, bindparam, exists, select
 
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName
-from adaptermesh.core.roles import MESH_TENANT, Permission, permissions_of
+from adaptermesh.core.roles import MESH_TENANT, Permission
 from adaptermesh.store.access.caller import Caller, current_caller
 from adaptermesh.store.access.quotas import check_quota, owner_of
-from adaptermesh.store.access.records import GrantRecord, Usage
+from adaptermesh.store.access.records import Usage
 from adaptermesh.store.access.rows import grant_record
+from adaptermesh.store.access.standing import Standing, check_allowed, check_permission, denied
 from adaptermesh.store.database import Database
 from adaptermesh.store.schema import adapters, grants, namespaces
-
-# What can be done where nobody has anything yet.
-_IN_NOBODYS = frozenset((Permission.READ, Permission.PUBLISH))
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Whose a namespace is, and what is granted there to one tenant and to everybody."""
-
-    namespace: str
-    owner: str | None
-    """None: nobody's."""
-    grants: tuple[GrantRecord, ...]
-
-    def permissions(self, caller: Caller, name: str = "") -> frozenset[Permission]:
-        """What a caller may do with an adapter, or, without a name, with the whole namespace."""
-        if not caller.reaches(self.namespace):
-            return frozenset()
-        if caller.is_operator or self.owner == caller.tenant:
-            return caller.permissions
-        if self.owner is None:
-            return caller.permissions & _IN_NOBODYS
-        granted = permissions_of(
-            role
-            for grant in self.grants
-            if grant.is_to(caller.tenant) and grant.name in ("", name)
-            for role in grant.roles
-        )
-        return granted & caller.permissions
 
 
 class Authority:
@@ -75,11 +46,8 @@ class Authority:
         """
         if self.unrestricted(permission):
             return
-        caller = current_caller.get()
-        allowed = (await self._standing(caller, adapter.namespace)).permissions(caller, adapter.name)
-        _check(
-            permission, allowed, str(adapter), not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(adapter))
-        )
+        standing = await self._standing(current_caller.get(), adapter.namespace)
+        check_permission(permission, standing, adapter)
 
     async def require_version(self, permission: Permission, adapter: AdapterName, digest: str) -> None:
         """As `require`, where a version was asked for by its digest: only who may see it is told its name."""
@@ -104,7 +72,7 @@ class Authority:
         if caller.reaches(namespace) and any(grant.is_to(caller.tenant) for grant in standing.grants):
             allowed |= {Permission.READ}
         missing = not_found(Reason.NAMESPACE_NOT_FOUND, "namespace", namespace[:80])
-        _check(permission, allowed, f"namespace '{namespace}'", missing)
+        check_allowed(permission, allowed, f"namespace '{namespace}'", missing)
 
     async def check_quota(self, namespace: str, size_bytes: int) -> None:
         """Raises MeshError QUOTA_EXCEEDED if one more version, at least this large, is too much."""
@@ -167,20 +135,3 @@ def caller_scope() -> list[str | list[str]]:
     """Tells lists of different callers apart: a page token of one is none of another."""
     caller = current_caller.get()
     return [] if caller.sees_everything else [caller.tenant, sorted(caller.namespaces)]
-
-
-def denied(permission: Permission, what: str) -> MeshError:
-    """PERMISSION_DENIED, with what was missing."""
-    caller = current_caller.get()
-    return MeshError(
-        Code.PERMISSION_DENIED,
-        Reason.PERMISSION_DENIED,
-        f"key {caller.key_id} may not {permission.value} in {what}",
-        metadata={"permission": permission.value, "key_id": caller.key_id, "tenant": caller.tenant},
-    )
-
-
-def _check(permission: Permission, allowed: frozenset[Permission], what: str, missing: MeshError) -> None:
-    if permission in allowed:
-        return
-    raise denied(permission, what) if Permission.READ in allowed else missing

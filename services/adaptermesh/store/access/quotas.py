@@ -6,13 +6,14 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.core.roles import DEFAULT_TENANT
+from adaptermesh.core.roles import DEFAULT_TENANT, Permission
 from adaptermesh.store.access.caller import Caller, current_caller
 from adaptermesh.store.access.records import NamespaceRecord, Quotas, Usage
-from adaptermesh.store.access.rows import tenant_record
+from adaptermesh.store.access.rows import grant_record, tenant_record
+from adaptermesh.store.access.standing import Standing, check_permission
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.records import ChangeKind, VersionRecord
-from adaptermesh.store.schema import namespaces, tenants
+from adaptermesh.store.schema import grants, namespaces, tenants
 
 # SQLite takes a bounded number of parameters in one statement.
 _NAMES_AT_ONCE = 500
@@ -27,9 +28,12 @@ async def count_in(connection: AsyncConnection, version: VersionRecord) -> None:
     """Counts a version that is being published; a namespace that nobody has becomes the caller's tenant's.
 
     Raises:
-        MeshError: QUOTA_EXCEEDED if that is more than the tenant may have.
+        MeshError: QUOTA_EXCEEDED if that is more than the tenant may have; PERMISSION_DENIED or
+            ADAPTER_NOT_FOUND if the namespace has become another's while the upload was under way.
     """
-    tenant = await _owner(connection, version, current_caller.get())
+    caller = current_caller.get()
+    await _check_publisher(connection, version, caller)
+    tenant = await _owner(connection, version, caller)
     more = Usage(bytes_of(version), 1)
     await check_quota(connection, tenant, more)
     await _add(connection, version.namespace, more)
@@ -67,6 +71,18 @@ async def owner_of(connection: AsyncConnection, namespace: str, caller: Caller) 
     query = select(namespaces.c.tenant).where(namespaces.c.name == namespace)
     found = (await connection.execute(query)).scalar()
     return found or (DEFAULT_TENANT if caller.is_operator else caller.tenant)
+
+
+async def _check_publisher(connection: AsyncConnection, version: VersionRecord, caller: Caller) -> None:
+    """Again what was decided by the upload's header: since then its bytes may have taken their time."""
+    if caller.sees_everything and Permission.PUBLISH in caller.permissions:
+        return
+    owner = await connection.execute(
+        select(namespaces.c.tenant).where(namespaces.c.name == version.namespace)
+    )
+    rows = (await connection.execute(select(grants).where(grants.c.namespace == version.namespace))).all()
+    standing = Standing(version.namespace, owner.scalar(), tuple(map(grant_record, rows)))
+    check_permission(Permission.PUBLISH, standing, version.adapter)
 
 
 async def _owner(connection: AsyncConnection, version: VersionRecord, caller: Caller) -> str:
