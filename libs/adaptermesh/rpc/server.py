@@ -34,6 +34,7 @@ class MeshServer:
     def __init__(self, service_name: str, config: ServerConfig, tracing: Tracing) -> None:
         self._name = service_name
         self._more: list[str] = []
+        self._channelz = True
         self._config = config
         self._interceptor = ServerInterceptor(tracing)
         self.grpc: grpc.aio.Server = grpc.aio.server(
@@ -60,6 +61,10 @@ class MeshServer:
         """Has every call to the mesh's own services pass a gate first."""
         self._interceptor.gate = gate
 
+    def hide_connections(self) -> None:
+        """Leaves channelz out, which tells anybody who is connected from where."""
+        self._channelz = False
+
     def show(self, service_name: str) -> None:
         """Has reflection show a further service."""
         self._more.append(service_name)
@@ -72,10 +77,11 @@ class MeshServer:
         """
         await self.set_serving(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        channelz.add_channelz_servicer(self.grpc)
-        reflection.enable_server_reflection(
-            (self._name, *self._more, health.SERVICE_NAME, _CHANNELZ_NAME, reflection.SERVICE_NAME), self.grpc
-        )
+        shown = [self._name, *self._more, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if self._channelz:
+            channelz.add_channelz_servicer(self.grpc)
+            shown.append(_CHANNELZ_NAME)
+        reflection.enable_server_reflection(shown, self.grpc)
         address = f"{self._config.host}:{self._config.port}"
         try:
             port = self.grpc.add_insecure_port(address)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Authentication:
         if len(authorization) > _MAX_KEY:
             raise _invalid("'authorization' must be 'Bearer <key>'")
         found = await self._find(authorization)
+        if self._clock.wall() >= found.expire_time:
+            raise _invalid("the API key has expired")
         self._rates.take(found.tenant, found.max_requests_per_minute)
         return found
 
@@ -79,7 +82,8 @@ class Authentication:
         try:
             return await asyncio.shield(task)
         except MeshError as error:
-            if error.code is Code.UNAVAILABLE and known is not None and self._is_within_grace(known[1]):
+            away = error.reason is Reason.STORE_UNREACHABLE
+            if away and known is not None and self._is_within_grace(known[1]):
                 log.warning("key not checked again", extra={"reason": error.message})
                 return known[0]
             raise
@@ -98,7 +102,12 @@ class Authentication:
             raise unavailable(
                 Reason.STORE_UNREACHABLE, "the gateway asks for API keys, but its store knows none", 10.0
             )
-        found = Identity(response.tenant, tuple(response.namespaces), response.max_requests_per_minute)
+        found = Identity(
+            response.tenant,
+            tuple(response.namespaces),
+            response.max_requests_per_minute,
+            response.expire_time.ToMicroseconds() / 1e6 if response.HasField("expire_time") else math.inf,
+        )
         self._known[mark] = (found, self._clock.monotonic())
         self._known.move_to_end(mark)
         while len(self._known) > _REMEMBERED:

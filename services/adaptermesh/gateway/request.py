@@ -1,5 +1,6 @@
 """A request as the gateway sees it once it is known to be well-formed."""
 
+import math
 from dataclasses import dataclass
 
 from adaptermesh.core.refs import BASE
@@ -30,6 +31,8 @@ class Identity:
     """The key is good in these only. Empty: in all."""
     max_requests_per_minute: int = 0
     """Of the tenant; 0 is no bound."""
+    expire_time: float = math.inf
+    """In seconds since the Unix epoch."""
 
     @property
     def is_operator(self) -> bool:

@@ -62,6 +62,8 @@ class GatewayService:
     def register(self, server: MeshServer) -> None:
         """Adds the public API."""
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server.grpc)
+        if self._settings.authenticates:
+            server.hide_connections()
 
     async def start(self) -> None:
         """Returns once the router knows the catalogue."""

@@ -120,8 +120,11 @@ def resolve(image: CatalogueImage, question: Question) -> Resolution:
     asked = _asked_bases(image, question.base_model)
     if ref == BASE:
         return Resolution(ref, None, asked, route, cohort)
-    if question.reach is not None:
-        _check_reach(image, question.reach, ref)
+    if question.reach is not None and (hidden := _unreached(image, question.reach, ref)):
+        if route is not None:
+            # Where it leads is not told to who may not go there.
+            raise _unknown_task(question.tenant, route.task)
+        raise not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(hidden[0]))
     version = find_composition(image, ref) if is_composition(ref) else _servable(image, ref)
     if asked is not None and version.base_digest not in asked:
         raise base_mismatch(ref, version.base_digest, ", ".join(sorted(asked)))
@@ -134,10 +137,14 @@ def find_route(image: CatalogueImage, tenant: str, task: str) -> Route:
         raise invalid_field("task", "it is empty")
     route = image.routes.get((tenant, task)) or image.routes.get((ANY_TENANT, task))
     if route is None:
-        error = not_found(Reason.TASK_NOT_FOUND, "task", task)
-        error.metadata["tenant"] = tenant
-        raise error
+        raise _unknown_task(tenant, task)
     return route
+
+
+def _unknown_task(tenant: str, task: str) -> MeshError:
+    error = not_found(Reason.TASK_NOT_FOUND, "task", task)
+    error.metadata["tenant"] = tenant
+    return error
 
 
 def choose_target(route: Route, tenant: str, cohort_key: str) -> RouteTarget:
@@ -201,13 +208,11 @@ def find_composition(image: CatalogueImage, text: str) -> ComposedVersion:
     )
 
 
-def _check_reach(image: CatalogueImage, reach: Reach, ref: str) -> None:
-    """What a tenant may not use is as if it weren't there, also where a route leads."""
+def _unreached(image: CatalogueImage, reach: Reach, ref: str) -> list[AdapterName]:
+    """What a tenant may not use of all that a ref or a composition names: it is as if it weren't there."""
     names = [leaf.name for leaf in leaves(parse_composition(ref))] if is_composition(ref) else [ref]
-    for name in names:
-        adapter = parse_ref(name).adapter
-        if not image.may_use(reach, adapter):
-            raise not_found(Reason.ADAPTER_NOT_FOUND, "adapter", str(adapter))
+    adapters = [parse_ref(name).adapter for name in names]
+    return [adapter for adapter in adapters if not image.may_use(reach, adapter)]
 
 
 def _servable(image: CatalogueImage, ref: str) -> Version:

@@ -67,6 +67,8 @@ class Database:
             url,
             pool_size=config.connections,
             max_overflow=0,
+            # Values are none of a log's business.
+            hide_parameters=True,
             # The connection that was used last knows the statements.
             pool_use_lifo=True,
             pool_timeout=config.busy_seconds,

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.artifact.source_files import CARD_FILE
 from adaptermesh.core.digests import is_digest
-from adaptermesh.core.errors import MeshError, invalid_field
-from adaptermesh.store.access.authority import visible
+from adaptermesh.core.errors import invalid_field
+from adaptermesh.store.access.visibility import visible
 from adaptermesh.store.database import Database
 from adaptermesh.store.records import SourceFile, VersionRecord
 from adaptermesh.store.schema import adapters, version_downloads, versions
@@ -58,17 +58,13 @@ class DownloadCounts:
         """
         while self._counted:
             batch = dict(self._counted.most_common(_AT_ONCE))
-            for digest in batch:
-                del self._counted[digest]
 
             async def work(connection: AsyncConnection, batch: Mapping[str, int] = batch) -> None:
                 await _add(connection, batch)
 
-            try:
-                await self._database.write(work)
-            except MeshError:
-                self._counted.update(batch)
-                raise
+            await self._database.write(work)
+            # Only now: who gives up waiting loses nothing.
+            self._counted -= Counter(batch)
 
     async def counts(self, digests: Sequence[str]) -> list[int]:
         """How often each of these versions was downloaded; 0 for one that is not there, or not to be seen.

@@ -2,12 +2,14 @@
 # Names and signatures are those of the generated base class.
 # ruff: noqa: ARG002, N802
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.store import wire
+from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.feed import FeedPage
 from adaptermesh.store.signing_servicer import SigningServicer
 
@@ -15,6 +17,7 @@ Context = Any
 
 # Well below the largest message that clients take, of which one change has far less.
 _BATCH_BYTES = 512 * 1024
+_KEY_SECONDS = 5.0
 
 
 class FeedServicer(SigningServicer):
@@ -25,8 +28,14 @@ class FeedServicer(SigningServicer):
     ) -> AsyncIterator[store_pb2.WatchChangesResponse]:
         answers = _batches if request.batched else _singles
         feed, database = self._stores.feed, self._stores.database
+        clock, caller = asyncio.get_running_loop().time, current_caller.get()
+        asked_at = clock()
         async with aclosing(feed.pages(database, request.feed_id, request.after_position)) as pages:
             async for page in pages:
+                if clock() - asked_at >= _KEY_SECONDS:
+                    # It lasts for longer than a key may.
+                    await self._stores.authentication.check_again(caller)
+                    asked_at = clock()
                 for answer in answers(page):
                     yield answer
 

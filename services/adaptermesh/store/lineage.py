@@ -8,6 +8,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import MeshError, Reason
+from adaptermesh.store.access.visibility import visible
 from adaptermesh.store.database import Database
 from adaptermesh.store.manifests import Manifests
 from adaptermesh.store.schema import adapters, unread_lineages, version_parents, versions
@@ -25,7 +26,7 @@ async def add_parents(connection: AsyncConnection, version_id: int, digests: Seq
 
 
 async def children_of(connection: AsyncConnection, digest: str, limit: int) -> list[str]:
-    """The versions, as `namespace/name:v3`, that were made from the one with a digest."""
+    """The versions, as `namespace/name:v3`, that were made from the one with a digest, if to be seen."""
     query = (
         select(adapters.c.namespace, adapters.c.name, versions.c.number)
         .join(versions, versions.c.adapter_id == adapters.c.id)
@@ -34,6 +35,8 @@ async def children_of(connection: AsyncConnection, digest: str, limit: int) -> l
         .order_by(versions.c.id)
         .limit(limit)
     )
+    if (seen := visible()) is not None:
+        query = query.where(seen)
     return [f"{row.namespace}/{row.name}:v{row.number}" for row in await connection.execute(query)]
 
 

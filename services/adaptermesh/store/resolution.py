@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import MeshError, Reason, invalid_field, not_found, version_deleted
 from adaptermesh.core.refs import AdapterName, Ref
+from adaptermesh.store.access.visibility import visible
 from adaptermesh.store.records import DeletedVersion
 from adaptermesh.store.rows import (
     SELECT_DELETED,
@@ -61,6 +62,9 @@ async def get_digest(connection: AsyncConnection, digest: str) -> StoredVersion:
     found = await find_digest(connection, digest)
     if found is None:
         query = SELECT_DELETED.where(deleted_versions.c.digest == digest)
+        if (seen := visible()) is not None:
+            # A digest alone says nothing of whether its adapter may be seen.
+            query = query.where(seen)
         raise gone(digest, await _last_deleted(connection, query))
     return found
 

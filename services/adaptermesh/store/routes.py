@@ -10,6 +10,7 @@ from adaptermesh.core.clock import Clock
 from adaptermesh.core.composition import is_composition, leaves, parse_composition
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_found
 from adaptermesh.core.refs import BASE, Ref, check_name, parse_ref
+from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import check_generation, check_line
@@ -112,8 +113,14 @@ class Routes:
 
 
 async def routes_to(connection: AsyncConnection, *refs: Ref) -> list[str]:
-    """The routes, as `tenant/task`, of which a target or a part of one is one of these very refs."""
+    """The routes, as `tenant/task`, of which a target or a part of one is one of these very refs.
+
+    Of others than the caller's tenant only those for everybody: it neither hears of nor waits for the rest.
+    """
     query = select(routes).where(routes.c.deleted.is_(False)).order_by(routes.c.tenant, routes.c.task)
+    caller = current_caller.get()
+    if not caller.is_operator:
+        query = query.where(routes.c.tenant.in_((caller.tenant, ANY_TENANT)))
     found = []
     async for row in await connection.stream(query):
         route = route_record(row)

@@ -356,6 +356,8 @@ upload_sessions = Table(
     Column("expire_time_us", BigInteger, nullable=False),
     # What has become of it, as JSON. Empty until it is completed.
     Column("outcome", Text, nullable=False),
+    # Whose share of the room it takes.
+    Column("tenant", _KEY, nullable=False),
     Index(None, "expire_time_us"),
 )
 

@@ -43,6 +43,9 @@ class Scrubber:
         """
         for digest in await self._needed(version_digest):
             found = await self._check(digest)
+            if found.problem and not version_digest and digest not in await self._needed(""):
+                # Its version was removed meanwhile.
+                continue
             if found.problem:
                 log.error("blob is damaged", extra={"digest": digest, "detail": found.problem})
             yield found

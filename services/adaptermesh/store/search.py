@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.store.access.authority import visible
+from adaptermesh.store.access.visibility import visible
 from adaptermesh.store.database import Database
 from adaptermesh.store.facets import MAX_COUNTED, Facets, count_facets
 from adaptermesh.store.listing import summaries_of

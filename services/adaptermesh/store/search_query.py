@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Select, exists, select
 
 from adaptermesh.core.digests import is_digest
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.store.access.authority import caller_scope, visible
+from adaptermesh.store.access.visibility import caller_scope, visible
 from adaptermesh.store.fields import check_text
 from adaptermesh.store.listing import MAX_CONDITION, MAX_TAGS
 from adaptermesh.store.schema import adapters, namespaces, search_documents, search_languages, search_tags

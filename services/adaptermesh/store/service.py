@@ -38,6 +38,8 @@ class StoreService:
         access_pb2_grpc.add_AccessServiceServicer_to_server(AccessServicer(self._stores), server.grpc)
         server.show(ACCESS_GRPC_NAME)
         server.guard(self._stores.gatekeeper)
+        if self._stores.authentication.required:
+            server.hide_connections()
 
     async def start(self) -> None:
         """Opens the catalogue and the blobs."""
@@ -72,6 +74,7 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             max_files=settings.max_upload_files,
             concurrent=settings.concurrent_uploads,
             idle_seconds=settings.upload_idle_seconds,
+            total_seconds=settings.upload_total_seconds,
             ingest_threads=settings.ingest_threads,
         ),
         sessions=SessionConfig(

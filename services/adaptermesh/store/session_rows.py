@@ -27,6 +27,8 @@ class UploadSession:
     expire_time_us: int
     outcome: SessionOutcome | None = None
     parts: tuple[UploadPart, ...] = ()
+    tenant: str = ""
+    """Whose upload it is."""
 
 
 async def insert_session(connection: AsyncConnection, session: UploadSession) -> None:
@@ -36,15 +38,18 @@ async def insert_session(connection: AsyncConnection, session: UploadSession) ->
         "size_bytes": session.header.size_bytes,
         "expire_time_us": session.expire_time_us,
         "outcome": "",
+        "tenant": session.tenant,
     }
     await connection.execute(insert(upload_sessions).values(row))
 
 
-async def open_sessions(connection: AsyncConnection, now_us: int) -> tuple[int, int]:
-    """How many are neither completed nor expired, and how many bytes their uploads have."""
+async def open_sessions(connection: AsyncConnection, now_us: int, tenant: str = "") -> tuple[int, int]:
+    """How many, perhaps of one tenant, are neither completed nor expired, and how many bytes they have."""
     query = select(func.count(), func.sum(upload_sessions.c.size_bytes)).where(
         upload_sessions.c.outcome == "", upload_sessions.c.expire_time_us > now_us
     )
+    if tenant:
+        query = query.where(upload_sessions.c.tenant == tenant)
     count, size = (await connection.execute(query)).one()
     return int(count), int(size or 0)
 

@@ -88,6 +88,9 @@ class StoreSettings(ServiceSettings):
     concurrent_parts: int = Field(
         default=16, gt=0, description="Parts of uploads that are received at the same time; more wait."
     )
+    upload_total_seconds: float = Field(
+        default=3600.0, gt=0, description="So is one that has not sent everything after so long, in seconds."
+    )
     ingest_threads: int = Field(default=2, gt=0, description="Uploads that are checked at the same time.")
     database_connections: int = Field(
         default=16,

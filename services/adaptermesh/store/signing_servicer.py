@@ -9,6 +9,7 @@ from adaptermesh.artifact.signing import key_id_of
 from adaptermesh.core.errors import invalid_field
 from adaptermesh.rpc.signature_policy import policy_message, policy_of
 from adaptermesh.store import wire
+from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.stores import Stores
 
 Context = Any
@@ -50,6 +51,10 @@ class SigningServicer(store_pb2_grpc.StoreServiceServicer):
         self, request: store_pb2.GetNamespacePolicyRequest, context: Context
     ) -> store_pb2.GetNamespacePolicyResponse:
         policy, shared = await self._stores.policies.get(request.namespace)
+        caller = current_caller.get()
+        if shared is not None and not caller.sees_everything and shared.tenant != caller.tenant:
+            # Of another tenant one hears what it says of the namespace, not what it says of itself.
+            shared = None
         return store_pb2.GetNamespacePolicyResponse(
             policy=wire.policy_to(policy), tenant_policy=None if shared is None else wire.policy_to(shared)
         )

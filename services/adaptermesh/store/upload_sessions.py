@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field
+from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.catalogue import Catalogue
 from adaptermesh.store.database import Database
 from adaptermesh.store.headers import UploadHeader
@@ -80,20 +81,31 @@ class UploadSessions:
         if header.validate_only:
             raise invalid_field("validate_only", "is for an upload in one piece")
         await self._uploads.check(header)
+        await self._uploads.check_room(header)
         await self._parts.expire(most=_EXPIRED_FOR_ONE)
         key = self._new_key()
-        session = UploadSession(session_id_of(key), header, self._expire_time())
+        caller = current_caller.get()
+        session = UploadSession(session_id_of(key), header, self._expire_time(), tenant=caller.tenant)
 
         async def work(connection: AsyncConnection) -> None:
-            count, size = await open_sessions(connection, self._now_us())
-            if count >= self._config.most or size + header.size_bytes > self._config.most_bytes:
-                message = f"{count} uploads of {size} bytes have begun and not ended, the limit"
-                raise MeshError(Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED, message, retry_after=60.0)
+            await self._check_room(connection, header)
+            if not caller.is_operator:
+                # Nobody takes the room of all the others.
+                await self._check_room(connection, header, caller.tenant, share=2)
             await insert_session(connection, session)
 
         await self._database.write(work)
         log.info("upload begun", extra={**_fields(session), "size_bytes": header.size_bytes})
         return key, session
+
+    async def _check_room(
+        self, connection: AsyncConnection, header: UploadHeader, tenant: str = "", share: int = 1
+    ) -> None:
+        count, size = await open_sessions(connection, self._now_us(), tenant)
+        most, most_bytes = max(1, self._config.most // share), self._config.most_bytes // share
+        if count >= most or size + header.size_bytes > most_bytes:
+            message = f"{count} uploads of {size} bytes have begun and not ended, the limit"
+            raise MeshError(Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED, message, retry_after=60.0)
 
     async def get(self, key: str) -> UploadSession:
         """What has been received; raises MeshError UPLOAD_NOT_FOUND."""
@@ -143,6 +155,7 @@ class UploadSessions:
 
     async def _complete(self, session_id: str) -> UploadOutcome:
         session = await self._find(session_id)
+        await self._uploads.check_publisher(session.header)
         if session.outcome is not None:
             return await self._recorded(session.outcome)
         check_whole(session.header, session.parts)

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, base_mismatch, unavailable
 from adaptermesh.core.roles import Permission
 from adaptermesh.store.access.authority import Authority
+from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.access.quotas import bytes_of
 from adaptermesh.store.blobs import BlobStore, file_digest
 from adaptermesh.store.catalogue import Catalogue
@@ -44,6 +46,8 @@ class UploadConfig:
     concurrent: int = 8
     idle_seconds: float = 60.0
     """A client that sends nothing for so long is given up."""
+    total_seconds: float = 3600.0
+    """So is one that has not sent everything after so long."""
     ingest_threads: int = 2
     removal_seconds: float = 10.0
     """How long an upload waits for the removal of a blob that it needs, which then is put again."""
@@ -91,6 +95,8 @@ class Uploads:
         self._work = OwnedWork()
         self._ingesting = ThreadPoolExecutor(config.ingest_threads, thread_name_prefix="ingest")
         self._active = 0
+        self._active_of: Counter[str] = Counter()
+        """The same by tenant."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -143,21 +149,41 @@ class Uploads:
         place = self._staging.place()
         try:
             base = await self.check(header)
-            sources = await receive_files(place, header.files, pieces, self._config.idle_seconds)
+            sources = await self._receive_files(place, header, pieces)
         except BaseException as error:
             await self._work.finish(self._leave(place))
             raise_if_full(error)
             raise
         return await self._work.finish(self._complete(header, base, sources, place))
 
+    async def _receive_files(
+        self, place: Place, header: UploadHeader, pieces: AsyncIterator[bytes]
+    ) -> Mapping[str, Path]:
+        try:
+            async with asyncio.timeout(self._config.total_seconds):
+                return await receive_files(place, header.files, pieces, self._config.idle_seconds)
+        except TimeoutError as error:
+            message = f"the files were not received within {self._config.total_seconds:g} s"
+            raise MeshError(Code.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED, message) from error
+
     async def check(self, header: UploadHeader) -> BaseModelRecord:
         """The base of an upload whose header is legal; raises MeshError for another one."""
         check_header(header, self._config.max_files, self._config.max_bytes)
-        await self._authority.require(Permission.PUBLISH, header.adapter)
-        await self._authority.check_quota(header.adapter.namespace, header.size_bytes)
+        await self.check_publisher(header)
         base = await self._catalogue.find_base_model(header.base_model)
         await self._check_parents(header, base)
         return base
+
+    async def check_publisher(self, header: UploadHeader) -> None:
+        """Raises MeshError unless the caller may upload there."""
+        await self._authority.require(Permission.PUBLISH, header.adapter)
+
+    async def check_room(self, header: UploadHeader) -> None:
+        """Raises MeshError QUOTA_EXCEEDED if the tenant can't have so much more.
+
+        Not asked for an upload in one piece before its digest is known: the same again is nothing more.
+        """
+        await self._authority.check_quota(header.adapter.namespace, header.size_bytes)
 
     def check_accepting(self) -> None:
         """Raises MeshError UNAVAILABLE (DRAINING) when nothing new is taken."""
@@ -174,14 +200,18 @@ class Uploads:
 
     def _admit(self) -> None:
         self.check_accepting()
-        if self._active >= self._config.concurrent:
+        caller = current_caller.get()
+        # One tenant leaves half of the places to the others.
+        mine = 0 if caller.is_operator else self._active_of[caller.tenant]
+        if self._active >= self._config.concurrent or mine >= max(1, self._config.concurrent // 2):
             raise MeshError(
                 Code.RESOURCE_EXHAUSTED,
                 Reason.OVERLOADED,
-                f"{self._active} uploads are in progress, the limit",
+                f"{mine or self._active} uploads are in progress, the limit",
                 retry_after=1.0,
             )
         self._active += 1
+        self._active_of[caller.tenant] += 1
         self._idle.clear()
 
     async def _leave(self, place: Place) -> None:
@@ -189,6 +219,7 @@ class Uploads:
             await place.discard()
         finally:
             self._active -= 1
+            self._active_of -= Counter((current_caller.get().tenant,))
             if self._active == 0:
                 self._idle.set()
 

@@ -94,6 +94,19 @@ async def test_a_known_key_goes_on_for_a_while_without_the_store_and_an_unknown_
     assert (await rig.refusal()).code is Code.UNAVAILABLE
 
 
+async def test_a_key_ends_at_its_time_also_while_the_store_is_away(rig: Rig) -> None:
+    message = caller()
+    message.expire_time.FromSeconds(int(rig.clock.wall()) + 2)
+    rig.store.callers[KEY] = message
+    await rig.ask()
+    rig.store.away = True
+    ends = rig.clock.wall() + 3
+    rig.clock.wall = lambda: ends  # type: ignore[method-assign]
+    error = await rig.refusal()
+    assert error.code is Code.UNAUTHENTICATED
+    assert "has expired" in error.message
+
+
 async def test_a_store_that_asks_for_no_keys_makes_nobody_an_operator(rig: Rig) -> None:
     rig.store.callers[KEY] = access_pb2.GetCallerResponse(tenant="*")
     error = await rig.refusal()

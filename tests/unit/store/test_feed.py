@@ -265,3 +265,22 @@ async def test_a_watch_that_is_cancelled_while_it_is_woken_ends(store: Any) -> N
         await asyncio.wait([watching], timeout=30)
         assert watching.cancelled()
         await watch.aclose()
+
+
+async def test_a_watcher_hears_in_time_beside_commits_that_are_no_changes(store: Any) -> None:
+    feed = store.stores.feed
+
+    async def commit_all_the_time() -> None:
+        while True:
+            feed.announce()
+            await asyncio.sleep(0.02)
+
+    busy = asyncio.create_task(commit_all_the_time())
+    place = await store.stub.GetFeedStatus(store_pb2.GetFeedStatusRequest())
+    request = store_pb2.WatchChangesRequest(feed_id=place.feed_id, after_position=place.head_position)
+    call = store.stub.WatchChanges(request)
+    async with asyncio.timeout(20):
+        beats = [await call.read() for _ in range(3)]
+    call.cancel()
+    busy.cancel()
+    assert not any(beat.HasField("change") for beat in beats)

@@ -43,6 +43,7 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
         "CONCURRENT_SNAPSHOTS": "9",
         "SNAPSHOT_SECONDS": "10",
         "UPLOAD_SESSION_SECONDS": "11",
+        "UPLOAD_TOTAL_SECONDS": "18",
         "MAX_UPLOAD_SESSIONS": "12",
         "MAX_UPLOAD_SESSION_BYTES": "13",
         "CONCURRENT_PARTS": "14",
@@ -60,6 +61,7 @@ def test_every_setting_reaches_its_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert (config.database.connections, config.database.busy_seconds) == (6, 7)
     assert config.feed.heartbeat_seconds == 8
     assert (config.snapshots.concurrent, config.snapshots.seconds) == (9, 10)
+    assert config.uploads.total_seconds == 18
     sessions = config.sessions
     assert (sessions.seconds, sessions.most, sessions.most_bytes) == (11, 12, 13)
     assert (sessions.parts_at_once, sessions.idle_seconds) == (14, 4)

@@ -69,6 +69,7 @@ class ApiKeys:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
+        self._hashing = asyncio.Semaphore(1)
         # Asked for with every call.
         kept = select(api_keys, tenants.c.max_requests_per_minute)
         kept = kept.outerjoin(tenants, tenants.c.name == api_keys.c.tenant)
@@ -81,8 +82,11 @@ class ApiKeys:
             MeshError: TENANT_NOT_FOUND; INVALID_FIELD; FAILED_PRECONDITION if the tenant has too many.
         """
         _check(request)
+        async with self._database.reading() as connection:
+            await _check_room(connection, request.tenant)
         key_id, secret = new_key()
-        secret_hash = await asyncio.to_thread(hash_key, secret)
+        async with self._hashing:
+            secret_hash = await asyncio.to_thread(hash_key, secret)
         now_us = int(self._clock.wall() * 1e6)
         ttl = request.ttl_seconds
         record = ApiKeyRecord(

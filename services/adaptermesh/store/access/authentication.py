@@ -5,8 +5,9 @@ import hashlib
 import hmac
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from adaptermesh.core.clock import Clock
@@ -15,7 +16,7 @@ from adaptermesh.core.roles import MESH_TENANT, Role
 from adaptermesh.rpc import metadata as names
 from adaptermesh.store.access.api_keys import ApiKeys, KeptKey
 from adaptermesh.store.access.caller import Caller, caller_of
-from adaptermesh.store.access.secrets import is_key, key_id_of
+from adaptermesh.store.access.secrets import is_key, is_key_id, key_id_of
 from adaptermesh.store.ownership import OwnedWork
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 _REMEMBERED = 4096
 _HASHING = 2
 _WAITING = 64
+_WAITING_FOR_ONE = 4
 _USE_SECONDS = 60.0
 _BEARER = "bearer "
 MIN_ROOT_KEY = 32
@@ -47,8 +49,10 @@ class Authentication:
         # What is in memory of a key can't be turned back into it, also not by trying.
         self._pepper = os.urandom(32)
         self._good: OrderedDict[bytes, str] = OrderedDict()
-        self._hashing = asyncio.Semaphore(_HASHING)
-        self._waiting = 0
+        # Threads of their own: what hashes keeps no file waiting.
+        self._hashing = ThreadPoolExecutor(_HASHING, thread_name_prefix="key-hash")
+        self._checked: Counter[str] = Counter()
+        """Of each key how many are being checked that say they are it."""
         self._noted: dict[str, float] = {}
         self._work = OwnedWork()
 
@@ -68,34 +72,46 @@ class Authentication:
             return Caller(key_id="root", tenant=MESH_TENANT, roles=(Role.ADMIN,))
         key_id = key_id_of(key)
         kept = None if key_id is None else await self._keys.find(key_id)
-        if kept is None or not await self._matches(key, kept):
+        if kept is None:
             raise _invalid("the API key is none of this store's")
+        # First, so that nobody makes us compute for the sake of what has ended.
         self._check_valid(kept)
+        if not await self._matches(key, kept):
+            raise _invalid("the API key is none of this store's")
         self._note_use(kept.record.key_id)
         return caller_of(kept.record, kept.max_requests_per_minute)
 
     async def close(self) -> None:
         """Waits for what is being written."""
         await self._work.wait()
+        self._hashing.shutdown(wait=False, cancel_futures=True)
 
     async def _matches(self, key: str, kept: KeptKey) -> bool:
         known = hmac.digest(self._pepper, f"{kept.secret_hash} {key}".encode(), hashlib.sha256)
         if known in self._good:
             self._good.move_to_end(known)
             return True
-        if self._waiting >= _WAITING:
+        key_id = kept.record.key_id
+        if len(self._checked) >= _WAITING or self._checked[key_id] >= _WAITING_FOR_ONE:
+            # Who guesses at one key does not keep the others from theirs.
             raise unavailable(Reason.OVERLOADED, "too many API keys are being checked", retry_after=1.0)
-        self._waiting += 1
+        self._checked[key_id] += 1
         try:
-            async with self._hashing:
-                matches = await asyncio.to_thread(is_key, key, kept.secret_hash)
+            loop = asyncio.get_running_loop()
+            matches = await loop.run_in_executor(self._hashing, is_key, key, kept.secret_hash)
         finally:
-            self._waiting -= 1
+            self._checked -= Counter((key_id,))
         if matches:
             self._good[known] = kept.record.key_id
             while len(self._good) > _REMEMBERED:
                 self._good.popitem(last=False)
         return matches
+
+    async def check_again(self, caller: Caller) -> None:
+        """For a call that lasts: raises MeshError UNAUTHENTICATED if its key has ended meanwhile."""
+        kept = await self._keys.find(caller.key_id) if is_key_id(caller.key_id) else None
+        if kept is not None:
+            self._check_valid(kept)
 
     def _check_valid(self, kept: KeptKey) -> None:
         record = kept.record

@@ -5,7 +5,7 @@ What a caller may not even see is answered as if it weren't there.
 
 from collections.abc import Iterable
 
-from sqlalchemy import ColumnElement, bindparam, exists, select
+from sqlalchemy import bindparam, select
 
 from adaptermesh.core.errors import Code, MeshError, Reason, not_found
 from adaptermesh.core.refs import AdapterName
@@ -16,7 +16,7 @@ from adaptermesh.store.access.records import Usage
 from adaptermesh.store.access.rows import grant_record
 from adaptermesh.store.access.standing import Standing, check_allowed, check_permission, denied
 from adaptermesh.store.database import Database
-from adaptermesh.store.schema import adapters, grants, namespaces
+from adaptermesh.store.schema import grants, namespaces
 
 
 class Authority:
@@ -109,29 +109,3 @@ class Authority:
         rows = await self._database.fetch(self._standings, namespace=namespace, tenant=caller.tenant)
         owner = rows[0].tenant if rows else None
         return Standing(namespace, owner, tuple(grant_record(row) for row in rows if row.roles is not None))
-
-
-def visible() -> ColumnElement[bool] | None:
-    """The condition on `adapters` that leaves what the caller may see; None leaves everything."""
-    caller = current_caller.get()
-    if caller.sees_everything:
-        return None
-    here = namespaces.c.name == adapters.c.namespace
-    if caller.is_operator:
-        return adapters.c.namespace.in_(caller.namespaces)
-    own = exists(select(namespaces.c.name).where(here & (namespaces.c.tenant == caller.tenant)))
-    granted = exists(
-        select(grants.c.namespace).where(
-            (grants.c.namespace == adapters.c.namespace)
-            & ((grants.c.name == "") | (grants.c.name == adapters.c.name))
-            & grants.c.grantee.in_((caller.tenant, MESH_TENANT))
-        )
-    )
-    seen = own | granted
-    return seen & adapters.c.namespace.in_(caller.namespaces) if caller.namespaces else seen
-
-
-def caller_scope() -> list[str | list[str]]:
-    """Tells lists of different callers apart: a page token of one is none of another."""
-    caller = current_caller.get()
-    return [] if caller.sees_everything else [caller.tenant, sorted(caller.namespaces)]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from adaptermesh.core.composition import is_composition, leaves, parse_composition
+from adaptermesh.core.digests import is_digest
 from adaptermesh.core.policy_scope import check_scope, tenant_of_scope
 from adaptermesh.core.rates import Rates
 from adaptermesh.core.refs import BASE, AdapterName, check_name, parse_ref
@@ -15,6 +16,7 @@ from adaptermesh.store.access.authentication import Authentication
 from adaptermesh.store.access.authority import Authority
 from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.catalogue import Catalogue
+from adaptermesh.store.routes import MAX_TARGETS
 
 READ, PUBLISH, DEPLOY = Permission.READ, Permission.PUBLISH, Permission.DEPLOY
 ADMINISTER = Permission.ADMINISTER
@@ -67,7 +69,7 @@ class Gatekeeper:
 
     async def require_digest(self, permission: Permission, digest: str) -> None:
         """Returns if the caller may do it with the version; one that isn't there is the call's to refuse."""
-        if self.authority.unrestricted(permission):
+        if self.authority.unrestricted(permission) or not is_digest(digest):
             return
         found = await self._catalogue.find_digest(digest)
         if found is not None:
@@ -141,17 +143,13 @@ async def _alias(keeper: Gatekeeper, request: Any) -> None:
     await _adapter(ADMINISTER if request.acknowledge_protection else DEPLOY)(keeper, request)
 
 
-async def _register(keeper: Gatekeeper, _request: Any) -> None:
-    # Workers do it, with an operator's reader key; nothing in it can be made up.
-    if not keeper.authority.unrestricted(READ):
-        keeper.authority.require_anywhere(PUBLISH)
-
-
 async def _set_route(keeper: Gatekeeper, request: Any) -> None:
     keeper.authority.require_tenant(DEPLOY, request.route.tenant)
-    for target in request.route.targets:
-        for ref in _refs(target.ref):
-            await keeper.authority.require(READ, parse_ref(ref).adapter)
+    # More are refused as soon as the call has passed.
+    targets = request.route.targets[: MAX_TARGETS + 1]
+    adapters = {parse_ref(ref).adapter for target in targets for ref in _refs(target.ref)}
+    for adapter in adapters:
+        await keeper.authority.require(READ, adapter)
 
 
 async def _delete_route(keeper: Gatekeeper, request: Any) -> None:
@@ -215,7 +213,8 @@ GUARDS: Mapping[str, Guard | None] = {
     "SetRoute": _set_route,
     "DeleteRoute": _delete_route,
     "ListRoutes": _anywhere(READ),
-    "RegisterBaseModel": _register,
+    # Of workers, with an operator's reader key: its name is the whole mesh's.
+    "RegisterBaseModel": _operator(READ),
     "ListBaseModels": _anywhere(READ),
     "GetSnapshot": _operator(READ),
     "WatchChanges": _operator(READ),

@@ -116,6 +116,13 @@ def _compare(tenant: str, quotas: Quotas, used: Usage, more: Usage) -> None:
         ("versions", quotas.max_versions, used.versions, more.versions),
     ):
         if limit and there + added > limit:
+            caller = current_caller.get()
+            if not caller.is_operator and caller.tenant != tenant:
+                # Whoever was granted something hears that there is no room, not how much there is.
+                message = f"the namespace's tenant can't have so many more {what}"
+                raise MeshError(
+                    Code.RESOURCE_EXHAUSTED, Reason.QUOTA_EXCEEDED, message, metadata={"quota": what}
+                )
             raise MeshError(
                 Code.RESOURCE_EXHAUSTED,
                 Reason.QUOTA_EXCEEDED,

@@ -12,6 +12,7 @@ import secrets
 
 _PREFIX = "amk_"
 _ID_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
+_KEY_ID = re.compile(r"amk_[a-z0-9]{8}")
 _KEY = re.compile(r"(amk_[a-z0-9]{8})_[A-Za-z0-9_-]{43}")
 # 16 MiB and some 50 ms each.
 _COST, _BLOCK, _LANES = 2**14, 8, 1
@@ -29,6 +30,11 @@ def key_id_of(key: str) -> str | None:
     """The id of what may be a key; None for what is none."""
     match = _KEY.fullmatch(key)
     return match.group(1) if match else None
+
+
+def is_key_id(text: str) -> bool:
+    """Whether a key can have this id."""
+    return _KEY_ID.fullmatch(text) is not None
 
 
 def hash_key(key: str) -> str:

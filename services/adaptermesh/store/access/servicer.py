@@ -10,6 +10,7 @@ from adaptermesh.rpc.roles import roles_from
 from adaptermesh.store.access import wire
 from adaptermesh.store.access.api_keys import unknown_key
 from adaptermesh.store.access.caller import current_caller
+from adaptermesh.store.access.secrets import is_key_id
 from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.stores import Stores
 
@@ -102,7 +103,7 @@ class AccessServicer(access_pb2_grpc.AccessServiceServicer):
     async def RevokeApiKey(
         self, request: access_pb2.RevokeApiKeyRequest, context: Context
     ) -> access_pb2.RevokeApiKeyResponse:
-        kept = await self._stores.api_keys.find(request.key_id)
+        kept = await self._stores.api_keys.find(request.key_id) if is_key_id(request.key_id) else None
         caller = current_caller.get()
         if kept is None or not (caller.is_operator or kept.record.tenant == caller.tenant):
             raise unknown_key(request.key_id)

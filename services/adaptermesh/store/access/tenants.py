@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
@@ -12,13 +12,14 @@ from adaptermesh.core.errors import Code, MeshError, Reason, invalid_field, not_
 from adaptermesh.core.refs import check_name
 from adaptermesh.store.access.caller import Caller
 from adaptermesh.store.access.records import NamespaceRecord, Quotas, TenantRecord, Usage
-from adaptermesh.store.access.rows import tenant_record
+from adaptermesh.store.access.rows import grant_record, tenant_record
 from adaptermesh.store.database import Database
 from adaptermesh.store.feed import append_change
 from adaptermesh.store.fields import MAX_ACTOR, MAX_INT64, check_generation, check_text
 from adaptermesh.store.pages import Key, Page, Pager, PageRequest
 from adaptermesh.store.records import ChangeKind
-from adaptermesh.store.schema import namespaces, tenants
+from adaptermesh.store.rows import policy_record
+from adaptermesh.store.schema import grants, namespace_policies, namespaces, tenants
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Tenants:
             .order_by(tenants.c.name)
             .limit(pager.limit)
         )
-        if not caller.is_operator:
+        if not caller.sees_everything:
             statement = statement.where(tenants.c.name == caller.tenant)
         if pager.after is not None:
             statement = statement.where(tenants.c.name > pager.after[0])
@@ -91,6 +92,8 @@ class Tenants:
 
     async def give_namespace(self, name: str, tenant: str, actor: str = "") -> tuple[NamespaceRecord, int]:
         """Gives a namespace to a tenant; returns it and the feed position.
+
+        What the tenant before had granted ends with that, and so does the trust in its signing keys.
 
         Raises:
             MeshError: TENANT_NOT_FOUND.
@@ -104,10 +107,13 @@ class Tenants:
         async def work(connection: AsyncConnection) -> int:
             await check_tenant(connection, tenant)
             same = namespaces.c.name == name
-            changed = await connection.execute(update(namespaces).where(same).values(tenant=tenant))
-            if not changed.rowcount:
+            owner = (await connection.execute(select(namespaces.c.tenant).where(same))).scalar()
+            if owner is None:
                 row = {"name": name, "tenant": tenant, "used_bytes": 0, "used_versions": 0}
                 await connection.execute(insert(namespaces).values(row))
+            elif owner != tenant:
+                await connection.execute(update(namespaces).where(same).values(tenant=tenant))
+                await _end_trust(connection, name, now_us, actor)
             return await append_change(connection, ChangeKind.NAMESPACE_SET, given, now_us)
 
         position = await self._database.write(work)
@@ -137,6 +143,25 @@ class Tenants:
         async with self._database.reading() as connection:
             rows = (await connection.execute(statement)).all()
         return pager.page([(NamespaceRecord(row.name, row.tenant), _usage(row)) for row in rows])
+
+
+async def _end_trust(connection: AsyncConnection, namespace: str, now_us: int, actor: str) -> None:
+    """Takes back every grant and every signing key of a namespace that changes hands."""
+    of_it = grants.c.namespace == namespace
+    for row in (await connection.execute(select(grants).where(of_it))).all():
+        gone = dataclasses.replace(grant_record(row), update_time_us=now_us, actor=actor)
+        await append_change(connection, ChangeKind.GRANT_DELETED, gone, now_us)
+    await connection.execute(delete(grants).where(of_it))
+    asked = namespace_policies.c.namespace == namespace
+    found = (await connection.execute(select(namespace_policies).where(asked))).first()
+    if found is not None and found.keys:
+        known = policy_record(found)
+        policy = dataclasses.replace(
+            known, keys=(), generation=known.generation + 1, update_time_us=now_us, actor=actor
+        )
+        values = {"keys": [], "generation": policy.generation, "update_time_us": now_us, "actor": actor}
+        await connection.execute(update(namespace_policies).where(asked).values(values))
+        await append_change(connection, ChangeKind.NAMESPACE_POLICY_SET, policy, now_us)
 
 
 async def check_tenant(connection: AsyncConnection, tenant: str) -> None:

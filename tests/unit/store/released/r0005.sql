@@ -15,7 +15,7 @@ INSERT INTO search_documents VALUES (1, 1, 4, 'sha256:00000000000000000000000000
 INSERT INTO search_tags VALUES (1, 'a', 4);
 INSERT INTO version_statuses VALUES (1, 'deprecated', 'old', 'acme/ner:v2', 3, 8, 'ada');
 INSERT INTO version_signatures VALUES (1, '[{"key_id": "ed25519:0", "signature": "00", "create_time_us": 9, "actor": ""}]');
-INSERT INTO upload_sessions VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', '{"adapter":{"namespace":"acme","name":"ner"},"base_model":"tiny","task":"","description":"","tags":[],"license":"","author":"","files":[{"path":"a.json","size_bytes":3,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}],"validate_only":false,"parents":[],"merge_recipe_json":""}', 3, 99, '');
+INSERT INTO upload_sessions VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', '{"adapter":{"namespace":"acme","name":"ner"},"base_model":"tiny","task":"","description":"","tags":[],"license":"","author":"","files":[{"path":"a.json","size_bytes":3,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}],"validate_only":false,"parents":[],"merge_recipe_json":""}', 3, 99, '', 'default');
 INSERT INTO upload_parts VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', 0, 0, 3, 'sha256:0000000000000000000000000000000000000000000000000000000000000000');
 INSERT INTO tenants VALUES ('other', 1000, 10, 60, 1, 10, 'root');
 INSERT INTO namespaces VALUES ('acme', 'default', 1099511627779, 1);

@@ -23,7 +23,7 @@ INSERT INTO namespaces VALUES ('acme', 'default', 1099511627779, 1);
 INSERT INTO grants VALUES ('acme', 'ner', 'other', '["reader"]', 11, 'ada');
 INSERT INTO api_keys VALUES ('amk_abcdefgh', 'other', '["admin"]', '[]', 'scrypt$16384$8$1$AAAA$AAAA', 'for a test', 12, 0, 0, 13, 'root', 4);
 INSERT INTO audit_entries VALUES (4, 5, 'base_model_registered', 'tiny', '', '', '', '', '');
-INSERT INTO upload_sessions VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', '{"adapter":{"namespace":"acme","name":"ner"},"base_model":"tiny","task":"","description":"","tags":[],"license":"","author":"","files":[{"path":"a.json","size_bytes":3,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}],"validate_only":false,"parents":[],"merge_recipe_json":""}', 3, 99, '');
+INSERT INTO upload_sessions VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', '{"adapter":{"namespace":"acme","name":"ner"},"base_model":"tiny","task":"","description":"","tags":[],"license":"","author":"","files":[{"path":"a.json","size_bytes":3,"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}],"validate_only":false,"parents":[],"merge_recipe_json":""}', 3, 99, '', 'default');
 INSERT INTO upload_parts VALUES ('sha256:0000000000000000000000000000000000000000000000000000000000000000', 0, 0, 3, 'sha256:0000000000000000000000000000000000000000000000000000000000000000');
 INSERT INTO version_downloads VALUES (1, 5);
 INSERT INTO search_languages VALUES (1, 'en', 4);

@@ -230,8 +230,9 @@ class StoreServiceServicer:
         """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
         Nothing is visible before every check has passed. The same content under the same name is the same version:
         a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-        base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
-        another (both digests).
+        base or parent, or (VERSION_DELETED) a parent that was removed. FAILED_PRECONDITION: the files name another base than
+        the header, or a parent was trained on another (both digests). RESOURCE_EXHAUSTED: too many uploads at once (with
+        RetryInfo), or more than the namespace's tenant may have (QUOTA_EXCEEDED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,7 +241,7 @@ class StoreServiceServicer:
     def BeginUpload(self, request, context):
         """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
         what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
-        not ended, or their bytes are too many.
+        not ended, or their bytes are too many; or (QUOTA_EXCEEDED) they are more than the namespace's tenant may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -266,7 +267,7 @@ class StoreServiceServicer:
 
     def CompleteUpload(self, request, context):
         """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
-        same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+        same again until the upload is forgotten, or VERSION_DELETED if the version was removed since. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
         NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -421,7 +422,8 @@ class StoreServiceServicer:
 
     def RollBackAlias(self, request, context):
         """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-        revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
+        revoked or unsigned, or the alias is protected (ALIAS_PROTECTED). NOT_FOUND (VERSION_DELETED): it was removed; set the
+        alias to the version that is wanted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -520,7 +522,7 @@ class StoreServiceServicer:
 
     def VerifyBlobs(self, request, context):
         """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
-        it has been read. NOT_FOUND: unknown version.
+        it has been read. NOT_FOUND: unknown version, or (VERSION_DELETED) one that was removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

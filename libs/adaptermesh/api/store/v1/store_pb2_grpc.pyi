@@ -37,13 +37,14 @@ class StoreServiceStub:
     """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
     Nothing is visible before every check has passed. The same content under the same name is the same version:
     a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-    base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
-    another (both digests).
+    base or parent, or (VERSION_DELETED) a parent that was removed. FAILED_PRECONDITION: the files name another base than
+    the header, or a parent was trained on another (both digests). RESOURCE_EXHAUSTED: too many uploads at once (with
+    RetryInfo), or more than the namespace's tenant may have (QUOTA_EXCEEDED).
     """
     BeginUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.BeginUploadRequest, _store_pb2.BeginUploadResponse]
     """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
     what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
-    not ended, or their bytes are too many.
+    not ended, or their bytes are too many; or (QUOTA_EXCEEDED) they are more than the namespace's tenant may have.
     """
     UploadPart: _grpc.StreamUnaryMultiCallable[_store_pb2.UploadPartRequest, _store_pb2.UploadPartResponse]
     """Sends a part of a file, in any order. The first message says which, then come its bytes. A part that was answered
@@ -56,7 +57,7 @@ class StoreServiceStub:
     """What has been received of an upload. NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more)."""
     CompleteUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.CompleteUploadRequest, _store_pb2.CompleteUploadResponse]
     """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
-    same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+    same again until the upload is forgotten, or VERSION_DELETED if the version was removed since. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
     NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
     """
     AbandonUpload: _grpc.UnaryUnaryMultiCallable[_store_pb2.AbandonUploadRequest, _store_pb2.AbandonUploadResponse]
@@ -127,7 +128,8 @@ class StoreServiceStub:
     """
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]
     """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-    revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
+    revoked or unsigned, or the alias is protected (ALIAS_PROTECTED). NOT_FOUND (VERSION_DELETED): it was removed; set the
+    alias to the version that is wanted.
     """
     SetAliasProtection: _grpc.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]
     """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
@@ -168,7 +170,7 @@ class StoreServiceStub:
     """
     VerifyBlobs: _grpc.UnaryStreamMultiCallable[_store_pb2.VerifyBlobsRequest, _store_pb2.VerifyBlobsResponse]
     """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
-    it has been read. NOT_FOUND: unknown version.
+    it has been read. NOT_FOUND: unknown version, or (VERSION_DELETED) one that was removed.
     """
 
 @_typing.type_check_only
@@ -180,13 +182,14 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
     Nothing is visible before every check has passed. The same content under the same name is the same version:
     a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-    base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
-    another (both digests).
+    base or parent, or (VERSION_DELETED) a parent that was removed. FAILED_PRECONDITION: the files name another base than
+    the header, or a parent was trained on another (both digests). RESOURCE_EXHAUSTED: too many uploads at once (with
+    RetryInfo), or more than the namespace's tenant may have (QUOTA_EXCEEDED).
     """
     BeginUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.BeginUploadRequest, _store_pb2.BeginUploadResponse]  # type: ignore[assignment]
     """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
     what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
-    not ended, or their bytes are too many.
+    not ended, or their bytes are too many; or (QUOTA_EXCEEDED) they are more than the namespace's tenant may have.
     """
     UploadPart: _aio.StreamUnaryMultiCallable[_store_pb2.UploadPartRequest, _store_pb2.UploadPartResponse]  # type: ignore[assignment]
     """Sends a part of a file, in any order. The first message says which, then come its bytes. A part that was answered
@@ -199,7 +202,7 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """What has been received of an upload. NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more)."""
     CompleteUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.CompleteUploadRequest, _store_pb2.CompleteUploadResponse]  # type: ignore[assignment]
     """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
-    same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+    same again until the upload is forgotten, or VERSION_DELETED if the version was removed since. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
     NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
     """
     AbandonUpload: _aio.UnaryUnaryMultiCallable[_store_pb2.AbandonUploadRequest, _store_pb2.AbandonUploadResponse]  # type: ignore[assignment]
@@ -270,7 +273,8 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_store_pb2.RollBackAliasRequest, _store_pb2.RollBackAliasResponse]  # type: ignore[assignment]
     """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-    revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
+    revoked or unsigned, or the alias is protected (ALIAS_PROTECTED). NOT_FOUND (VERSION_DELETED): it was removed; set the
+    alias to the version that is wanted.
     """
     SetAliasProtection: _aio.UnaryUnaryMultiCallable[_store_pb2.SetAliasProtectionRequest, _store_pb2.SetAliasProtectionResponse]  # type: ignore[assignment]
     """Protects an alias, or takes its protection away, by compare-and-set. ABORTED: it has changed since. NOT_FOUND:
@@ -311,7 +315,7 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """
     VerifyBlobs: _aio.UnaryStreamMultiCallable[_store_pb2.VerifyBlobsRequest, _store_pb2.VerifyBlobsResponse]  # type: ignore[assignment]
     """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
-    it has been read. NOT_FOUND: unknown version.
+    it has been read. NOT_FOUND: unknown version, or (VERSION_DELETED) one that was removed.
     """
 
 class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -326,8 +330,9 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """Uploads one version. The first message is the header, then the bytes of each file in the header's order.
         Nothing is visible before every check has passed. The same content under the same name is the same version:
         a repeated upload returns it. INVALID_ARGUMENT: rejected, with every reason in the message. NOT_FOUND: unknown
-        base or parent. FAILED_PRECONDITION: the files name another base than the header, or a parent was trained on
-        another (both digests).
+        base or parent, or (VERSION_DELETED) a parent that was removed. FAILED_PRECONDITION: the files name another base than
+        the header, or a parent was trained on another (both digests). RESOURCE_EXHAUSTED: too many uploads at once (with
+        RetryInfo), or more than the namespace's tenant may have (QUOTA_EXCEEDED).
         """
 
     @_abc_1.abstractmethod
@@ -338,7 +343,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_store_pb2.BeginUploadResponse, _abc.Awaitable[_store_pb2.BeginUploadResponse]]:
         """Begins an upload that can be continued after an interruption, at any store of the same database and bucket. Refuses
         what the header alone shows to be wrong, as UploadAdapter does. RESOURCE_EXHAUSTED: too many uploads have begun and
-        not ended, or their bytes are too many.
+        not ended, or their bytes are too many; or (QUOTA_EXCEEDED) they are more than the namespace's tenant may have.
         """
 
     @_abc_1.abstractmethod
@@ -369,7 +374,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.CompleteUploadResponse, _abc.Awaitable[_store_pb2.CompleteUploadResponse]]:
         """Checks and publishes what was received, as UploadAdapter does, with the same errors. Asked again, it answers the
-        same again until the upload is forgotten. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
+        same again until the upload is forgotten, or VERSION_DELETED if the version was removed since. FAILED_PRECONDITION (UPLOAD_INCOMPLETE): bytes are missing.
         NOT_FOUND (UPLOAD_NOT_FOUND): there is none (any more).
         """
 
@@ -554,7 +559,8 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.RollBackAliasResponse, _abc.Awaitable[_store_pb2.RollBackAliasResponse]]:
         """Points an alias at the version it pointed to before its last move. FAILED_PRECONDITION: there was none, or it is
-        revoked or unsigned, or the alias is protected (ALIAS_PROTECTED).
+        revoked or unsigned, or the alias is protected (ALIAS_PROTECTED). NOT_FOUND (VERSION_DELETED): it was removed; set the
+        alias to the version that is wanted.
         """
 
     @_abc_1.abstractmethod
@@ -673,7 +679,7 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.VerifyBlobsResponse], _abc.AsyncIterator[_store_pb2.VerifyBlobsResponse]]:
         """For administrators: reads stored bytes again and compares them with their digests. One message for each blob, when
-        it has been read. NOT_FOUND: unknown version.
+        it has been read. NOT_FOUND: unknown version, or (VERSION_DELETED) one that was removed.
         """
 
 def add_StoreServiceServicer_to_server(servicer: StoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

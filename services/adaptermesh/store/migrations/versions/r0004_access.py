@@ -45,6 +45,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # An older store can't read changes of kinds that it does not know: who follows takes a snapshot.
+    op.execute("DELETE FROM changes")
+    op.execute("UPDATE feed SET trimmed_position = head_position")
     for table in ("audit_entries", "api_keys", "grants", "namespaces", "tenants"):
         op.drop_table(table)
 

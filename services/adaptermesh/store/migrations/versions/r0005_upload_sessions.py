@@ -13,6 +13,7 @@ branch_labels = None
 depends_on = None
 
 _DIGEST = sa.String(length=71)
+_KEY = sa.String(length=200).with_variant(sa.String(length=200, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
@@ -23,6 +24,7 @@ def upgrade() -> None:
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("expire_time_us", sa.BigInteger(), nullable=False),
         sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("tenant", _KEY, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_upload_sessions"),
     )
     op.create_index("ix_upload_sessions_expire_time_us", "upload_sessions", ["expire_time_us"])

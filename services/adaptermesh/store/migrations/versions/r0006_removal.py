@@ -35,6 +35,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # An older store can't read changes of kinds that it does not know: who follows takes a snapshot.
+    op.execute("DELETE FROM changes")
+    op.execute("UPDATE feed SET trimmed_position = head_position")
     # What is removed is in no older schema, nor can its place in the history of an alias be.
     _bind_moves()
     for name in ("unread_lineages", "version_parents", "deleted_versions", "status_changes"):
