@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.conftest import FakeMesh, Invoke, Publish, document
+from tests.unit.cli.conftest import FakeMesh, Invoke, document
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +56,3 @@ def test_a_target_with_a_bad_weight_is_a_usage_error(invoke: Invoke, target: str
     result = invoke("routes", "set", "ner", target)
     assert result.exit_code == 2
     assert "REF=WEIGHT" in result.stderr
-
-
-def test_aliases_are_among_the_commands_of_adapters_too(publish: Publish, invoke: Invoke) -> None:
-    publish(seed=1), publish(seed=2)
-    for version in ("v1", "v2"):
-        assert invoke("adapters", "alias", "set", "acme/ner@prod", version).exit_code == 0
-    assert "acme/ner@prod -> v1" in invoke("adapters", "rollback", "acme/ner@prod").stdout
-    assert len(invoke("adapters", "alias", "history", "acme/ner@prod").stdout.splitlines()) == 4

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from adaptermesh.cli.commands import aliases
 from adaptermesh.cli.commands.comparing import diff
 from adaptermesh.cli.commands.merging import merge
 from adaptermesh.cli.commands.moving import copy, export, import_version
@@ -127,9 +126,6 @@ app.command()(copy)
 app.command()(export)
 app.command("import")(import_version)
 app.command()(watch)
-# Also by themselves: an alias is what is asked for most.
-app.add_typer(aliases.app, name="alias")
-app.command("rollback")(aliases.roll_back)
 app.command()(verify)
 app.command("gc")(collect_garbage)
 

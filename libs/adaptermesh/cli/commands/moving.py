@@ -57,7 +57,10 @@ def copy(
         str, typer.Argument(metavar="SRC", help="A ref, here or as store://HOST:PORT/acme/ner:v3.")
     ],
     target: Annotated[
-        str, typer.Argument(metavar="DST", help="NAMESPACE/NAME, or store://HOST:PORT[/NAMESPACE/NAME].")
+        str,
+        typer.Argument(
+            metavar="DST", help="NAMESPACE/NAME, or store://HOST:PORT, or store://HOST:PORT/NAMESPACE/NAME."
+        ),
     ],
     with_parents: ParentsOption = False,
     with_base: BaseOption = False,
@@ -68,8 +71,8 @@ def copy(
 ) -> None:
     """Copies a version to another store, or to another name.
 
-    Files, card, tags and licence are kept, and so is the digest under the same name, with the signatures of
-    keys that are trusted there. Its number, status and aliases are not.
+    Files, card, tags and licence are kept, and so is the digest under the same name, with the
+    signatures of keys that are trusted there. Its number, status and aliases are not.
 
     Examples:
     adaptermesh adapters copy acme/ner@prod store://store.prod:7702
@@ -114,7 +117,7 @@ def import_version(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A file of `adapters export`, a folder, hf://ORG/NAME[@REVISION] or store://HOST:PORT/REF.",
+            help="A file of `adapters export`, a folder, hf://ORG/NAME or hf://ORG/NAME@REVISION, or store://HOST:PORT/REF.",
         ),
     ],
     adapter: Annotated[
@@ -136,8 +139,8 @@ def import_version(
 ) -> None:
     """Publishes a version that comes from a file, a folder, the Hugging Face hub or another store.
 
-    A file of `adapters export` becomes the very version that it was, or none. Of a repository of the hub only
-    the adapter's own files are fetched, and no pickle.
+    A file of `adapters export` becomes the very version that it was, or none. Of a repository of
+    the hub only the adapter's own files are fetched, and no pickle.
 
     Examples:
     adaptermesh adapters import ner-v2.tar
