@@ -12,17 +12,17 @@ from tests.unit.cli.conftest import Invoke, Publish, document
 Arguments = Callable[[str, Path], tuple[str, ...]]
 
 COMMANDS: dict[str, Arguments] = {
-    "download": lambda ref, folder: ("download", ref, str(folder / "out")),
-    "show": lambda ref, _: ("show", ref),
-    "verify": lambda ref, _: ("verify", ref),
-    "diff": lambda ref, _: ("diff", ref, "acme/ner:v2"),
-    "deprecate": lambda ref, _: ("deprecate", ref, "--replacement", "acme/ner:v2"),
-    "revoke": lambda ref, _: ("revoke", ref, "--reason", "bad data"),
-    "restore": lambda ref, _: ("restore", ref),
-    "history": lambda ref, _: ("history", ref),
-    "copy": lambda ref, _: ("copy", ref, "shop/copy"),
-    "export": lambda ref, folder: ("export", ref, str(folder / "ner.tar")),
-    "sign": lambda ref, folder: ("sign", ref, "--key", str(folder / "key.pem")),
+    "download": lambda ref, folder: ("adapters", "download", ref, str(folder / "out")),
+    "show": lambda ref, _: ("adapters", "show", ref),
+    "verify": lambda ref, _: ("adapters", "verify", ref),
+    "diff": lambda ref, _: ("adapters", "diff", ref, "acme/ner:v2"),
+    "deprecate": lambda ref, _: ("adapters", "deprecate", ref, "--replacement", "acme/ner:v2"),
+    "revoke": lambda ref, _: ("adapters", "revoke", ref, "--reason", "bad data"),
+    "restore": lambda ref, _: ("adapters", "restore", ref),
+    "history": lambda ref, _: ("adapters", "history", ref),
+    "copy": lambda ref, _: ("adapters", "copy", ref, "shop/copy"),
+    "export": lambda ref, folder: ("adapters", "export", ref, str(folder / "ner.tar")),
+    "sign": lambda ref, folder: ("adapters", "sign", ref, "--key", str(folder / "key.pem")),
     "alias set": lambda ref, _: ("alias", "set", "acme/ner@canary", ref),
 }
 
@@ -57,7 +57,7 @@ def test_a_ref_means_the_same_version_in_every_spelling(
         folder.mkdir()
         (folder / "key.pem").write_bytes(key)
         (folder / "key.pem").chmod(0o600)
-        printed = document(invoke("adapters", *COMMANDS[command](ref, folder), "--json"))
+        printed = document(invoke(*COMMANDS[command](ref, folder), "--json"))
         if command == "alias set":
             assert printed["alias"]["version_number"] == 1
         elif command == "copy":
@@ -71,7 +71,7 @@ def test_what_is_no_ref_is_refused_with_the_spellings(
     real_store: Path, invoke: Invoke, tmp_path: Path, command: str
 ) -> None:
     for ref in ("acme", "acme/ner:1", "acme/ner@sha256:12", "ACME/ner", "acme/ner:v0", "a/b@c@d", " "):
-        result = invoke("adapters", *COMMANDS[command](ref, tmp_path), "--json")
+        result = invoke(*COMMANDS[command](ref, tmp_path), "--json")
         assert result.exit_code == 1, result.output
         error = json.loads(result.stdout)["error"]
         assert error["code"] == "INVALID_ARGUMENT"
