@@ -177,7 +177,10 @@ class Feed:
                 if not page.changes and clock() >= beat_at:
                     yield page
                     beat_at = clock() + self._config.heartbeat_seconds
-                await self._woken(wake, max(0.0, beat_at - clock()))
+                seconds = beat_at - clock()
+                if seconds > 0:
+                    # A wait of no time could swallow a cancellation that comes with its end.
+                    await self._woken(wake, seconds)
         finally:
             self._watchers.discard(wake)
 
