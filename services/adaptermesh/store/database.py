@@ -156,6 +156,7 @@ class Database:
             # A server that doesn't answer is not waited for.
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._engine.dispose()
+                await self._dialect.close()
 
     async def _migrated(self, new_feed_id: str, deadline: float) -> bool:
         """False if the database can't be reached yet, and it isn't too late to try again."""

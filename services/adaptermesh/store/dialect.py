@@ -47,6 +47,10 @@ class Dialect(Protocol):
         """Registers what must happen to each connection."""
         ...
 
+    async def close(self) -> None:
+        """Runs after the last connection; returns when nothing of them runs any more."""
+        ...
+
     async def lock_schema(self, connection: AsyncConnection) -> None:
         """Keeps other processes from migrating until the transaction ends."""
         ...

@@ -179,7 +179,6 @@ class Feed:
                     beat_at = clock() + self._config.heartbeat_seconds
                 seconds = beat_at - clock()
                 if seconds > 0:
-                    # A wait of no time could swallow a cancellation that comes with its end.
                     await self._woken(wake, seconds)
         finally:
             self._watchers.discard(wake)

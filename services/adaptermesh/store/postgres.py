@@ -65,6 +65,9 @@ class Postgres:
         """Replaces connections that the server has closed before they are used."""
         event.listen(engine.sync_engine, "checkout", _check_alive)
 
+    async def close(self) -> None:
+        """Nothing: a connection has no thread."""
+
     async def lock_schema(self, connection: AsyncConnection) -> None:
         """Waits for the migration of another process."""
         await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))

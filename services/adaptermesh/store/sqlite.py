@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import PoolResetState
 
 from adaptermesh.store.dialect import Access, Trouble
+from adaptermesh.store.sqlite_connections import SqliteConnections
 
 _WRITES = "adaptermesh_writes"
 _PRAGMA_SECONDS = 10.0
@@ -22,9 +23,14 @@ class Sqlite:
 
     def __init__(self, url: URL, busy_seconds: float) -> None:
         self._path = url.database
+        self._connections = SqliteConnections()
         self.access = Access(
             # The driver shall begin nothing by itself: see `_begin`.
-            connect_args={"isolation_level": None, "timeout": busy_seconds},
+            connect_args={
+                "isolation_level": None,
+                "timeout": busy_seconds,
+                "async_creator_fn": self._connections.make,
+            },
             # See `_reset`.
             engine={"pool_reset_on_return": None},
             # Tells the `begin` listener to take the write lock at once.
@@ -41,6 +47,10 @@ class Sqlite:
         event.listen(engine.sync_engine, "connect", _prepare)
         event.listen(engine.sync_engine, "begin", _begin)
         event.listen(engine.sync_engine, "reset", _reset)
+
+    async def close(self) -> None:
+        """Waits for the connections' threads."""
+        await self._connections.ended()
 
     async def lock_schema(self, connection: AsyncConnection) -> None:
         """Nothing: the transaction began with the write lock."""
