@@ -45,12 +45,17 @@ class AdapterName:
         return f"{self.namespace}/{self.name}"
 
     @classmethod
+    def checked(cls, namespace: str, name: str) -> "AdapterName":
+        """Of two names that may be none; raises MeshError INVALID_ARGUMENT (INVALID_NAME)."""
+        return cls(check_name(namespace, "namespace"), check_name(name, "name"))
+
+    @classmethod
     def parse(cls, text: str) -> "AdapterName":
         """Parses `namespace/name`; raises MeshError INVALID_ARGUMENT."""
         namespace, slash, name = text.partition("/")
         if not slash:
             raise _bad_ref(text)
-        return cls(check_name(namespace, "namespace"), check_name(name, "name"))
+        return cls.checked(namespace, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,10 @@
 """The gateway's settings: `ADAPTERMESH_GATEWAY_<NAME>`."""
 
-import enum
-
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from adaptermesh.rpc.credentials import Credentials
 from adaptermesh.rpc.settings import ServiceSettings
-
-
-class Authentication(enum.StrEnum):
-    """What callers must show."""
-
-    NONE = "none"
-    KEYS = "keys"
 
 
 class GatewaySettings(ServiceSettings):
@@ -36,8 +28,8 @@ class GatewaySettings(ServiceSettings):
         description="API key for the store where callers show none, for the list of models. "
         "Empty: the store asks for none.",
     )
-    authentication: Authentication = Field(
-        default=Authentication.NONE,
+    authentication: Credentials = Field(
+        default=Credentials.NONE,
         description="What callers must show. none: nothing, x-tenant-id is believed. keys: an API key of the "
         "store, and they use what their tenant may use.",
     )
@@ -86,4 +78,4 @@ class GatewaySettings(ServiceSettings):
     @property
     def authenticates(self) -> bool:
         """Whether callers must show an API key."""
-        return self.authentication is Authentication.KEYS
+        return self.authentication is Credentials.KEYS

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from adaptermesh.api.store.v1 import store_pb2
-from adaptermesh.store import wire
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.store import feed_wire
 from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.feed import FeedPage
-from adaptermesh.store.signing_servicer import SigningServicer
+from adaptermesh.store.with_stores import WithStores
 
 Context = Any
 
@@ -20,7 +20,7 @@ _BATCH_BYTES = 512 * 1024
 _KEY_SECONDS = 5.0
 
 
-class FeedServicer(SigningServicer):
+class FeedServicer(WithStores, store_pb2_grpc.StoreServiceServicer):
     """Watches and the feed's status. Errors are raised as `MeshError`."""
 
     async def WatchChanges(
@@ -42,13 +42,13 @@ class FeedServicer(SigningServicer):
     async def GetFeedStatus(
         self, request: store_pb2.GetFeedStatusRequest, context: Context
     ) -> store_pb2.GetFeedStatusResponse:
-        return wire.feed_status_to(await self._stores.feed.status(self._stores.database))
+        return feed_wire.feed_status_to(await self._stores.feed.status(self._stores.database))
 
 
 def _singles(page: FeedPage) -> Iterator[store_pb2.WatchChangesResponse]:
     """A message for each change, or a heartbeat."""
     for change in page.changes:
-        message = wire.change_to(change)
+        message = feed_wire.change_to(change)
         yield store_pb2.WatchChangesResponse(head_position=page.head_position, change=message)
     if not page.changes:
         yield store_pb2.WatchChangesResponse(head_position=page.head_position)
@@ -61,7 +61,7 @@ def _batches(page: FeedPage) -> Iterator[store_pb2.WatchChangesResponse]:
         if size >= _BATCH_BYTES:
             yield answer
             answer, size = store_pb2.WatchChangesResponse(head_position=page.head_position), 0
-        message = wire.change_to(change)
+        message = feed_wire.change_to(change)
         answer.changes.append(message)
         size += message.ByteSize()
     yield answer

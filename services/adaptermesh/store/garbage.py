@@ -1,11 +1,11 @@
 """Mark and sweep: blobs that no version needs are removed, beside the uploads of any number of stores.
 
 That is safe because both sides meet in the database, where one writer goes at a time. A blob is removed after
-a transaction that looked whether a version needs it by now and noted its removal (`removals.py`). An upload
-looks in its own transaction, before its version becomes visible, whether its blobs are there and no removal
-of them is noted, and puts them again otherwise. So a blob that a version needs is never removed, whatever the
-clocks say and whatever hangs or is restarted; the grace only spares uploads in progress from sending blobs
-twice.
+a transaction that looked whether a version needs it by now and noted its removal (`removal_notes.py`). An
+upload looks in its own transaction, before its version becomes visible, whether its blobs are there and no
+removal of them is noted, and puts them again otherwise. So a blob that a version needs is never removed,
+whatever the clocks say and whatever hangs or is restarted; the grace only spares uploads in progress from
+sending blobs twice.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Code, MeshError, Reason
-from adaptermesh.store import removals
+from adaptermesh.store import removal_notes
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
 from adaptermesh.store.ownership import OwnedWork
@@ -126,7 +126,7 @@ class GarbageCollector:
 
     async def forget_removals(self) -> None:
         """For a backend that is this process's alone: whoever noted a removal there has ended."""
-        await self._database.write(removals.forget_all)
+        await self._database.write(removal_notes.forget_all)
 
     async def _remove(self, digests: Sequence[str], position: int) -> list[str]:
         removed: list[str] = []
@@ -137,7 +137,7 @@ class GarbageCollector:
         return removed
 
     async def _remove_batch(self, digests: Sequence[str], position: int) -> list[str]:
-        latest = asyncio.get_running_loop().time() + removals.SEND_SECONDS
+        latest = asyncio.get_running_loop().time() + removal_notes.SEND_SECONDS
         holder = uuid.uuid4().hex
 
         async def note(connection: AsyncConnection) -> list[str]:
@@ -145,7 +145,7 @@ class GarbageCollector:
             await connection.execute(select(feed.c.id).with_for_update())
             needed = {digest async for digest in needed_blobs(connection, position)}
             unneeded = [digest for digest in digests if digest not in needed]
-            await removals.note(connection, unneeded, holder)
+            await removal_notes.note(connection, unneeded, holder)
             return unneeded
 
         unneeded = await self._database.write(note)
@@ -162,7 +162,7 @@ class GarbageCollector:
         finally:
             # What was sent and not answered may still be carried out: that note stays until it expires.
             over = [digest for digest in unneeded if digest in removed or digest not in sent]
-            await self._database.write(partial(removals.forget, digests=over, holder=holder))
+            await self._database.write(partial(removal_notes.forget, digests=over, holder=holder))
         return removed
 
 

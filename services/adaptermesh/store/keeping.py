@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.errors import Reason, unavailable
-from adaptermesh.store import removals
+from adaptermesh.store import removal_notes
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.catalogue import Catalogue, Published
 from adaptermesh.store.records import VersionRecord
@@ -73,7 +73,7 @@ class Keeper:
 
     async def _confirm(self, digests: Iterable[str], connection: AsyncConnection) -> None:
         """Raises unless all blobs are there, and stay. Writers wait meanwhile, so not for long."""
-        left = await removals.seconds_left(connection, digests)
+        left = await removal_notes.seconds_left(connection, digests)
         if left is not None:
             raise _BeingRemoved(left)
         try:

@@ -11,14 +11,15 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adaptermesh.core.clock import Clock
 from adaptermesh.core.errors import Reason, unavailable
-from adaptermesh.store.blob_removal import remove_blob
 from adaptermesh.store.blobs import BlobStore
 from adaptermesh.store.database import Database
 from adaptermesh.store.reading import FILE_PIECE_BYTES
+from adaptermesh.store.schema import feed
 from adaptermesh.store.session_rows import (
     count_expired,
     delete_sessions,
@@ -30,6 +31,7 @@ from adaptermesh.store.upload_progress import UploadPart
 log = logging.getLogger(__name__)
 
 _CONFIRM_SECONDS = 5.0
+_ALIVE_SECONDS = 1.0
 # Writers wait while so many are removed.
 _REMOVED_AT_ONCE = 16
 _EXPIRED_AT_ONCE = 32
@@ -116,7 +118,7 @@ class PartBlobs:
                 needed = await needed_parts(connection, batch, self._now_us())
                 unneeded = [digest for digest in batch if digest not in needed]
                 for digest in unneeded:
-                    await remove_blob(connection, self._blobs, digest)
+                    await _remove(connection, self._blobs, digest)
                 return unneeded
 
             removed += await self._database.write(work)
@@ -164,3 +166,14 @@ class PartBlobs:
 
     def _now_us(self) -> int:
         return int(self._clock.wall() * 1e6)
+
+
+async def _remove(connection: AsyncConnection, blobs: BlobStore, digest: str) -> None:
+    """Returns when nothing is being removed any more, also after an error."""
+    deletion = asyncio.ensure_future(blobs.delete(digest))
+    try:
+        while not (await asyncio.wait([deletion], timeout=_ALIVE_SECONDS))[0]:
+            # A database may end a transaction that says nothing, and let others publish meanwhile.
+            await connection.execute(select(feed.c.id))
+    finally:
+        await deletion

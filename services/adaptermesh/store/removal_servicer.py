@@ -4,25 +4,25 @@
 
 from typing import Any
 
-from adaptermesh.api.store.v1 import store_pb2
-from adaptermesh.core.refs import AdapterName, check_name
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
+from adaptermesh.core.refs import AdapterName
 from adaptermesh.store import wire
 from adaptermesh.store.pages import PageRequest
-from adaptermesh.store.removal import RemovalRequest
-from adaptermesh.store.signing_servicer import SigningServicer
+from adaptermesh.store.version_removal import RemovalRequest
+from adaptermesh.store.with_stores import WithStores
 
 Context = Any
 
 
-class RemovalServicer(SigningServicer):
+class RemovalServicer(WithStores, store_pb2_grpc.StoreServiceServicer):
     """The history of statuses, and removal. Errors are raised as `MeshError`."""
 
     async def ListStatusHistory(
         self, request: store_pb2.ListStatusHistoryRequest, context: Context
     ) -> store_pb2.ListStatusHistoryResponse:
-        page, deleted = await self._stores.statuses.history(
-            _adapter(request), request.version_number, PageRequest(request.page_size, request.page_token)
-        )
+        adapter = AdapterName.checked(request.namespace, request.name)
+        asked = PageRequest(request.page_size, request.page_token)
+        page, deleted = await self._stores.statuses.history(adapter, request.version_number, asked)
         return store_pb2.ListStatusHistoryResponse(
             statuses=[wire.status_to(status) for status in page.items],
             next_page_token=page.next_token,
@@ -33,7 +33,7 @@ class RemovalServicer(SigningServicer):
         self, request: store_pb2.DeleteVersionRequest, context: Context
     ) -> store_pb2.DeleteVersionResponse:
         removal = RemovalRequest(
-            adapter=_adapter(request),
+            adapter=AdapterName.checked(request.namespace, request.name),
             version_number=request.version_number,
             digest=request.digest,
             actor=request.actor,
@@ -41,7 +41,3 @@ class RemovalServicer(SigningServicer):
         )
         deleted, position = await self._stores.removals.delete(removal)
         return store_pb2.DeleteVersionResponse(deleted=wire.deleted_to(deleted), feed_position=position)
-
-
-def _adapter(request: store_pb2.ListStatusHistoryRequest | store_pb2.DeleteVersionRequest) -> AdapterName:
-    return AdapterName(check_name(request.namespace, "namespace"), check_name(request.name, "name"))

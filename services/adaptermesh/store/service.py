@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adaptermesh.api.access.v1 import access_pb2_grpc
 from adaptermesh.api.store.v1 import store_pb2_grpc
+from adaptermesh.rpc.credentials import Credentials
 from adaptermesh.rpc.server import MeshServer
 from adaptermesh.rpc.service import ServiceContext
 from adaptermesh.store.access.authentication import AuthenticationConfig
@@ -17,7 +18,7 @@ from adaptermesh.store.retention import RetentionConfig
 from adaptermesh.store.s3_connection import S3Config
 from adaptermesh.store.servicer import StoreServicer
 from adaptermesh.store.session_config import SessionConfig
-from adaptermesh.store.settings import Authentication, StoreSettings
+from adaptermesh.store.settings import StoreSettings
 from adaptermesh.store.snapshot import SnapshotConfig
 from adaptermesh.store.stores import StoreConfig, Stores
 from adaptermesh.store.uploads import UploadConfig
@@ -91,7 +92,7 @@ def store_config(settings: StoreSettings) -> StoreConfig:
             min_changes=settings.feed_min_changes,
         ),
         authentication=AuthenticationConfig(
-            required=settings.authentication is Authentication.KEYS,
+            required=settings.authentication is Credentials.KEYS,
             root_key=settings.root_key.get_secret_value(),
         ),
         snapshots=SnapshotConfig(concurrent=settings.concurrent_snapshots, seconds=settings.snapshot_seconds),

@@ -9,10 +9,10 @@ from typing import Any
 
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.errors import invalid_field
-from adaptermesh.core.refs import AdapterName, Ref, check_name, parse_ref
+from adaptermesh.core.refs import AdapterName, Ref, parse_ref
 from adaptermesh.core.roles import Permission
 from adaptermesh.rpc.version_state import state_message, state_of
-from adaptermesh.store import wire
+from adaptermesh.store import feed_wire, wire
 from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.aliases import AliasName, MoveRequest
 from adaptermesh.store.feed_servicer import FeedServicer
@@ -21,6 +21,7 @@ from adaptermesh.store.pages import PageRequest
 from adaptermesh.store.reading import check_offset, find_file
 from adaptermesh.store.removal_servicer import RemovalServicer
 from adaptermesh.store.routes import ANY_TENANT
+from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.upload_servicer import UploadServicer
 
@@ -31,7 +32,7 @@ _PART_BYTES = 512 * 1024
 _PART_ITEMS = 500
 
 
-class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
+class StoreServicer(UploadServicer, RemovalServicer, FeedServicer, SigningServicer):
     """`adaptermesh.api.store.v1.StoreService`. Errors are raised as `MeshError`."""
 
     async def DownloadFile(  # type: ignore[override]  # large messages are encoded here already
@@ -92,7 +93,7 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
     async def ListVersions(
         self, request: store_pb2.ListVersionsRequest, context: Context
     ) -> store_pb2.ListVersionsResponse:
-        adapter = _adapter(request.namespace, request.name)
+        adapter = AdapterName.checked(request.namespace, request.name)
         page = await self._stores.catalogue.list_versions(adapter, _page(request))
         return store_pb2.ListVersionsResponse(
             versions=[wire.version_to(version) for version in page.items], next_page_token=page.next_token
@@ -164,7 +165,7 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
     async def ListAliasHistory(
         self, request: store_pb2.ListAliasHistoryRequest, context: Context
     ) -> store_pb2.ListAliasHistoryResponse:
-        name = AliasName(_adapter(request.namespace, request.name), request.alias)
+        name = AliasName(AdapterName.checked(request.namespace, request.name), request.alias)
         page = await self._stores.aliases.history(name, _page(request))
         return store_pb2.ListAliasHistoryResponse(
             moves=[wire.alias_to(move) for move in page.items], next_page_token=page.next_token
@@ -220,7 +221,7 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
                 if size >= _PART_BYTES or count >= _PART_ITEMS:
                     yield part
                     part, size, count = store_pb2.GetSnapshotResponse(), 0, 0
-                size += wire.add_to_part(part, item)
+                size += feed_wire.add_to_part(part, item)
                 count += 1
         yield part
 
@@ -238,10 +239,6 @@ class StoreServicer(UploadServicer, RemovalServicer, FeedServicer):
                 yield store_pb2.VerifyBlobsResponse(
                     blob_digest=check.digest, size_bytes=check.size_bytes, problem=check.problem
                 )
-
-
-def _adapter(namespace: str, name: str) -> AdapterName:
-    return AdapterName(check_name(namespace, "namespace"), check_name(name, "name"))
 
 
 def _page(
@@ -265,7 +262,7 @@ def _move(
         not isinstance(request, store_pb2.SetAliasProtectionRequest) and request.acknowledge_protection
     )
     return MoveRequest(
-        alias=AliasName(_adapter(request.namespace, request.name), request.alias),
+        alias=AliasName(AdapterName.checked(request.namespace, request.name), request.alias),
         expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
         actor=request.actor,
         comment=request.comment,
@@ -278,7 +275,7 @@ def _status(request: store_pb2.SetVersionStatusRequest) -> StatusRequest:
     if state_message(state) != request.state:
         raise invalid_field("state", "must be active, deprecated or revoked")
     return StatusRequest(
-        adapter=_adapter(request.namespace, request.name),
+        adapter=AdapterName.checked(request.namespace, request.name),
         version_number=request.version_number,
         state=state,
         reason=request.reason,

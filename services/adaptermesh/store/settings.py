@@ -1,6 +1,5 @@
 """The store's settings: `ADAPTERMESH_STORE_*`."""
 
-import enum
 import ssl
 from typing import Self
 
@@ -9,15 +8,9 @@ from pydantic_settings import SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from adaptermesh.rpc.credentials import Credentials
 from adaptermesh.rpc.settings import ServiceSettings
 from adaptermesh.store.access.authentication import MIN_ROOT_KEY
-
-
-class Authentication(enum.StrEnum):
-    """What callers must show."""
-
-    NONE = "none"
-    KEYS = "keys"
 
 
 class StoreSettings(ServiceSettings):
@@ -48,8 +41,8 @@ class StoreSettings(ServiceSettings):
     s3_access_key: str = Field(default="", description="Access key. Empty: calls are not signed.")
     s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key.")
     s3_secure: bool = Field(default=True, description="Calls the S3 server over TLS.")
-    authentication: Authentication = Field(
-        default=Authentication.NONE,
+    authentication: Credentials = Field(
+        default=Credentials.NONE,
         description="What callers must show. none: nothing, everybody may do everything. keys: an API key.",
     )
     root_key: SecretStr = Field(

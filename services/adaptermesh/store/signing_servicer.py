@@ -10,22 +10,13 @@ from adaptermesh.core.errors import invalid_field
 from adaptermesh.rpc.signature_policy import policy_message, policy_of
 from adaptermesh.store import wire
 from adaptermesh.store.access.caller import current_caller
-from adaptermesh.store.stores import Stores
+from adaptermesh.store.with_stores import WithStores
 
 Context = Any
 
 
-class SigningServicer(store_pb2_grpc.StoreServiceServicer):
+class SigningServicer(WithStores, store_pb2_grpc.StoreServiceServicer):
     """Signatures, trusted keys and policies. Errors are raised as `MeshError`."""
-
-    def __init__(self, stores: Stores) -> None:
-        self._all = stores
-
-    @property
-    def _stores(self) -> Stores:
-        # The port is bound before the catalogue is open.
-        self._all.check_open()
-        return self._all
 
     async def AddSignature(
         self, request: store_pb2.AddSignatureRequest, context: Context

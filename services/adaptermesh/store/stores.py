@@ -32,7 +32,6 @@ from adaptermesh.store.part_blobs import PartBlobs
 from adaptermesh.store.periodic import PeriodicWork
 from adaptermesh.store.policies import Policies
 from adaptermesh.store.reading import Downloads
-from adaptermesh.store.removal import Removals
 from adaptermesh.store.retention import FeedTrimmer, RetentionConfig
 from adaptermesh.store.routes import Routes
 from adaptermesh.store.s3_blobs import S3BlobStore
@@ -46,6 +45,7 @@ from adaptermesh.store.staging import Staging
 from adaptermesh.store.statuses import Statuses
 from adaptermesh.store.upload_sessions import UploadSessions
 from adaptermesh.store.uploads import UploadConfig, Uploads
+from adaptermesh.store.version_removal import Removals
 
 log = logging.getLogger(__name__)
 

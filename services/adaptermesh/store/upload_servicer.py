@@ -8,19 +8,19 @@ from typing import Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from adaptermesh.api.store.v1 import store_pb2
+from adaptermesh.api.store.v1 import store_pb2, store_pb2_grpc
 from adaptermesh.store import wire
 from adaptermesh.store.headers import invalid_upload
 from adaptermesh.store.part_intake import PartRequest
 from adaptermesh.store.session_rows import UploadSession
-from adaptermesh.store.signing_servicer import SigningServicer
 from adaptermesh.store.upload_progress import MAX_PART_BYTES, received_ranges
+from adaptermesh.store.with_stores import WithStores
 
 Context = Any
 Piece = TypeVar("Piece", store_pb2.UploadAdapterRequest, store_pb2.UploadPartRequest)
 
 
-class UploadServicer(SigningServicer):
+class UploadServicer(WithStores, store_pb2_grpc.StoreServiceServicer):
     """Uploads. Errors are raised as `MeshError`."""
 
     async def UploadAdapter(self, request_iterator: Any, context: Context) -> store_pb2.UploadAdapterResponse:

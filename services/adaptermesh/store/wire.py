@@ -1,6 +1,5 @@
 """Protocol buffers to the store's values and back."""
 
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from adaptermesh.api.adapter.v1 import adapter_pb2
@@ -10,20 +9,15 @@ from adaptermesh.core.refs import AdapterName
 from adaptermesh.rpc.alias_action import action_message
 from adaptermesh.rpc.signature_policy import policy_message
 from adaptermesh.rpc.version_state import state_message
-from adaptermesh.store.access.records import GrantRecord, NamespaceRecord
-from adaptermesh.store.access.wire import access_record_to, grant_to, namespace_to
 from adaptermesh.store.facets import Facets
-from adaptermesh.store.feed import FeedStatus
 from adaptermesh.store.garbage import DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS, GarbageReport
 from adaptermesh.store.headers import UploadHeader
 from adaptermesh.store.records import (
     AdapterSummary,
     AliasRecord,
     BaseModelRecord,
-    Change,
     DeletedVersion,
     PolicyRecord,
-    Record,
     RouteRecord,
     RouteTarget,
     Signature,
@@ -32,7 +26,6 @@ from adaptermesh.store.records import (
     VersionStatus,
 )
 from adaptermesh.store.search_query import Order, SearchQuery
-from adaptermesh.store.snapshot import SnapshotItem
 
 
 def header_from(message: store_pb2.UploadHeader) -> UploadHeader:
@@ -143,7 +136,7 @@ def version_to(record: VersionRecord) -> adapter_pb2.Version:
         servable=record.servable,
         unservable_reason=record.unservable_reason,
         warnings=record.warnings,
-        create_time=_time(record.create_time_us) if record.number else None,
+        create_time=time_to(record.create_time_us) if record.number else None,
         source_files=files,
         status=status_to(record.status),
         signing_key_ids=[signature.key_id for signature in record.signatures],
@@ -156,7 +149,7 @@ def status_to(status: VersionStatus) -> adapter_pb2.VersionStatus:
         reason=status.reason,
         replacement=status.replacement,
         generation=status.generation,
-        update_time=_time(status.update_time_us) if status.generation else None,
+        update_time=time_to(status.update_time_us) if status.generation else None,
         actor=status.actor,
     )
 
@@ -167,7 +160,7 @@ def deleted_to(record: DeletedVersion) -> adapter_pb2.DeletedVersion:
         name=record.name,
         number=record.number,
         digest=record.digest,
-        delete_time=_time(record.delete_time_us),
+        delete_time=time_to(record.delete_time_us),
         actor=record.actor,
         reason=record.reason,
     )
@@ -181,7 +174,7 @@ def alias_to(record: AliasRecord) -> adapter_pb2.Alias:
         version_number=record.version_number,
         digest=record.digest,
         generation=record.generation,
-        update_time=_time(record.update_time_us),
+        update_time=time_to(record.update_time_us),
         actor=record.actor,
         comment=record.comment,
         protected=record.protected,
@@ -196,7 +189,7 @@ def policy_to(record: PolicyRecord) -> adapter_pb2.NamespacePolicy:
             public_key=bytes.fromhex(key.public_key),
             comment=key.comment,
             actor=key.actor,
-            create_time=_time(key.create_time_us),
+            create_time=time_to(key.create_time_us),
         )
         for key in record.keys
     )
@@ -205,7 +198,7 @@ def policy_to(record: PolicyRecord) -> adapter_pb2.NamespacePolicy:
         signatures=policy_message(record.signatures),
         keys=keys,
         generation=record.generation,
-        update_time=_time(record.update_time_us) if record.generation else None,
+        update_time=time_to(record.update_time_us) if record.generation else None,
         actor=record.actor,
     )
 
@@ -215,7 +208,7 @@ def signature_to(signature: Signature, *, trusted: bool) -> adapter_pb2.Signatur
         key_id=signature.key_id,
         signature=bytes.fromhex(signature.signature),
         actor=signature.actor,
-        create_time=_time(signature.create_time_us),
+        create_time=time_to(signature.create_time_us),
         trusted=trusted,
     )
 
@@ -235,7 +228,7 @@ def route_to(record: RouteRecord) -> adapter_pb2.Route:
         task=record.task,
         targets=targets,
         generation=record.generation,
-        update_time=_time(record.update_time_us),
+        update_time=time_to(record.update_time_us),
     )
 
 
@@ -270,73 +263,7 @@ def garbage_to(report: GarbageReport) -> store_pb2.CollectGarbageResponse:
     )
 
 
-def feed_status_to(status: FeedStatus) -> store_pb2.GetFeedStatusResponse:
-    oldest_us = status.oldest_commit_time_us
-    return store_pb2.GetFeedStatusResponse(
-        feed_id=status.feed_id,
-        head_position=status.head_position,
-        trimmed_position=status.trimmed_position,
-        oldest_commit_time=None if oldest_us is None else _time(oldest_us),
-        watchers=status.watchers,
-    )
-
-
-def add_to_part(part: store_pb2.GetSnapshotResponse, item: SnapshotItem) -> int:
-    """Adds one record to a part of a snapshot; returns its size in bytes."""
-    part.feed_id = item.feed_id
-    part.feed_position = item.feed_position
-    record = item.record
-    if isinstance(record, BaseModelRecord):
-        part.base_models.append(base_model_to(record))
-        return part.base_models[-1].ByteSize()
-    if isinstance(record, VersionRecord):
-        part.versions.append(version_to(record))
-        return part.versions[-1].ByteSize()
-    if isinstance(record, DeletedVersion):
-        part.deleted_versions.append(deleted_to(record))
-        return part.deleted_versions[-1].ByteSize()
-    if isinstance(record, AliasRecord):
-        part.aliases.append(alias_to(record))
-        return part.aliases[-1].ByteSize()
-    if isinstance(record, PolicyRecord):
-        part.policies.append(policy_to(record))
-        return part.policies[-1].ByteSize()
-    if isinstance(record, RouteRecord):
-        part.routes.append(route_to(record))
-        return part.routes[-1].ByteSize()
-    if isinstance(record, NamespaceRecord):
-        part.namespaces.append(namespace_to(record))
-        return part.namespaces[-1].ByteSize()
-    if isinstance(record, GrantRecord):
-        part.grants.append(grant_to(record))
-        return part.grants[-1].ByteSize()
-    return 0
-
-
-def change_to(change: Change) -> store_pb2.Change:
-    message = store_pb2.Change(position=change.position, commit_time=_time(change.commit_time_us))
-    # The kinds are named as the fields of the oneof.
-    getattr(message, change.kind.value).CopyFrom(_record_to(change.record))
-    return message
-
-
-def _record_to(record: Record) -> Message:
-    if isinstance(record, BaseModelRecord):
-        return base_model_to(record)
-    if isinstance(record, VersionRecord):
-        return version_to(record)
-    if isinstance(record, DeletedVersion):
-        return deleted_to(record)
-    if isinstance(record, AliasRecord):
-        return alias_to(record)
-    if isinstance(record, PolicyRecord):
-        return policy_to(record)
-    if isinstance(record, RouteRecord):
-        return route_to(record)
-    return access_record_to(record)
-
-
-def _time(microseconds: int) -> Timestamp:
+def time_to(microseconds: int) -> Timestamp:
     time = Timestamp()
     time.FromMicroseconds(microseconds)
     return time

@@ -26,9 +26,9 @@ from adaptermesh.store.records import (
     SourceFile,
     VersionRecord,
 )
-from adaptermesh.store.removal import RemovalRequest
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import Stores
+from adaptermesh.store.version_removal import RemovalRequest
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -2,22 +2,9 @@
 
 import pytest
 
-from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.core.rates import Rates
-
-
-class ManualClock(SystemClock):
-    """Stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
+from adaptermesh.testing.clock import ManualClock
 
 
 def test_a_tenant_may_call_so_many_times_and_then_as_time_goes_by() -> None:

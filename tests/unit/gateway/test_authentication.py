@@ -10,13 +10,13 @@ import pytest
 
 from adaptermesh.api.access.v1 import access_pb2
 from adaptermesh.api.inference.v1 import inference_pb2
-from adaptermesh.core.clock import SystemClock
 from adaptermesh.core.errors import Code, MeshError, Reason
 from adaptermesh.gateway.authentication import Authentication, AuthenticationConfig
 from adaptermesh.gateway.request import Identity
 from adaptermesh.gateway.validation import read_caller
 from adaptermesh.rpc.channel import open_channel
 from adaptermesh.rpc.status import mesh_error_from
+from adaptermesh.testing.clock import ManualClock
 
 if TYPE_CHECKING:
     from tests.unit.gateway.conftest import Mesh
@@ -28,19 +28,10 @@ def caller(tenant: str = "acme", **fields: Any) -> access_pb2.GetCallerResponse:
     return access_pb2.GetCallerResponse(key_id="amk_abcdefgh", tenant=tenant, **fields)
 
 
-class StandingClock(SystemClock):
-    """Stands still until it is moved."""
-
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 class Rig:
     def __init__(self, mesh: Mesh, channel: grpc.aio.Channel) -> None:
         self.store = mesh.store
-        self.clock = StandingClock()
+        self.clock = ManualClock()
         config = AuthenticationConfig(required=True, cache_seconds=1.0, grace_seconds=60.0)
         self.authentication = Authentication(config, channel, self.clock)
 
@@ -65,7 +56,7 @@ async def test_a_key_stands_for_its_tenant_and_the_store_is_asked_once_a_while(r
     for _ in range(3):
         assert await rig.ask() == Identity("acme", ("one",))
     assert rig.store.asked == 1
-    rig.clock.now += 1.5
+    rig.clock.advance(1.5)
     await rig.ask()
     assert rig.store.asked == 2
 
@@ -74,7 +65,7 @@ async def test_a_revoked_key_ends_when_the_store_is_asked_again_and_does_not_com
     rig.store.callers[KEY] = caller()
     await rig.ask()
     del rig.store.callers[KEY]
-    rig.clock.now += 1.5
+    rig.clock.advance(1.5)
     assert (await rig.refusal()).code is Code.UNAUTHENTICATED
     rig.store.away = True
     assert (await rig.refusal()).code is Code.UNAVAILABLE
@@ -86,11 +77,11 @@ async def test_a_known_key_goes_on_for_a_while_without_the_store_and_an_unknown_
     rig.store.callers[KEY] = caller()
     await rig.ask()
     rig.store.away = True
-    rig.clock.now += 59
+    rig.clock.advance(59)
     assert (await rig.ask()) == Identity("acme")
     error = await rig.refusal("Bearer other-secret")
     assert (error.code, error.reason) == (Code.UNAVAILABLE, Reason.STORE_UNREACHABLE)
-    rig.clock.now += 2
+    rig.clock.advance(2)
     assert (await rig.refusal()).code is Code.UNAVAILABLE
 
 
@@ -100,8 +91,7 @@ async def test_a_key_ends_at_its_time_also_while_the_store_is_away(rig: Rig) -> 
     rig.store.callers[KEY] = message
     await rig.ask()
     rig.store.away = True
-    ends = rig.clock.wall() + 3
-    rig.clock.wall = lambda: ends  # type: ignore[method-assign]
+    rig.clock.advance(3)
     error = await rig.refusal()
     assert error.code is Code.UNAUTHENTICATED
     assert "has expired" in error.message
@@ -127,7 +117,7 @@ async def test_a_tenant_calls_as_often_as_its_quota_says(rig: Rig) -> None:
     error = await rig.refusal()
     assert error.reason is Reason.QUOTA_EXCEEDED
     assert error.retry_after == pytest.approx(30)
-    rig.clock.now += 30
+    rig.clock.advance(30)
     await rig.ask()
 
 

@@ -33,22 +33,6 @@ BASE = BaseModel("tiny", digest_bytes(b"base tiny"))
 OTHER_BASE = BaseModel("other", digest_bytes(b"base other"))
 
 
-class ManualClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def adapter_name(text: str) -> AdapterName:
     return AdapterName.parse(text)
 

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptermesh.router.booking import Bookings
-from tests.unit.router.fakes import ManualClock
+from adaptermesh.testing.clock import ManualClock
 
 LIFETIME = 10.0
 

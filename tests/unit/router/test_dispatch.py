@@ -18,10 +18,10 @@ from adaptermesh.router.resolution import Question
 from adaptermesh.router.settings import RouterSettings
 from adaptermesh.router.workers import Load, ReportStream, Residency, WorkerRegistry
 from adaptermesh.telemetry.tracing import trace_into
+from adaptermesh.testing.clock import ManualClock
 from tests.unit.router.fakes import (
     BASE,
     OTHER_BASE,
-    ManualClock,
     MemoryStore,
     alias,
     image,

@@ -20,7 +20,8 @@ from adaptermesh.router.picking import (
     residency_score,
 )
 from adaptermesh.router.workers import Load, Residency, Worker, WorkerState
-from tests.unit.router.fakes import BASE, OTHER_BASE, ManualClock, worker_snapshot
+from adaptermesh.testing.clock import ManualClock
+from tests.unit.router.fakes import BASE, OTHER_BASE, worker_snapshot
 
 DIGEST = digest_bytes(b"adapter")
 

@@ -20,7 +20,8 @@ from adaptermesh.router.workers import (
     WorkerRegistry,
     WorkerState,
 )
-from tests.unit.router.fakes import BASE, OTHER_BASE, ManualClock, worker_delta, worker_snapshot
+from adaptermesh.testing.clock import ManualClock
+from tests.unit.router.fakes import BASE, OTHER_BASE, worker_delta, worker_snapshot
 
 SETTINGS = RouterSettings(worker_timeout_seconds=5, base_return_seconds=60, startup_grace_seconds=3)
 DIGESTS = [digest_bytes(str(number).encode()) for number in range(4)]

@@ -38,10 +38,10 @@ from adaptermesh.store.records import (
     RouteTarget,
     VersionRecord,
 )
-from adaptermesh.store.removal import RemovalRequest
 from adaptermesh.store.search_query import SearchQuery
 from adaptermesh.store.statuses import StatusRequest
 from adaptermesh.store.stores import StoreConfig, Stores
+from adaptermesh.store.version_removal import RemovalRequest
 from tests.postgres import MIGRATED
 
 NAMES = st.sampled_from(["a", "b"])

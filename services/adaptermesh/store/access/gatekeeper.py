@@ -78,8 +78,7 @@ class Gatekeeper:
 
 def _adapter(permission: Permission) -> Guard:
     async def guard(keeper: Gatekeeper, request: Any) -> None:
-        name = AdapterName(check_name(request.namespace, "namespace"), check_name(request.name, "name"))
-        await keeper.authority.require(permission, name)
+        await keeper.authority.require(permission, AdapterName.checked(request.namespace, request.name))
 
     return guard
 

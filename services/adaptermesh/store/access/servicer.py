@@ -12,24 +12,15 @@ from adaptermesh.store.access.api_keys import unknown_key
 from adaptermesh.store.access.caller import current_caller
 from adaptermesh.store.access.secrets import is_key_id
 from adaptermesh.store.pages import PageRequest
-from adaptermesh.store.stores import Stores
+from adaptermesh.store.with_stores import WithStores
 
 Context = Any
 
 GRPC_NAME = "adaptermesh.api.access.v1.AccessService"
 
 
-class AccessServicer(access_pb2_grpc.AccessServiceServicer):
+class AccessServicer(WithStores, access_pb2_grpc.AccessServiceServicer):
     """`adaptermesh.api.access.v1.AccessService`. Errors are raised as `MeshError`."""
-
-    def __init__(self, stores: Stores) -> None:
-        self._all = stores
-
-    @property
-    def _stores(self) -> Stores:
-        # The port is bound before the catalogue is open.
-        self._all.check_open()
-        return self._all
 
     async def GetCaller(
         self, request: access_pb2.GetCallerRequest, context: Context

@@ -9,7 +9,6 @@ from adaptermesh.store.access.api_keys import KeyRequest
 from adaptermesh.store.access.audit import AuditEntry, AuditQuery
 from adaptermesh.store.access.caller import Caller
 from adaptermesh.store.access.records import (
-    AccessRecord,
     ApiKeyRecord,
     GrantRecord,
     NamespaceRecord,
@@ -67,21 +66,6 @@ def key_to(record: ApiKeyRecord) -> access_pb2.ApiKey:
         last_use_time=_time(record.last_use_time_us),
         actor=record.actor,
     )
-
-
-def access_record_to(
-    record: AccessRecord,
-) -> access_pb2.Tenant | access_pb2.Namespace | access_pb2.Grant | access_pb2.ApiKey:
-    """The message of an event of the change feed."""
-    match record:
-        case TenantRecord():
-            return tenant_to(record)
-        case NamespaceRecord():
-            return namespace_to(record)
-        case GrantRecord():
-            return grant_to(record)
-        case ApiKeyRecord():
-            return key_to(record)
 
 
 def caller_to(caller: Caller) -> access_pb2.GetCallerResponse:

@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 from adaptermesh.api.store.v1 import store_pb2
 from adaptermesh.core.digests import digest_bytes
 from adaptermesh.core.errors import Code, MeshError, Reason, unavailable
-from adaptermesh.store import removals
+from adaptermesh.store import removal_notes
 from adaptermesh.store.database import DatabaseConfig
 from adaptermesh.store.schema import blob_removals
 from adaptermesh.store.stores import StoreConfig, Stores
@@ -138,7 +138,7 @@ async def test_an_upload_waits_for_a_removal_and_puts_the_blob_again(
     async with kit.refused() as errors:
         await store.upload(files)
     assert (errors[0].code, errors[0].reason) == (Code.UNAVAILABLE, Reason.OVERLOADED)
-    assert 0 < errors[0].retry_after <= removals.NOTE_SECONDS
+    assert 0 < errors[0].retry_after <= removal_notes.NOTE_SECONDS
     assert "blobs are being removed" in caplog.messages
     hung.go_on.set()
     assert (await collecting).removed_blobs >= 1
@@ -198,7 +198,7 @@ async def test_a_store_with_a_folder_of_its_own_forgets_the_removals_of_its_pred
 ) -> None:
     async with kit.running_store(config) as store:
         await store.stores.database.write(
-            lambda connection: removals.note(connection, [digest_bytes(b"x")], "gone")
+            lambda connection: removal_notes.note(connection, [digest_bytes(b"x")], "gone")
         )
     async with kit.running_store(config) as store:
         assert await notes(store.stores) == set()
@@ -207,20 +207,20 @@ async def test_a_store_with_a_folder_of_its_own_forgets_the_removals_of_its_pred
 async def test_each_who_sends_a_removal_has_a_note_of_his_own(store: Any) -> None:
     first, second = [digest_bytes(content) for content in (b"1", b"2")]
     write = store.stores.database.write
-    await write(lambda connection: removals.note(connection, [first], "one"))
-    await write(lambda connection: removals.note(connection, [first, second], "other"))
-    await write(lambda connection: removals.forget(connection, [first, second], "one"))
+    await write(lambda connection: removal_notes.note(connection, [first], "one"))
+    await write(lambda connection: removal_notes.note(connection, [first, second], "other"))
+    await write(lambda connection: removal_notes.forget(connection, [first, second], "one"))
     assert await notes(store.stores) == {first, second}
-    await write(lambda connection: removals.forget(connection, [first], "other"))
+    await write(lambda connection: removal_notes.forget(connection, [first], "other"))
     assert await notes(store.stores) == {second}
 
 
 async def test_notes_hold_for_minutes(store: Any) -> None:
     first, second = [digest_bytes(content) for content in (b"1", b"2")]
-    await store.stores.database.write(lambda connection: removals.note(connection, [first], "me"))
+    await store.stores.database.write(lambda connection: removal_notes.note(connection, [first], "me"))
     async with store.stores.database.reading() as connection:
-        left = await removals.seconds_left(connection, [first, second])
+        left = await removal_notes.seconds_left(connection, [first, second])
         assert left is not None
-        assert removals.NOTE_SECONDS - 60 < left <= removals.NOTE_SECONDS
-        assert await removals.seconds_left(connection, [second]) is None
-        assert await removals.seconds_left(connection, []) is None
+        assert removal_notes.NOTE_SECONDS - 60 < left <= removal_notes.NOTE_SECONDS
+        assert await removal_notes.seconds_left(connection, [second]) is None
+        assert await removal_notes.seconds_left(connection, []) is None
